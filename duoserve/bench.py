@@ -1,0 +1,357 @@
+"""python -m duoserve.bench schedule | run: what a schedule is worth, on the virtual clock and for real.
+
+`schedule` replays recorded routing through the real schedulers, cache and lane, without a model: transfers and
+arithmetic cost what you say they do, so it is deterministic to the last digit. It is also how to plan: given only a
+config.json it says whether a model fits and about how fast it will be, before 90 GB are downloaded.
+`run` runs the engine itself, policies in turn.
+"""
+
+import json
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .cache import Counts, GPUExpertCache
+from .config import MixtralConfig
+from .errors import Parser, UserError, human, parse_rate, parse_size, run_main
+from .link import SimulatedLane, VirtualClock
+from .model import Routing
+from .policies import POLICIES, schedulers
+from .predictor import Forecast, Predictor
+from .trace import History, Trace, read_traces
+
+DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo"
+
+
+@dataclass
+class Costs:
+    """Milliseconds. A prefill's attention and experts grow with their tokens unless they are given."""
+
+    attention_ms: float
+    expert_ms: float
+    expert_transfer_ms: float
+    chunks: int
+    predict_ms: float
+    prefill_attention_ms: float | None
+    prefill_expert_ms: float | None
+
+    def prefill_attention(self, tokens: int) -> float:
+        given = self.prefill_attention_ms
+        return self.attention_ms * (1 + tokens / 128) if given is None else given
+
+    def prefill_expert(self, tokens: int) -> float:
+        given = self.prefill_expert_ms
+        return self.expert_ms * (1 + tokens / 128) if given is None else given
+
+
+class Oracle(Forecast):
+    """Told the next layer's true experts; of later visits it knows no more than the others."""
+
+    truth: np.ndarray                       # [layers][k] of the current token
+
+    def next_layer(self, layer: int, lookahead: list[float]) -> list[float]:
+        return [float(e in self.truth[layer]) for e in range(self.history.experts)]
+
+
+class Replay:
+    """One trace through one policy with one cache, on a clock of its own."""
+
+    def __init__(self, trace: Trace, top_k: int, policy: str, slots: int, costs: Costs, predictor: Predictor | None):
+        self.trace, self.costs, self.k = trace, costs, top_k
+        self.top = trace.top(top_k)
+        _, self.layers, self.experts = trace.logits.shape
+        self.clock = VirtualClock()
+        lane = SimulatedLane(self.clock, costs.chunks / (costs.expert_transfer_ms / 1e3), 1)
+        self.cache = GPUExpertCache(slots, costs.chunks, lane)      # an expert is `chunks` bytes long
+        self.history = History(self.layers, self.experts)
+        oracle = policy == "oracle"
+        self.forecast = (Oracle if oracle else Forecast)(self.history, predictor, top_k)
+        self.predict_ms = costs.predict_ms if predictor and policy in ("duo", "oracle") else 0.0
+        self.scheduler, self.make_decode = schedulers("duo" if oracle else policy, self.cache, self.history, trace.prompt,
+                                                      self.forecast)
+        self.floor = 0.0
+
+    def run(self) -> "Replay":
+        prompt, tokens = self.trace.prompt, len(self.trace.logits)
+        self.step(slice(0, prompt), None)
+        self.ttft = self.clock.now()
+        self.cache.counts, self.cache.decoding, self.cache.lane.busy = Counts(), True, 0.0
+        self.scheduler = self.make_decode()
+        for t in range(prompt, tokens):
+            self.step(slice(t, t + 1), self.trace.lookahead[t, 0].tolist())
+        self.cache.plan([])
+        self.decode_s, self.steps = self.clock.now() - self.ttft, tokens - prompt
+        return self
+
+    def step(self, rows: slice, lookahead: list[float] | None) -> None:
+        costs, last = self.costs, rows.stop - 1
+        decode = lookahead is not None
+        self.forecast.truth = self.top[last]
+        self.scheduler.begin_step(lookahead)
+        for layer in range(self.layers):
+            before = self.cache.counts.misses + self.cache.counts.prefetched_used
+            self.scheduler.begin_layer(layer)
+            self.clock.advance((costs.attention_ms + self.predict_ms if decode
+                                else costs.prefill_attention(rows.stop - rows.start)) / 1e3)
+            ids = self.top[rows, layer]
+            ahead = self.trace.lookahead[last, layer + 1].tolist() if layer + 1 < self.layers else None
+            routing = Routing(np.bincount(ids.ravel(), minlength=self.experts).tolist(), ids[-1].tolist(), [],
+                              self.trace.logits[last, layer].tolist(), ahead)
+            self.history.observe(layer, routing)
+            for e, _ in self.scheduler.experts(layer, routing):
+                self.clock.advance((costs.expert_ms if decode else costs.prefill_expert(routing.counts[e])) / 1e3)
+            self.scheduler.end_layer(layer)
+            needed = self.cache.counts.misses + self.cache.counts.prefetched_used - before
+            self.floor += max(costs.attention_ms + self.k * costs.expert_ms, needed * costs.expert_transfer_ms) if decode else 0
+
+
+def belady(traces: list[Trace], top_k: int, slots: int) -> float:
+    """Transfers a decode step if every eviction knew the future: the least any cache of this size can do, starting empty."""
+    moved = steps = 0
+    for trace in traces:
+        visits = [[(layer, e) for e in ids] for row in trace.top(top_k)[trace.prompt:].tolist() for layer, ids in enumerate(row)]
+        uses: dict = {}
+        for i, visit in enumerate(visits):
+            for key in visit:
+                uses.setdefault(key, []).append(i)
+        for queue in uses.values():
+            queue.append(len(visits))
+            queue.reverse()
+        held = set()
+        for visit in visits:
+            for key in visit:
+                if key not in held:
+                    moved += 1
+                    if len(held) >= slots:
+                        held.remove(max((k for k in held if k not in visit), key=lambda k: uses[k][-1], default=next(iter(held))))
+                    held.add(key)
+            for key in visit:
+                uses[key].pop()
+        steps += len(trace.logits) - trace.prompt
+    return moved / steps
+
+
+def row(traces: list[Trace], top_k: int, policy: str, slots: int, costs: Costs, predictor: Predictor | None) -> dict:
+    """One line of the table: a policy at a cache size, over all traces."""
+    runs = [Replay(trace, top_k, policy, slots, costs, predictor).run() for trace in traces]
+    steps, total = sum(r.steps for r in runs), lambda name: sum(getattr(r.cache.counts, name) for r in runs)
+    decode_s = sum(r.decode_s for r in runs)
+    return {"policy": policy, "cache_experts": slots, "ttft_ms": 1e3 * statistics.mean(r.ttft for r in runs),
+            "tpot_ms": 1e3 * decode_s / steps, "hits": total("hits"), "prefetched_used": total("prefetched_used"),
+            "misses": total("misses"), "needed_transfers_per_token": (total("misses") + total("prefetched_used")) / steps,
+            "moved_transfers_per_token": total("decode_bytes") / costs.chunks / steps,
+            "link_busy": sum(r.cache.lane.busy for r in runs) / decode_s, "floor_ms": sum(r.floor for r in runs) / steps}
+
+
+def synthetic_traces(config: MixtralConfig, persistence: float, recall: float, sequences=4, prompt=256, new=48) -> list[Trace]:
+    """Routing where there is none to replay: an expert is chosen again by the next token with chance `persistence`, and
+    the lookahead finds a chosen expert with chance `recall`; otherwise uniform, the least favourable to caching."""
+    layers, experts, k = config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok
+    rng = np.random.default_rng(0)
+    keep = max(0.0, (persistence - k / experts) / (1 - k / experts))
+
+    def choose(kept):                       # fill up to k distinct experts
+        others = [e for e in rng.permutation(experts).tolist() if e not in kept]
+        return kept + others[:k - len(kept)]
+
+    def logits(chosen):
+        z = rng.normal(0, 0.3, experts).astype(np.float32)
+        z[chosen] += 3.0
+        return z
+
+    traces = []
+    for _ in range(sequences):
+        z, ahead = (np.zeros((prompt + new, layers, experts), np.float32) for _ in range(2))
+        last: list = [[] for _ in range(layers)]
+        for t in range(prompt + new):
+            for layer in range(layers):
+                last[layer] = choose([e for e in last[layer] if rng.random() < keep])
+                right = [e for e in last[layer] if rng.random() < recall]
+                wrong = [e for e in rng.permutation(experts).tolist() if e not in last[layer]]
+                z[t, layer], ahead[t, layer] = logits(last[layer]), logits(right + wrong[:k - len(right)])
+        traces.append(Trace(z, ahead, prompt, "synthetic"))
+    return traces
+
+
+def check_range(flag: str, value: float, low: float, high: float, least_open: bool = False) -> None:
+    if not low <= value <= high or (least_open and value == low):
+        raise UserError(f"{flag} {value:g}: expected a number from {low:g} to {high:g}")
+
+
+def schedule(args) -> dict:
+    """`bench schedule`: -> the table as plain data."""
+    from .packed import PackedModel
+    packed = layout = predictor = None
+    if args.model_config:
+        config = MixtralConfig.read(args.model_config)
+    else:
+        packed = PackedModel(args.model)
+        config = packed.config
+    k, total = config.num_experts_per_tok, config.num_hidden_layers * config.num_local_experts
+    from .quant import ExpertLayout
+    layout = packed.layout if packed else ExpertLayout.of(config)
+    if args.traces:
+        traces = read_traces(args.traces, packed.fingerprint if packed else None)
+        if traces[0].logits.shape[1:] != (config.num_hidden_layers, config.num_local_experts):
+            raise UserError(f"{args.traces}: its traces are of a model of another shape than the configuration's")
+        traces = [trace for trace in traces if len(trace.logits) > trace.prompt]
+        if not traces:
+            raise UserError(f"{args.traces}: no trace has a decode step; record some with more --max-new-tokens")
+    elif args.model_config:
+        traces = synthetic_traces(config, args.persistence, args.lookahead_recall)
+        print(f"note: synthetic routing (persistence {args.persistence}, lookahead recall {args.lookahead_recall}, otherwise "
+              "uniform): a plan, not a measurement", file=sys.stderr)
+    else:
+        raise UserError("bench schedule needs a directory of traces or --model-config FILE")
+    if args.predictor not in (None, "none") or (packed and args.predictor is None):
+        path = Path(args.predictor or packed.directory / "predictor.safetensors")
+        if args.predictor or path.exists():
+            predictor = Predictor.read(path, traces[0].model, config.num_hidden_layers, config.num_local_experts)
+        else:
+            print(f"note: no {path}; duo predicts by lookahead alone", file=sys.stderr)
+    transfer = args.expert_transfer_ms
+    if transfer is None:                    # replayed routing stands for Mixtral-8x7B's unless a link is named
+        transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / parse_rate(args.link or "25GB/s", "--link")
+    for flag, value in (("--attention-ms", args.attention_ms), ("--expert-ms", args.expert_ms), ("--predict-ms", args.predict_ms)):
+        check_range(flag, value, 0, 1e6)
+    check_range("--expert-transfer-ms (or the time --link gives)", transfer, 0, 1e6, least_open=True)
+    check_range("--chunks", args.chunks, 1, 10_000)
+    costs = Costs(args.attention_ms, args.expert_ms, transfer, args.chunks, args.predict_ms, args.prefill_attention_ms,
+                  args.prefill_expert_ms)
+    if args.gpu_memory:
+        sizes = [slots_in(args.gpu_memory, config, args.context)]
+    else:
+        sizes = args.cache_experts or sorted({max(2, round(total * share)) for share in (0.10, 0.25, 0.40, 0.50, 0.60)})
+    for n in sizes:
+        if n < 2:
+            raise UserError(f"--cache-experts {n}: two is the least that works")
+        if n > total:
+            print(f"note: --cache-experts {n} is more than the model's {total} experts; using {total}", file=sys.stderr)
+    sizes = list(dict.fromkeys(min(n, total) for n in sizes))
+    policies = args.policies or [*POLICIES, "oracle"]
+    for policy in policies:
+        if policy not in (*POLICIES, "oracle"):
+            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}, oracle")
+    result = {"costs": asdict(costs), "belady_transfers_per_token": {str(n): belady(traces, k, n) for n in sizes},
+              "rows": [row(traces, k, policy, n, costs, predictor) for n in sizes for policy in policies]}
+    if not args.json:
+        print_schedule(result, layout.nbytes, total, args.model_config)
+    return result
+
+
+def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
+    """How many experts fit beside weights, KV cache and workspace: the engine's own plan, without its files."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from .engine import check_budget, plan_memory
+    from .packed import resident_shapes
+    from .quant import ExpertLayout, group_size
+    shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))
+    layout, size = ExpertLayout.of(config), {"16": 2, "u8": 1, "f16": 2}
+    resident = sum(torch.Size(shape).numel() * size[kind] for kind, shape in shapes.values())
+    nbytes = resident + config.num_hidden_layers * config.num_local_experts * layout.nbytes
+    stand_in = SimpleNamespace(config=config, shapes=shapes, layout=layout)
+    budget = check_budget(gpu_memory, nbytes, torch.device("cpu"), None)
+    plan = plan_memory(stand_in, torch.bfloat16, min(context, config.max_position_embeddings), True, budget, None)
+    print(f"note: 4-bit model {human(nbytes)} ({human(nbytes - resident)} of experts in host memory); of {human(budget)} on the "
+          f"GPU, {human(plan.resident)} resident weights, {human(plan.kv)} KV cache for {context} tokens, "
+          f"{human(plan.workspace)} workspace, {plan.slots} slots of {human(plan.expert)}; the CUDA context is on top",
+          file=sys.stderr)
+    return plan.slots
+
+
+def print_schedule(result: dict, expert_bytes: int, total: int, planned: bool) -> None:
+    c = result["costs"]
+    print(f"attention {c['attention_ms']:g} ms, expert {c['expert_ms']:g} ms, transfer {c['expert_transfer_ms']:.3g} ms "
+          f"({human(expert_bytes / c['expert_transfer_ms'] * 1e3)}/s), {c['chunks']} chunks an expert; times in ms")
+    print(f"{'policy':15}{'slots':>6}{'TTFT':>9}{'TPOT':>9}{'tok/s':>7}{'floor':>9}{'/floor':>8}{'needed':>8}{'moved':>8}"
+          f"{'/Belady':>9}{'link':>6}")
+    for r in result["rows"]:
+        ideal = result["belady_transfers_per_token"][str(r["cache_experts"])]
+        print(f"{r['policy']:15}{r['cache_experts']:6}{r['ttft_ms']:9.1f}{r['tpot_ms']:9.2f}{1e3 / r['tpot_ms']:7.1f}"
+              f"{r['floor_ms']:9.2f}{r['tpot_ms'] / r['floor_ms']:8.3f}{r['needed_transfers_per_token']:8.2f}"
+              f"{r['moved_transfers_per_token']:8.2f}{r['needed_transfers_per_token'] / ideal if ideal else 1:9.2f}"
+              f"{100 * r['link_busy']:5.0f}%")
+
+
+def run(args) -> dict:
+    """`bench run`: the engine itself, policies in turn, several rounds; medians, and ratios within a round."""
+    from .engine import Engine
+    policies = args.policies or list(POLICIES)
+    engines = {policy: Engine.from_pretrained(args.model, device=args.device, policy=policy, gpu_memory=args.gpu_memory,
+                                              cache_experts=args.cache_experts[0] if args.cache_experts else None,
+                                              predictor=args.predictor, simulate_link=args.simulate_link)
+               for policy in policies}
+    rounds: list[dict] = []
+    for _ in range(args.rounds):            # policies in turn within a round: a busy machine slows them all alike
+        one = {}
+        for policy, engine in engines.items():
+            engine.cache.abandon()
+            for key in list(engine.cache.where):
+                engine.cache.drop(key)      # every run starts with an empty cache
+            one[policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
+        rounds.append(one)
+    reference = policies[0]
+    rows = []
+    for policy in policies:
+        stats = [one[policy] for one in rounds]
+        last = asdict(stats[-1])
+        rows.append({"policy": policy, "cache_experts": last["cache_experts"],
+                     "ttft_s": statistics.median(s.ttft_s for s in stats), "tpot_s": statistics.median(s.tpot_s for s in stats),
+                     f"tpot_vs_{reference}": statistics.median(one[policy].tpot_s / one[reference].tpot_s for one in rounds),
+                     **{key: last[key] for key in ("hits", "prefetched_used", "misses", "bytes_moved", "peak_device_bytes")},
+                     "link_busy_fraction": statistics.median(s.link_busy_fraction for s in stats)})
+    if not args.json:
+        print(f"{'policy':15}{'slots':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'x ' + reference:>14}{'hits':>7}{'used':>7}{'misses':>8}{'link':>6}")
+        for r in rows:
+            print(f"{r['policy']:15}{r['cache_experts']:6}{1e3 * r['ttft_s']:10.1f}{1e3 * r['tpot_s']:10.2f}"
+                  f"{r[f'tpot_vs_{reference}']:14.2f}{r['hits']:7}{r['prefetched_used']:7}{r['misses']:8}"
+                  f"{100 * r['link_busy_fraction']:5.0f}%")
+    return {"rounds": args.rounds, "rows": rows}
+
+
+def main() -> int:
+    parser = Parser(prog="python -m duoserve.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name in ("schedule", "run"):
+        add = commands.add_parser(name).add_argument
+        add("--model", default=DEMO)
+        add("--predictor", metavar="FILE|none")
+        add("--policies", nargs="+", metavar="P")
+        add("--cache-experts", type=int, nargs="+", metavar="N")
+        add("--gpu-memory", metavar="SIZE|PERCENT")
+        add("--json", action="store_true")
+        if name == "schedule":
+            add("traces", nargs="?", metavar="TRACES_DIR")
+            add("--model-config", metavar="FILE")
+            add("--context", type=int, default=2048, help="tokens of KV cache in a --gpu-memory plan")
+            add("--attention-ms", type=float, default=0.3)
+            add("--expert-ms", type=float, default=0.15)
+            add("--expert-transfer-ms", type=float, help="default with traces: 3.7, Mixtral-8x7B on PCIe 4")
+            add("--link", metavar="SIZE/s", help="instead: this model's experts at this speed (default with a config: 25GB/s)")
+            add("--chunks", type=int, default=12)
+            add("--predict-ms", type=float, default=0.0)
+            add("--prefill-attention-ms", type=float)
+            add("--prefill-expert-ms", type=float)
+            add("--persistence", type=float, default=0.36)
+            add("--lookahead-recall", type=float, default=0.8)
+        else:
+            add("--prompt", default="Once upon a time there was a king who had three daughters, and the youngest")
+            add("--max-new-tokens", type=int, default=64)
+            add("--rounds", type=int, default=3)
+            add("--device")
+            add("--simulate-link", metavar="SIZE/s")
+    args = parser.parse_args()
+    result = {"schedule": schedule, "run": run}[args.command](args)
+    if args.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

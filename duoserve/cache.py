@@ -1,0 +1,189 @@
+"""GPUExpertCache: a few slots on the device, who is in them, who is on the way, who may be evicted.
+
+Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A policy asks for experts in two ways,
+`demand` (needed now: sent whole, at once) and `plan` (guesses in order of priority: sent in chunks as the lane has
+room), and answers one question, `victim`: which slot to give up for a newcomer.
+"""
+
+from dataclasses import dataclass
+
+from .link import Key, LinkError, Transfer
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One expert's place. `transfer` is what filled or is filling it; a dropped load leaves the slot empty."""
+
+    index: int
+    key: Key | None = None
+    transfer: Transfer | None = None
+    pinned: bool = False
+    fresh: bool = False                     # a prediction moved it in decode, and it has not been used since
+    missed: bool = False                    # asked for when the router had spoken, and not used since
+
+    @property
+    def whole(self) -> bool:
+        return self.transfer is not None and self.transfer.sent == self.transfer.size
+
+
+@dataclass
+class Counts:
+    """What happened since the last reset. An access in decode is a hit, a used prefetch, or a miss."""
+
+    hits: int = 0
+    misses: int = 0
+    prefetched: int = 0                     # predictions whose first chunk moved
+    prefetched_used: int = 0
+    wasted: float = 0.0                     # predictions evicted or dropped before a use, in experts' worth of bytes
+    bytes_moved: int = 0
+    decode_bytes: int = 0
+
+
+class GPUExpertCache:
+    """N slots of `expert_bytes` each, filled by `lane`. `policy.victim(key, candidates, urgent)` chooses who goes."""
+
+    def __init__(self, slots: int, expert_bytes: int, lane):
+        self.slots = [Slot(i) for i in range(slots)]
+        self.expert_bytes, self.lane = expert_bytes, lane
+        self.where: dict[Key, Slot] = {}
+        self.queue: list[Transfer] = []     # speculation not fully sent, in order of priority
+        self.needed: set[Key] = set()       # asked for by the router and not yet computed: may not be evicted
+        self.policy = None
+        self.sent = 0                       # transfers fully enqueued so far
+        self.decoding = False
+        self.counts = Counts()
+        self.log: list[Transfer] | None = None                     # every transfer that moved, for the timeline
+
+    def resident(self, key: Key) -> bool:
+        """All of it is here or enqueued."""
+        slot = self.where.get(key)
+        return slot is not None and slot.whole
+
+    def plan(self, keys: list[Key]) -> None:
+        """Replace the speculation by these guesses, best first. A guess no longer wanted stops at its chunk's end."""
+        self.pump()                         # what was due before this moment has been sent
+        waiting = {transfer.key: transfer for transfer in self.queue}
+        self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False, self.decoding)
+                      for key in keys if not self.resident(key)]
+        for transfer in waiting.values():
+            self._drop(transfer)
+        self.pump()
+
+    def pump(self) -> None:
+        """Send the chunks of speculation that are due."""
+        while self.queue and self.lane.room(self.queue[0].asked):
+            transfer = self.queue[0]
+            if transfer.slot < 0 and not self._take(transfer):
+                break                       # no slot is worth less: it waits until one is, or until the plan changes
+            try:
+                self._send(transfer, min(self.lane.chunk, transfer.size - transfer.sent))
+            except LinkError:
+                self.queue.remove(transfer)
+                self._drop(transfer)        # if the router wants it, it will be demanded
+                continue
+            if transfer.sent == transfer.size:
+                self.queue.pop(0)
+
+    def demand(self, key: Key) -> bool:
+        """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it yet."""
+        self.pump()
+        slot = self.where.get(key)
+        if slot is not None and slot.whole:
+            return True
+        guess = next((transfer for transfer in self.queue if transfer.key == key), None)
+        transfer = guess or Transfer(key, self.expert_bytes, self.lane.now(), True)
+        if slot is None:
+            transfer.predicted = False
+            if not self._take(transfer, urgent=True):
+                return False
+            self.where[key].missed = True
+        if guess:
+            self.queue.remove(guess)
+        begun, transfer.urgent, transfer.asked = transfer.sent > 0, True, self.lane.now()
+        try:
+            self._send(transfer, transfer.size - transfer.sent)
+        except LinkError:
+            self._drop(transfer)
+            return begun and self.demand(key)       # a prefetch that fails is tried again as a demand
+        return True
+
+    def acquire(self, key: Key) -> int:
+        """Wait for an expert, pin it, and return its slot."""
+        slot = self.where[key]
+        self.lane.wait(slot.transfer)
+        slot.pinned = True
+        if self.decoding:
+            kind = "prefetched_used" if slot.fresh else "misses" if slot.missed else "hits"
+            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
+        slot.fresh = slot.missed = False
+        return slot.index
+
+    def release(self, key: Key) -> None:
+        """The expert has been computed (or its computation enqueued): its slot may be taken."""
+        slot = self.where[key]
+        slot.pinned = False
+        self.needed.discard(key)
+        self.lane.used(slot.index)
+
+    def drop(self, key: Key) -> None:
+        """Empty an expert's slot, unless it is pinned."""
+        slot = self.where.get(key)
+        if slot is not None and not slot.pinned:
+            self._evict(slot)
+
+    def abandon(self) -> None:
+        """After a failure or an interruption: no request, no pin; what is loaded stays."""
+        queue, self.queue = self.queue, []
+        for transfer in queue:
+            self._drop(transfer)
+        self.needed.clear()
+        for slot in self.slots:
+            slot.pinned = False
+            if slot.key is not None and not slot.whole:
+                self._evict(slot)
+
+    def _send(self, transfer: Transfer, nbytes: int) -> None:
+        if transfer.sent == 0 and self.log is not None:
+            self.log.append(transfer)
+        if transfer.sent == 0 and transfer.predicted:
+            self.counts.prefetched += 1
+        self.lane.send(transfer, nbytes)
+        if transfer.sent == transfer.size:
+            self.sent += 1
+            transfer.order = self.sent
+        self.counts.bytes_moved += nbytes
+        if self.decoding:
+            self.counts.decode_bytes += nbytes
+
+    def _take(self, transfer: Transfer, urgent: bool = False) -> bool:
+        """Give a transfer its slot, now that its first chunk is due."""
+        slot, candidates = None, []
+        for candidate in self.slots:
+            if candidate.key is None:
+                slot = candidate
+                break
+            # A guess never takes the slot of another guess under way: that would only lose what has been sent.
+            if not (candidate.pinned or candidate.key in self.needed) and (urgent or candidate.whole):
+                candidates.append(candidate)
+        slot = slot or (self.policy.victim(transfer.key, candidates, urgent) if candidates else None)
+        if slot is None:
+            return False
+        if slot.key is not None:
+            self._evict(slot)
+        slot.key, slot.transfer, slot.fresh = transfer.key, transfer, transfer.predicted
+        transfer.slot = slot.index
+        self.where[transfer.key] = slot
+        return True
+
+    def _evict(self, slot: Slot) -> None:
+        if slot.transfer in self.queue:
+            self.queue.remove(slot.transfer)
+        if slot.fresh:
+            self.counts.wasted += slot.transfer.sent / self.expert_bytes
+        del self.where[slot.key]
+        slot.key, slot.transfer, slot.fresh, slot.missed = None, None, False, False
+
+    def _drop(self, transfer: Transfer) -> None:
+        slot = self.where.get(transfer.key)
+        if slot is not None and slot.transfer is transfer:
+            self._evict(slot)

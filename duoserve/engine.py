@@ -1,0 +1,430 @@
+"""The engine ties it together: load, plan the memory, prefill, decode, sample, count.
+
+What a token passes through: `Engine.stream` runs the model; the model asks `StreamedExperts` for each layer's experts;
+that reads the router's choice, tells the scheduler, and yields slots as the scheduler finds them ready.
+"""
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from .cache import Counts, GPUExpertCache
+from .errors import UserError, human, parse_rate, parse_size
+from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
+from .model import EXPERT_ROWS, Expert, Mixtral, Routing
+from .packed import PackedModel
+from .policies import POLICIES, schedulers
+from .predictor import Forecast, Predictor
+from .quant import UNPACK, PackedLinear
+from .store import ExpertStore
+from .tokenizer import TextStream, Tokenizer
+from .trace import History, TraceRecorder
+
+LOGIT_ROWS = 256                            # rows of logits made at a time when all are wanted
+
+
+@dataclass
+class Stats:
+    """One request's numbers. Seconds and bytes; the accesses are those of decode (`cache.Counts`)."""
+
+    load_s: float
+    ttft_s: float
+    tpot_s: float | None                    # None for a single token
+    policy: str
+    cache_experts: int
+    hits: int
+    misses: int
+    prefetched: int
+    prefetched_used: int
+    bytes_moved: int
+    peak_device_bytes: int
+    link_busy_fraction: float
+
+
+@dataclass
+class Generation:
+    """What a request gave: `token_ids` are the new tokens only, without the EOS; `finish_reason` is 'stop' (EOS),
+    'length' or 'interrupted'."""
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    stats: Stats
+
+    def asdict(self) -> dict:
+        return {"text": self.text, "token_ids": self.token_ids, "prompt_tokens": self.prompt_tokens,
+                "new_tokens": len(self.token_ids), "finish_reason": self.finish_reason, "stats": asdict(self.stats)}
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes on the device, all taken once before anything else, and how many slots that leaves."""
+
+    resident: int
+    kv: int
+    workspace: int
+    expert: int
+    slots: int
+
+    @property
+    def total(self) -> int:
+        return self.resident + self.kv + self.workspace + self.slots * self.expert
+
+
+def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, budget: int | None,
+                cache_experts: int | None) -> MemoryPlan:
+    """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` says the least that works."""
+    c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
+    numel = {"16": 0, "u8": 0, "f16": 0}
+    for kind, shape in packed.shapes.values():
+        numel[kind] += torch.Size(shape).numel()
+    resident = numel["16"] * size + numel["u8"] + 2 * numel["f16"]
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * size
+    # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
+    # prompt's hidden states and per-rank answers, one row block's activations, and a row block of logits.
+    unpacked = min(UNPACK, 2 * c.intermediate_size * c.hidden_size) * (size if compiled else size + 9)
+    prompt = context * c.hidden_size * (6 + 2 * c.num_experts_per_tok) * size
+    block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
+    plan = MemoryPlan(resident, kv, unpacked + prompt + block, packed.layout.nbytes, 2)
+    if budget is not None and plan.total > budget:
+        raise UserError(f"--gpu-memory {human(budget)} is too small: {human(plan.total)} is the least that works ("
+                        f"{human(resident)} resident weights, {human(kv)} KV cache for --context {context}, "
+                        f"{human(plan.workspace)} workspace, two experts of {human(plan.expert)})")
+    fit = total if budget is None else 2 + (budget - plan.total) // plan.expert
+    if cache_experts is not None and cache_experts > fit and fit < total:
+        raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {human(budget)} leaves room for {fit}")
+    plan.slots = min(total, fit if cache_experts is None else cache_experts)
+    return plan
+
+
+def can_compile(device: torch.device) -> bool:
+    """Compile and run one line; where that fails (no compiler, no Triton) say so once and go on eager."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"note: torch.compile does not work here ({reason[0][:100]}); going on without it", file=sys.stderr)
+        return False
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
+    """logits [vocab] fp32 -> one token id, on the same device. Temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax()
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
+    ranked, ids = (logits / temperature).sort(descending=True)
+    p = ranked.softmax(-1)
+    p[p.cumsum(-1) - p >= top_p] = 0        # keep the smallest set that reaches top_p
+    return ids[torch.multinomial(p, 1, generator=generator)[0]]
+
+
+class StreamedExperts:
+    """The model's `ExpertSource`: between its tensors and the scheduler's plain ints."""
+
+    def __init__(self, slots: list[Expert], cache: GPUExpertCache, top_k: int):
+        self.slots, self.cache, self.lane, self.top_k = slots, cache, cache.lane, top_k
+        self.recorder: TraceRecorder | None = None
+        self.spans: list | None = None      # (name, layer, start mark, end mark), for the timeline
+
+    def begin(self, scheduler, history: History, start: int, tokens: int) -> None:
+        """Before each pass: who schedules it, and which positions it covers."""
+        self.scheduler, self.history, self.rows = scheduler, history, slice(start, start + tokens)
+
+    def begin_step(self, lookahead: Tensor) -> None:
+        self._record("lookahead", 0, lookahead)
+        self.scheduler.begin_step(self.lane.read(lookahead[-1].float(), self.cache.pump) if self.cache.decoding else None)
+
+    def begin_layer(self, layer: int) -> None:
+        if self.spans is not None:
+            self.mark = self.lane.mark()
+        self.scheduler.begin_layer(layer)
+
+    def read(self, layer, logits, ids, weights, lookahead) -> Routing:
+        self._record("router", layer, logits)
+        counts = torch.zeros(logits.shape[1], device=logits.device)
+        counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids, dtype=counts.dtype).flatten())
+        parts = [counts, ids[-1], weights[-1], logits[-1]]
+        if lookahead is not None:
+            self._record("lookahead", layer + 1, lookahead)
+            parts.append(lookahead[-1])
+        values = self.lane.read(torch.cat([part.float() for part in parts]), self.cache.pump)
+        self._span("attention", layer)
+        E, K = logits.shape[1], self.top_k
+        routing = Routing([int(n) for n in values[:E]], [int(e) for e in values[E:E + K]], values[E + K:E + 2 * K],
+                          values[E + 2 * K:2 * E + 2 * K], values[2 * E + 2 * K:] or None)
+        self.history.observe(layer, routing)
+        return routing
+
+    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Expert]]:
+        for e, slot in self.scheduler.experts(layer, routing):
+            if self.spans is not None:
+                self.mark = self.lane.mark()
+            yield e, self.slots[slot]
+            self._span(f"expert {e}", layer)
+
+    def end_layer(self, layer: int) -> None:
+        self.scheduler.end_layer(layer)
+
+    def _span(self, name: str, layer: int) -> None:
+        if self.spans is not None:
+            self.spans.append((name, layer, self.mark, self.lane.mark()))
+
+    def _record(self, kind: str, layer: int, rows: Tensor) -> None:
+        if self.recorder is not None:
+            getattr(self.recorder, kind)[self.rows, layer] = rows.to(torch.float16)
+
+
+class Engine:
+    """A loaded model. One request at a time; the cache stays warm between requests."""
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
+                        dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
+                        gpu_memory: int | str | None = None, context: int | None = None,
+                        predictor: str | Path | None = None, simulate_link: float | str | None = None,
+                        compile: bool | None = None, progress=None) -> "Engine":
+        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`).
+
+        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `context`: prompt and new tokens, at most the model's;
+        `predictor`: a file, 'none', or None for the model's own; `simulate_link`: bytes a second, or '25GB/s';
+        `progress(total, label)`: makes a progress display. Raises `UserError` for whatever a user can mend.
+        """
+        from .checkpoint import ensure_packed
+        began = time.perf_counter()
+        if policy not in POLICIES:
+            raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
+        engine = cls()
+        engine.device = device = check_device(device)
+        engine.dtype = dtype = check_dtype(dtype, device)
+        packed = PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights"))
+        engine.packed, engine.config, engine.policy = packed, packed.config, policy
+        c = packed.config
+        limit = c.max_position_embeddings
+        if context is not None and not 2 <= context <= limit:
+            raise UserError(f"--context {context}: this model takes from 2 to {limit} tokens")
+        engine.context = context or min(limit, 4096)
+        total = c.num_hidden_layers * c.num_local_experts
+        if cache_experts is not None and cache_experts < 2:
+            raise UserError(f"--cache-experts {cache_experts}: two is the least that works")
+        if cache_experts is not None and cache_experts > total:
+            print(f"note: --cache-experts {cache_experts} is more than the model's {total} experts; using {total}", file=sys.stderr)
+            cache_experts = total
+        if cache_experts is None and gpu_memory is None and device.type == "cpu":
+            cache_experts = max(2, total // 4)
+        compiled = (device.type == "cuda" if compile is None else compile) and can_compile(device)
+        budget = check_budget(gpu_memory, packed.nbytes, device, cache_experts)
+        engine.plan = plan_memory(packed, dtype, engine.context, compiled, budget, cache_experts)
+        engine.tokenizer = Tokenizer(packed.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
+        engine.predictor = engine._load_predictor(predictor)
+        if isinstance(simulate_link, str):
+            simulate_link = parse_rate(simulate_link, "--simulate-link")
+        if simulate_link is not None and not 0 < simulate_link < 1e15:
+            raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
+
+        # All that the device will hold, taken once, the largest first.
+        experts = torch.empty(engine.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
+        engine.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, engine.context, c.head_dim, dtype=dtype, device=device)
+        linear = partial(PackedLinear, largest_group=packed.largest_group, compiled=compiled)
+        with torch.device("meta"):
+            engine.model = Mixtral(c, linear)
+            slots = [Expert(c, linear) for _ in range(engine.plan.slots)]
+        state = {name: tensor.to(device, dtype if packed.shapes[name][0] == "16" else None)
+                 for name, tensor in packed.resident().items()}
+        if c.tie_word_embeddings:
+            state["head.weight"] = state["embed.weight"]
+        engine.model.load_state_dict(state, assign=True)
+        engine.model.requires_grad_(False)
+        for slot, block in zip(slots, experts):
+            packed.layout.bind(slot, block)
+        bar = progress(total * packed.layout.nbytes, "loading") if progress else None
+        engine.store = ExpertStore(packed, pin=device.type == "cuda", progress=bar)
+        if bar:
+            bar.close()
+        chunk = chunk_size(packed.layout.nbytes)
+        copy = engine.store.copier(experts, chunk)
+        lane = CudaLane(device, chunk, engine.plan.slots, copy) if device.type == "cuda" and not simulate_link else \
+            SimulatedLane(WallClock(), simulate_link or 0, chunk, copy)
+        engine.cache = GPUExpertCache(engine.plan.slots, packed.layout.nbytes, lane)
+        engine.source = StreamedExperts(slots, engine.cache, c.num_experts_per_tok)
+        if compiled:                        # compiling counts as loading, never as time to first token
+            engine.generate([c.bos_token_id] * min(8, engine.context - 2), max_new_tokens=2, temperature=0)
+            engine.logits([c.bos_token_id])
+        engine.load_s = time.perf_counter() - began
+        return engine
+
+    def _load_predictor(self, named: str | Path | None) -> Predictor | None:
+        path = self.packed.directory / "predictor.safetensors" if named is None else named
+        if self.policy != "duo" or path == "none":
+            return None
+        if named is None and not path.exists():
+            print(f"note: no {path}; predicting by lookahead alone (train_predictor.py makes one)", file=sys.stderr)
+            return None
+        return Predictor.read(path, self.packed.fingerprint, self.config.num_hidden_layers, self.config.num_local_experts)
+
+    def _begin(self, tokens: int) -> None:
+        """A new request: a new history, fresh counts; the cache keeps what it holds."""
+        c = self.config
+        self.history = History(c.num_hidden_layers, c.num_local_experts)
+        forecast = Forecast(self.history, self.predictor, c.num_experts_per_tok)
+        self.cache.counts, self.cache.decoding = Counts(), False
+        self.cache.lane.busy = 0.0
+        self.scheduler, self.make_decode_scheduler = schedulers(self.policy, self.cache, self.history, tokens, forecast)
+
+    @torch.inference_mode()
+    def _pass(self, tokens: Tensor, start: int) -> Tensor:
+        """tokens [T] at positions start.. -> hidden states [T, D]. After any failure the engine can be used again."""
+        try:
+            self.source.begin(self.scheduler, self.history, start, len(tokens))
+            return self.model(tokens[None], self.source, self.kv, start)[0]
+        except BaseException as error:
+            self.cache.abandon()
+            if isinstance(error, LinkError):
+                raise UserError(f"an expert could not be copied to {self.device} ({error}); the request is dropped, "
+                                "the engine can be used again") from error
+            raise
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
+        ids = self._check_ids(token_ids, self.context)
+        self._begin(len(ids))
+        hidden = self._pass(ids, 0)
+        self.cache.plan([])
+        return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
+
+    def generate(self, prompt: str | list[int], **options) -> Generation:
+        """As `stream`, all at once."""
+        for _ in self.stream(prompt, **options):
+            pass
+        return self.result
+
+    @torch.inference_mode()
+    def stream(self, prompt: str | list[int], *, max_new_tokens: int = 128, temperature: float = 0.8,
+               top_k: int | None = None, top_p: float = 0.95, seed: int = 0) -> Iterator[str]:
+        """Yields pieces of text as they are certain; `engine.result` is the `Generation` so far, also if interrupted.
+
+        Text gets BOS, ids are taken as they are. Stops at EOS, at `max_new_tokens`, or where the context is full.
+        Raises `UserError` for a bad prompt or option.
+        """
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UserError("the prompt is empty; give some text")
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self._check_ids(prompt_ids, self.context - 1)
+        n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
+        self._begin(n)
+        out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", 0
+        began = first = last = time.perf_counter()
+
+        def result() -> Generation:
+            wall, counts = max(last - began, 1e-9), self.cache.counts
+            tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
+            return Generation(text, out, n, reason, Stats(
+                getattr(self, "load_s", 0.0), first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
+                counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
+                min(1.0, self.cache.lane.busy / wall)))
+
+        try:
+            token = ids
+            while True:
+                hidden = self._pass(token, position)
+                position += len(token)
+                token = sample(self.model.head(hidden[-1:])[0].float(), temperature, top_k, top_p, generator).view(1)
+                if position == n:           # prefill is over: what it left in the cache is decode's to use
+                    self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()
+                tid = int(token)
+                last = time.perf_counter()
+                first = last if position == n else first
+                if tid in self.tokenizer.eos:
+                    reason = "stop"
+                    break
+                out.append(tid)
+                if new := piece.push(tid):
+                    text += new
+                    yield new
+                if len(out) >= max_new_tokens or n + len(out) >= self.context:
+                    reason = "length"
+                    break
+            if new := piece.close():
+                text += new
+                yield new
+        finally:                            # also when the consumer stops early, or on Ctrl-C
+            self.cache.plan([])
+            self.cache.lane.finish()
+            self.passed = (prompt_ids + out)[:position]             # what went through the model, for traces
+            self.result = result()
+
+    def peak_bytes(self) -> int:
+        """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self.plan.total
+
+    def _check_ids(self, ids: list[int], most: int) -> Tensor:
+        if not ids:
+            raise UserError("the prompt is empty; give at least one token")
+        if len(ids) > most:
+            raise UserError(f"the prompt has {len(ids)} tokens and --context {self.context} leaves room for {most}; "
+                            f"shorten it or raise --context (this model takes {self.config.max_position_embeddings})")
+        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
+        if bad is not None:
+            raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
+        return torch.tensor(ids, device=self.device)
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device}: write cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise UserError(f"--device {device}: no such GPU here; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: only cpu and cuda are supported")
+    return device
+
+
+def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if str(dtype).removeprefix("torch.") not in known:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(known)}")
+    return known[str(dtype).removeprefix("torch.")]
+
+
+def check_budget(gpu_memory: int | str | None, model_bytes: int, device: torch.device, cache_experts: int | None) -> int | None:
+    """-> bytes, or None for no bound but the number of slots. A percentage is of the whole packed model."""
+    if gpu_memory is None:
+        if device.type == "cpu" or cache_experts is not None:
+            return None
+        return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
+    if isinstance(gpu_memory, str) and gpu_memory.strip().endswith("%"):
+        try:
+            share = float(gpu_memory.strip()[:-1])
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1e6:
+            raise UserError(f"--gpu-memory {gpu_memory}: not a percentage; write it like 15%")
+        return int(model_bytes * share / 100)
+    return parse_size(gpu_memory, "--gpu-memory") if isinstance(gpu_memory, str) else int(gpu_memory)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature {temperature}: 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: above 0, at most 1")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k {top_k}: at least 1")

@@ -1,0 +1,203 @@
+"""The lane from host to device: the one scarce thing in this program.
+
+A lane sends bytes of experts in the order it is told and says when they are there. *Demand* is sent whole, at
+once. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than those two. The
+lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
+
+Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's clock or on a virtual one. Nothing
+above this file asks which it has.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+
+Key = tuple[int, int]                       # (layer, expert)
+IN_FLIGHT = 2                               # chunks of speculation
+
+
+class LinkError(Exception):
+    """A transfer that failed."""
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """One expert on its way: `sent` of `size` bytes are enqueued, into `slot` once the first chunk is (-1 before)."""
+
+    key: Key
+    size: int
+    asked: float                            # when, on the lane's clock
+    urgent: bool
+    predicted: bool = False                 # asked for on a prediction, in decode
+    slot: int = -1
+    sent: int = 0
+    loaded: Any = None                      # the lane's mark for "all of it is there": an event, or a time
+    order: int = 0                          # the lane delivers in this order
+    spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
+
+
+def chunk_size(expert_bytes: int, chunks: int = 6) -> int:
+    """Bytes of one chunk of speculation: 8 MiB, or a sixth of a small expert."""
+    return max(1, min(8 * 2**20, -(-expert_bytes // chunks)))
+
+
+class WallClock:
+    now = staticmethod(time.perf_counter)
+
+    def wait_until(self, t: float) -> None:
+        while (left := t - time.perf_counter()) > 0:
+            if left > 0.0005:
+                time.sleep(left - 0.0004)   # sleep oversleeps: spin the rest
+
+
+class VirtualClock:
+    """Time that passes only when told: `advance` for the replay's compute, `wait_until` for its waits."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def wait_until(self, t: float) -> None:
+        self.time = max(self.time, t)
+
+    def advance(self, seconds: float) -> None:
+        self.time += seconds
+
+
+class SimulatedLane:
+    """A link of `rate` bytes a second (0: as fast as memcpy). `copy(transfer, start, stop)` moves the bytes, if any.
+
+    A chunk starts when the lane falls free or when it was asked for, whichever is later, even if it is sent after
+    that: this models a host that feeds the lane while the accelerator computes.
+    """
+
+    def __init__(self, clock, rate: float, chunk: int, copy: Callable[[Transfer, int, int], None] | None = None):
+        self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
+        self.now = clock.now
+        self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # when the latest pieces are (or will be) done
+        self.busy = 0.0
+
+    def room(self, asked: float) -> bool:
+        """Is a chunk asked for then due to be sent by now?"""
+        return max(asked, self.ends[0]) <= self.now()
+
+    def send(self, transfer: Transfer, nbytes: int) -> None:
+        """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
+        if self.copy:
+            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+        start = max(transfer.asked, self.ends[-1])
+        end = start + (nbytes / self.rate if self.rate else 0.0)
+        self.ends.append(end)
+        self.busy += end - start
+        transfer.spans.append((start, end))
+        transfer.sent += nbytes
+        if transfer.sent == transfer.size:
+            transfer.loaded = end
+
+    def wait(self, transfer: Transfer) -> None:
+        """What is computed from here on finds the expert in its slot."""
+        self.clock.wait_until(transfer.loaded)
+
+    def used(self, slot: int) -> None:
+        """What was computed up to here is the slot's last use, until the next call: it may be overwritten after it."""
+
+    def read(self, values: torch.Tensor, pump: Callable[[], None]) -> list[float]:
+        """A few numbers from the device; `pump` feeds the lane meanwhile."""
+        pump()
+        return values.tolist()
+
+    def mark(self) -> float:
+        """This moment of the computation; `seconds` says when it was, on the lane's clock."""
+        return self.now()
+
+    def seconds(self, mark: float) -> float:
+        return mark
+
+    def finish(self) -> None:
+        """Wait for all that is enqueued, so that every time is known."""
+
+
+class CudaLane:
+    """A side stream, and an event each way: compute waits for a load, a load for the slot's last use.
+
+    CUDA takes a wait on an event that was never recorded as done. So `loaded` exists only once the last chunk is
+    enqueued, and a slot's first chunk waits for the event that `used` recorded.
+    """
+
+    def __init__(self, device: torch.device, chunk: int, slots: int, copy: Callable[[Transfer, int, int], None]):
+        self.device, self.chunk, self.copy = device, chunk, copy
+        self.stream = torch.cuda.Stream(device)
+        self.last_use: list[torch.cuda.Event | None] = [None] * slots
+        self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
+        self.buffer = torch.empty(4096, pin_memory=True)
+        self.busy = 0.0
+        self.origin = torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        self.origin.record()
+        self.origin.synchronize()
+        self.epoch = time.perf_counter()
+        self.now = time.perf_counter
+
+    def _land(self) -> None:
+        """Take note of the pieces that have arrived."""
+        while self.flying and self.flying[0][1].query():
+            start, end, transfer = self.flying.popleft()
+            begin = self.epoch + self.origin.elapsed_time(start) / 1e3
+            seconds = start.elapsed_time(end) / 1e3
+            self.busy += seconds
+            transfer.spans.append((begin, begin + seconds))
+
+    def room(self, asked: float) -> bool:
+        self._land()
+        return len(self.flying) < IN_FLIGHT
+
+    def send(self, transfer: Transfer, nbytes: int) -> None:
+        with torch.cuda.stream(self.stream):
+            if transfer.sent == 0 and self.last_use[transfer.slot] is not None:
+                self.stream.wait_event(self.last_use[transfer.slot])
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            try:
+                self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+            except RuntimeError as error:
+                raise LinkError(str(error)) from error
+            end.record()
+        self.flying.append((start, end, transfer))
+        transfer.sent += nbytes
+        if transfer.sent == transfer.size:
+            transfer.loaded = end
+
+    def wait(self, transfer: Transfer) -> None:
+        torch.cuda.current_stream(self.device).wait_event(transfer.loaded)
+
+    def used(self, slot: int) -> None:
+        if self.last_use[slot] is None:
+            self.last_use[slot] = torch.cuda.Event()
+        self.last_use[slot].record(torch.cuda.current_stream(self.device))
+
+    def read(self, values: torch.Tensor, pump: Callable[[], None]) -> list[float]:
+        buffer = self.buffer[:len(values)]
+        buffer.copy_(values, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        while not done.query():
+            pump()
+        return buffer.tolist()
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def seconds(self, mark: torch.cuda.Event) -> float:
+        mark.synchronize()
+        return self.epoch + self.origin.elapsed_time(mark) / 1e3
+
+    def finish(self) -> None:
+        self.stream.synchronize()
+        self._land()

@@ -1,0 +1,200 @@
+"""Mixtral, whole: RMSNorm, RoPE, grouped-query attention with a KV cache, the router, the experts.
+
+The one thing unusual here is that the model does not own its experts. Each MoE layer is handed an
+`ExpertSource`, which yields experts one by one as they become available, in any order; the layer runs each on
+the tokens routed to it and sums the outputs in an order of its own, so the result cannot depend on when an
+expert came. Training hands in dense experts; the engine hands in slots of a cache that a lane is filling.
+
+Shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, A head_dim, E experts, K experts a
+token, F ffn, C context, N layers. Source: Mixtral of Experts, arXiv 2401.04088; tensor layout as in Hugging Face's.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Iterator, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MixtralConfig
+
+# Row blocks are constants: a product's bits depend on how many rows it has, so the split of a prompt into
+# blocks may follow from the prompt's length alone, never from memory, cache size or policy.
+ATTENTION_ROWS = 512
+EXPERT_ROWS = 512
+
+
+@dataclass(slots=True)
+class Routing:
+    """What one layer's router decided, as plain Python: all that the host needs to know of a pass.
+
+    `counts[e]`: tokens of this pass that go to expert e. The rest is of the pass's last token: `ids[k]` and
+    `weights[k]` of its experts in rank order, `logits[e]`, and `lookahead[e]`: what the *next* layer's router
+    says to the residual stream as it is before this layer's experts have run (None at the last layer).
+    """
+
+    counts: list[int]
+    ids: list[int]
+    weights: list[float]
+    logits: list[float]
+    lookahead: list[float] | None
+
+
+class ExpertSource(Protocol):
+    """What the model asks of whoever holds the experts."""
+
+    def begin_step(self, lookahead: Tensor) -> None:
+        """Once a pass: what layer 0's router says to the embeddings, [T, E]."""
+
+    def begin_layer(self, layer: int) -> None: ...
+
+    def read(self, layer: int, logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Routing:
+        """logits [T, E], ids and weights [T, K], lookahead [T, E] -> the pass's routing on the host."""
+
+    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, nn.Module]]:
+        """Every expert with a token, once, in any order; valid until the iterator is resumed or closed."""
+
+    def end_layer(self, layer: int) -> None: ...
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rope_table(config: MixtralConfig, positions: Tensor) -> Tensor:
+    """positions [T] -> cosines and sines [2, T, A], in fp32 (RoFormer, arXiv 2104.09864)."""
+    frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim)
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)      # half-split: pairs are (i, i + A/2)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn each pair (i, i + A/2) of x [B, heads, T, A] by its position's angle; rope [2, T, A]."""
+    a, b = x.chunk(2, -1)
+    cos, sin = rope.to(x.dtype)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; with `sliding_window` W a token sees itself and the W - 1 before it."""
+
+    def __init__(self, config: MixtralConfig, linear=nn.Linear):
+        super().__init__()
+        self.config = c = config
+        self.qkv = linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, bias=False)
+        self.o = linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
+        """x [B, T, D] at positions start.. -> [B, T, D]; kv [2, G, C, A] is this layer's cache, written in place."""
+        c, (B, T, _) = self.config, x.shape
+        H, G, A = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        q, k, v = self.qkv(x).view(B, T, H + 2 * G, A).transpose(1, 2).split((H, G, G), 1)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if kv is not None:
+            kv[0, :, start:start + T], kv[1, :, start:start + T] = k[0], v[0]
+            k, v = kv[:, None, :, :start + T]
+        mask, causal = None, start == 0 and c.sliding_window is None
+        if not causal and (T > 1 or c.sliding_window is not None):  # (one query without a window sees every key)
+            query = torch.arange(start, start + T, device=x.device)[:, None]
+            key = torch.arange(k.shape[2], device=x.device)
+            mask = key <= query
+            if c.sliding_window is not None:
+                mask &= key > query - c.sliding_window
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != G)
+        return self.o(y.transpose(1, 2).reshape(B, T, H * A))
+
+
+class Expert(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), with w1 and w3 as one matrix of 2F rows."""
+
+    def __init__(self, config: MixtralConfig, linear=nn.Linear):
+        super().__init__()
+        self.w13 = linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.w2 = linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """logits [T, E] -> ids [T, K] in rank order and their weights [T, K] in fp32, which sum to one."""
+    weights, ids = logits.float().softmax(-1).topk(top_k, -1)
+    return ids, weights / weights.sum(-1, keepdim=True)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: MixtralConfig, linear=nn.Linear):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, linear)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+
+    def attend(self, h: Tensor, rope: Tensor, kv: Tensor | None, start: int) -> Tensor:
+        """The residual stream h [B, T, D] with this layer's attention added, in row blocks where there is a cache."""
+        rows = ATTENTION_ROWS if kv is not None else h.shape[1]
+        return torch.cat([
+            block + self.attention(self.attention_norm(block), rope[:, i * rows:(i + 1) * rows], kv, start + i * rows)
+            for i, block in enumerate(h.split(rows, 1))], 1)
+
+    def gate(self, h: Tensor) -> Tensor:
+        """Router logits [.., E] of a residual stream h [.., D]: this layer's own, or a look ahead from the one before."""
+        return self.router(self.ffn_norm(h))
+
+
+class Mixtral(nn.Module):
+    """`linear` makes attention's and the experts' matrices: `nn.Linear` to train, `quant.PackedLinear` to run."""
+
+    def __init__(self, config: MixtralConfig, linear=nn.Linear):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, source: ExpertSource, kv: Tensor | None = None, start: int = 0) -> Tensor:
+        """tokens [B, T] at positions start.. -> normed hidden states [B, T, D]; `head` turns those into logits.
+
+        Layer by layer over all the tokens, so every expert is asked for once a pass, however long the pass is.
+        kv [N, 2, G, C, A] holds the positions before `start` and takes the new ones (then B is 1).
+        """
+        h = self.embed(tokens)
+        source.begin_step(self.layers[0].gate(h.flatten(0, 1)))
+        rope = rope_table(self.config, torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        for i, layer in enumerate(self.layers):
+            source.begin_layer(i)
+            h = layer.attend(h, rope, None if kv is None else kv[i], start)
+            h = self.mix(i, h.flatten(0, 1), source).view_as(h)
+            source.end_layer(i)
+        return self.norm(h)
+
+    def mix(self, i: int, h: Tensor, source: ExpertSource) -> Tensor:
+        """h [T, D] with layer i's mixture of experts added."""
+        layer, (T, D), K = self.layers[i], h.shape, self.config.num_experts_per_tok
+        x = layer.ffn_norm(h)
+        logits = layer.router(x)
+        ids, weights = route(logits, K)
+        lookahead = self.layers[i + 1].gate(h) if i + 1 < len(self.layers) else None
+        routing = source.read(i, logits, ids, weights, lookahead)
+        order = ids.flatten().argsort(stable=True)                  # (token, rank) pairs, expert after expert
+        ends = list(accumulate(routing.counts))
+        y = x.new_empty(T * K, D)                                   # what each (token, rank) pair's expert answers
+        for e, expert in source.experts(i, routing):
+            for pairs in order[ends[e] - routing.counts[e]:ends[e]].split(EXPERT_ROWS):
+                y[pairs] = expert(x[pairs // K])
+        for rank, answer in enumerate(y.view(T, K, D).unbind(1)):   # in rank order, whatever order they came in
+            h = h + weights[:, rank, None].to(h.dtype) * answer
+        return h

@@ -1,0 +1,254 @@
+"""A packed model directory: what is in it, how it is written so that it can be believed, how it is checked.
+
+    config.json  tokenizer.model  outer.safetensors  layer-000.safetensors ...  manifest.json  [predictor.safetensors]
+
+`outer` holds embedding, final norm and head; a layer's file its attention (4-bit), norms, router, and each expert
+as one block of bytes. Every tensor's CRC-32 stands in its file's header. A file appears under its name only when
+it is whole, and the manifest last: a directory without one is an unfinished conversion, not a model.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import MixtralConfig
+from .errors import UserError
+from .quant import ALIGN, ExpertLayout
+
+MANIFEST = "manifest.json"
+DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+LONGEST_HEADER = 100 * 10**6    # bytes; the safetensors format's own limit
+CHUNK = 16 * 2**20              # bytes read or written at a time
+
+
+@contextmanager
+def atomic(path: Path, mode: str = "wb"):
+    """A file that appears under its name only when it is whole and on the disk; on any failure nothing is left."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); what was complete before stays") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Header:
+    """A safetensors file's header, checked against the file: `tensors[name] = (dtype, shape, start, end)`.
+
+    Offsets are from the start of the file. `UserError` names the file for anything that is not as it should be.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path = Path(path)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                    raise UserError(f"{path}: truncated or not a safetensors file; get or make it again")
+                self.raw = file.read(length)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        self.tensors, self.size = {}, size
+        try:
+            entries = json.loads(self.raw)
+            self.metadata = entries.pop("__metadata__", {})
+            for name, entry in entries.items():
+                dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+                if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                    raise ValueError(f"{name} has a negative size")
+                if end - start != prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name}'s size does not match its shape")
+                if 8 + length + end > size:
+                    raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + end} of {size}; get or make it again")
+                self.tensors[name] = dtype, shape, 8 + length + start, 8 + length + end
+            if not isinstance(self.metadata, dict):
+                raise ValueError("__metadata__ is no object")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path}: its safetensors header is damaged ({error!r}); get or make it again") from None
+
+    def read(self, name: str, file) -> torch.Tensor:
+        """One tensor, from the open file, onto the host."""
+        dtype, shape, start, end = self.tensors[name]
+        data = torch.empty(end - start, dtype=torch.uint8)
+        read_into(file, start, memoryview(data.numpy()), self.path)
+        return data.view(dtype).view(shape)
+
+
+def read_into(file, start: int, buffer: memoryview, path: Path) -> int:
+    """Fill `buffer` from the file at `start`; returns the CRC-32 of what was read. Safe from several threads."""
+    crc, done = 0, 0
+    while done < len(buffer):
+        n = os.preadv(file.fileno(), [buffer[done:done + CHUNK]], start + done)
+        if not n:
+            raise UserError(f"{path}: truncated while it was read; get or make it again")
+        crc, done = zlib.crc32(buffer[done:done + n], crc), done + n
+    return crc
+
+
+class TensorWriter:
+    """Writes a safetensors file tensor by tensor, so that none but the current one need be in memory.
+
+    The header comes first in the file but holds the CRCs, known last: it is written twice, at the same length.
+    """
+
+    def __init__(self, file, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+        self.file, self.metadata, self.crc, self.entries, offset = file, metadata, {}, {}, 0
+        for name, (dtype, shape) in tensors.items():
+            nbytes = prod(shape) * dtype.itemsize
+            self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offset += nbytes
+        self.waiting = list(tensors)
+        self._header()
+
+    def _header(self) -> None:
+        table = " ".join(f"{self.crc.get(name, 0):08x}" for name in self.entries)
+        text = json.dumps({"__metadata__": self.metadata | {"crc32": table}} | self.entries).encode()
+        text += b" " * (-(len(text) + 8) % ALIGN)
+        self.file.seek(0)
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """The next tensor, in the order announced."""
+        entry = self.entries[name]
+        if self.waiting.pop(0) != name or CODES[tensor.dtype] != entry["dtype"] or list(tensor.shape) != entry["shape"]:
+            raise ValueError(f"{name}: not the tensor that was announced")
+        data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        self.crc[name] = zlib.crc32(data)
+        self.file.write(data)
+
+    def close(self) -> None:
+        if self.waiting:
+            raise ValueError(f"{self.waiting[0]} was announced and not written")
+        self._header()
+
+
+def fingerprint(directory: Path, names: list[str]) -> str:
+    """Hashes config, tokenizer and the headers (with their CRCs) of the tensor files: 16 hex digits."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.model"):
+        path = directory / name
+        digest.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+    for name in names:
+        digest.update(hashlib.sha256(Header(directory / name).raw).digest())
+    return digest.hexdigest()[:16]
+
+
+def tensor_files(config: MixtralConfig) -> list[str]:
+    return ["outer.safetensors"] + [f"layer-{i:03d}.safetensors" for i in range(config.num_hidden_layers)]
+
+
+def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (kind, shape) of all that stays on the device; kind is '16' (16 bits, as they came), 'u8' or 'f16'.
+
+    Names are those of `Mixtral`'s state_dict; `group_of(columns, name)` gives a packed matrix's group size.
+    """
+    c, shapes = config, {"embed.weight": ("16", (config.vocab_size, config.hidden_size)), "norm.weight": ("16", (config.hidden_size,))}
+    if not c.tie_word_embeddings:
+        shapes["head.weight"] = "16", (c.vocab_size, c.hidden_size)
+    q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    for i in range(c.num_hidden_layers):
+        for name in ("attention_norm", "ffn_norm"):
+            shapes[f"layers.{i}.{name}.weight"] = "16", (c.hidden_size,)
+        shapes[f"layers.{i}.router.weight"] = "16", (c.num_local_experts, c.hidden_size)
+        for name, rows, columns in (("qkv", q_rows + 2 * kv_rows, c.hidden_size), ("o", c.hidden_size, q_rows)):
+            name = f"layers.{i}.attention.{name}"
+            groups = columns // group_of(columns, name)
+            shapes |= {f"{name}.q": ("u8", (rows, columns // 2)), f"{name}.scale": ("f16", (rows, groups)),
+                       f"{name}.zero": ("f16", (rows, groups))}
+    return shapes
+
+
+class PackedModel:
+    """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the file."""
+
+    def __init__(self, directory: str | Path):
+        from .quant import group_size
+        self.directory = directory = Path(directory)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such model directory")
+        path = directory / MANIFEST
+        try:
+            self.manifest = json.loads(path.read_text())
+            self.largest_group, version = self.manifest["group_size"], self.manifest["version"]
+            self.fingerprint = self.manifest["fingerprint"]
+        except FileNotFoundError:
+            raise UserError(f"{directory}: no {MANIFEST}, so this is not a (complete) packed model; "
+                            "convert one with python -m duoserve.checkpoint") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged ({error!r}); convert the model again") from None
+        if version != 1 or self.largest_group not in (32, 64, 128):
+            raise UserError(f"{path}: version {version}, group size {self.largest_group}: not made by this duoserve; convert again")
+        self.config = MixtralConfig.read(directory)
+        self.layout = ExpertLayout.of(self.config, self.largest_group)
+        self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
+        made = fingerprint(directory, tensor_files(self.config))
+        if made != self.fingerprint:
+            raise UserError(f"{path}: fingerprint {self.fingerprint} does not match the files, which make {made}: "
+                            "a file was changed or comes from another model; convert the model again")
+        self.crc = {}
+        for name, header in self.headers.items():
+            table = str(header.metadata.get("crc32", "")).split()
+            if len(table) != len(header.tensors):
+                raise UserError(f"{header.path}: holds no CRC table; convert the model again")
+            self.crc |= {(name, tensor): int(crc, 16) for tensor, crc in zip(header.tensors, table)}
+        self.shapes = resident_shapes(self.config, lambda columns, name: group_size(columns, self.largest_group, name))
+        for name in self.shapes:
+            self._locate(name, self.shapes[name][1])
+        for i in range(self.config.num_hidden_layers):
+            for e in range(self.config.num_local_experts):
+                self._locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,))
+        self.nbytes = sum(end - start for h in self.headers.values() for _, _, start, end in h.tensors.values())
+        self.resident_bytes = self.nbytes - self.config.num_hidden_layers * self.config.num_local_experts * self.layout.nbytes
+
+    def _locate(self, name: str, shape=None) -> tuple[Header, str]:
+        """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003."""
+        file, inside = "outer.safetensors", name
+        if name.startswith("layers."):
+            _, i, inside = name.split(".", 2)
+            file = f"layer-{int(i):03d}.safetensors"
+        header = self.headers[file]
+        found = header.tensors.get(inside, (None, None))[1]
+        if found is None or (shape is not None and found != shape):
+            raise UserError(f"{header.path}: {inside} {'is missing' if found is None else f'has shape {list(found)}'}, "
+                            f"expected {list(shape or ())}; convert the model again")
+        return header, inside
+
+    def _check(self, header: Header, inside: str, crc: int) -> None:
+        if crc != self.crc[header.path.name, inside]:
+            raise UserError(f"{header.path}: {inside.replace('.', ' ')} is corrupted (its CRC-32 does not match); "
+                            "get the file again or convert the model again")
+
+    def resident(self) -> dict[str, torch.Tensor]:
+        """All that stays on the device, by the names of `Mixtral`'s state_dict, on the host, checked."""
+        out = {}
+        for name in self.shapes:
+            header, inside = self._locate(name)
+            with open(header.path, "rb") as file:
+                tensor = header.read(inside, file)
+            self._check(header, inside, zlib.crc32(tensor.view(-1).view(torch.uint8).numpy()))
+            out[name] = tensor
+        return out
+
+    def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
+        """Read and check one expert's block into uint8 [layout.nbytes]; safe from several threads."""
+        header, inside = self._locate(f"layers.{layer}.experts.{expert}")
+        with open(header.path, "rb", buffering=0) as file:
+            crc = read_into(file, header.tensors[inside][2], memoryview(into), header.path)
+        self._check(header, inside, crc)

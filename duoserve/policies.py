@@ -1,0 +1,92 @@
+"""The uniform baselines of the field, each the honest best version of its idea, on the same lane, slots and kernels.
+
+A uniform policy is one `ExpertScheduler` for both phases. What they share with ours: pinned memory, one copy an
+expert, demands before guesses, every expert computed as soon as it is there.
+"""
+
+from .cache import Slot
+from .link import Key
+from .model import Routing
+from .predictor import Forecast
+from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
+
+
+class OnDemand(ExpertScheduler):
+    """Fetches when the router has spoken and keeps nothing: the baseline of the paper (arXiv 2509.07379, section 6)."""
+
+    def computed(self, key: Key) -> None:
+        self.cache.drop(key)
+
+
+class LayerPrefetch(ExpertScheduler):
+    """Asks for the whole next layer; what finds no slot stays queued and is dropped when that layer's router speaks."""
+
+    def spoken(self, layer: int, routing: Routing) -> None:
+        self.cache.plan([transfer.key for transfer in self.cache.queue if transfer.key in self.cache.needed])
+
+    def planning(self, layer: int, routing: Routing) -> None:
+        following = (layer + 1) % self.layers
+        self.cache.plan([(following, e) for e in range(self.experts_a_layer)])
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        following = (self.layer + 1) % self.layers
+        old = [slot for slot in candidates if slot.key[0] != following] or (candidates if urgent else [])
+        return super().victim(key, old, urgent) if old else None
+
+
+class Lru(ExpertScheduler):
+    """One LRU over the whole pool, no prediction: `cache`."""
+
+
+class LookaheadLru(ExpertScheduler):
+    """Guesses the next layer's top_k by lookahead, keeps an LRU a layer, as mixtral-offloading does (arXiv
+    2312.17238): evicts within a layer that holds its share, else the globally oldest."""
+
+    def begin_step(self, lookahead: list[float] | None) -> None:
+        self.guess(0, lookahead)
+
+    def planning(self, layer: int, routing: Routing) -> None:
+        self.guess(layer + 1, routing.lookahead)
+
+    def guess(self, layer: int, lookahead: list[float] | None) -> None:
+        best = sorted(range(self.experts_a_layer), key=lambda e: -lookahead[e]) if lookahead else []
+        self.cache.plan([(layer, e) for e in best[:len(self.history.ids[-1])]])
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        share = max(1, len(self.cache.slots) // self.layers)
+        own = [slot for slot in candidates if slot.key[0] == key[0]]
+        full = sum(slot.key is not None and slot.key[0] == key[0] for slot in self.cache.slots) >= share
+        return super().victim(key, own if own and full else candidates, urgent)
+
+
+class Activation(ExpertScheduler):
+    """Guesses the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing more, as
+    MoE-Infinity does (arXiv 2401.14361, section 5)."""
+
+    def planning(self, layer: int, routing: Routing) -> None:
+        following = (layer + 1) % self.layers
+        counts = self.history.counts[following]
+        best = sorted((e for e in range(self.experts_a_layer) if counts[e]), key=lambda e: -counts[e])
+        self.cache.plan([(following, e) for e in best[:len(routing.ids)]])
+
+    def worth(self, key: Key) -> float:
+        layer, e = key
+        share = self.history.counts[layer][e] / max(1, self.history.tokens[layer])
+        return (share + 1e-6) * (1 - self.distance(layer) / (self.layers + 1))
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        least = min(candidates, key=lambda slot: self.worth(slot.key))
+        return least if urgent or self.worth(least.key) < self.worth(key) else None
+
+
+UNIFORM = {"on-demand": OnDemand, "layer-prefetch": LayerPrefetch, "cache": Lru, "lru": LookaheadLru,
+           "activation": Activation}
+POLICIES = ("duo", *UNIFORM)
+
+
+def schedulers(policy: str, cache, history, tokens: int, forecast: Forecast):
+    """-> (prefill scheduler, function that makes the decode scheduler once prefill is done)."""
+    if policy in UNIFORM:
+        one = UNIFORM[policy](cache, history)
+        return one, lambda: one
+    return PrefillScheduler(cache, history, tokens), lambda: DecodeScheduler(cache, history, forecast)

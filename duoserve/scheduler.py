@@ -1,0 +1,194 @@
+"""The dual phase: which expert crosses the link next, and who makes room for it.
+
+Prefill needs nearly every expert of every layer and knows it in advance: its bytes stream in a fixed order, through
+layer boundaries, while attention and the experts that have arrived are computed. Decode needs 2 of 8 and learns which
+only when the router speaks: it fetches what is missing first, and guesses the rest of the time (DuoServe-MoE,
+arXiv 2509.07379, section 4). Both share one cache, which is the hand-over between them.
+"""
+
+from typing import Iterator
+
+from .cache import GPUExpertCache, Slot
+from .link import Key
+from .model import Routing
+from .predictor import Forecast
+from .trace import History
+
+RING = 4                                    # slots that prefill streams through; the others keep what decode will want
+LIKELY = 0.4                                # chance from which on a guess is worth the link's time
+PATIENCE = 0.6                              # what an expert in a slot is worth if its use is a token away
+CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
+
+
+class ExpertScheduler:
+    """What the engine asks of a policy; this base fetches what the router asked for, and keeps it.
+
+    `history` is the request's; the engine feeds it each routing before it calls `experts`.
+    """
+
+    def __init__(self, cache: GPUExpertCache, history: History):
+        self.cache, self.history = cache, history
+        self.layers, self.experts_a_layer = history.layers, history.experts
+        self.layer = 0
+        self.clock = 0                      # ticks once per use, for policies that care how long ago
+        self.last_used: dict[Key, int] = {}
+        cache.policy = self
+
+    def begin_step(self, lookahead: list[float] | None) -> None:
+        """Once a forward pass: layer 0's lookahead (the last token's), or None."""
+
+    def begin_layer(self, layer: int) -> None:
+        """Before a layer's attention: transfers may start."""
+        self.layer = layer
+        self.cache.pump()
+
+    def end_layer(self, layer: int) -> None:
+        self.cache.pump()
+
+    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
+        """Yields (expert, slot) of each expert with a token as it is ready; the slot is pinned until resumed or closed."""
+        cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
+        cache.needed.update(remaining)
+        self.spoken(layer, routing)
+        planned = False
+        try:
+            while remaining:
+                for key in remaining:       # as many as there are slots, before any guess
+                    cache.demand(key)
+                if not planned:
+                    self.planning(layer, routing)
+                    planned = True
+                # The lane delivers in the order of the asking, so the oldest transfer is the next to be ready.
+                key = min((key for key in remaining if cache.resident(key)), key=lambda key: cache.where[key].transfer.order)
+                slot = cache.acquire(key)
+                try:
+                    yield key[1], slot
+                finally:
+                    cache.release(key)
+                remaining.remove(key)
+                self.clock += 1
+                self.last_used[key] = self.clock
+                self.computed(key)
+        finally:
+            cache.needed.difference_update(remaining)
+
+    def spoken(self, layer: int, routing: Routing) -> None:
+        """The router has spoken: forget guesses about this layer."""
+
+    def planning(self, layer: int, routing: Routing) -> None:
+        """The demands are enqueued: plan what the lane shall do after them."""
+
+    def computed(self, key: Key) -> None:
+        """An expert has been computed and its slot released."""
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        """Which slot to give up for `key`; None to leave things as they are (never when `urgent`)."""
+        return min(candidates, key=lambda slot: self.last_used.get(slot.key, 0))
+
+    def distance(self, layer: int) -> int:
+        """Layer visits from now until `layer` is next visited: 1 is the next layer, `layers` this one."""
+        return (layer - self.layer - 1) % self.layers + 1
+
+
+class PrefillScheduler(ExpertScheduler):
+    """Streams the experts ahead of the computation, in the order they will be needed, through a ring of slots."""
+
+    def __init__(self, cache: GPUExpertCache, history: History, tokens: int):
+        super().__init__(cache, history)
+        self.certain = tokens >= CERTAIN
+        self.passed: set[Key] = set()       # computed in this pass, or found not to be needed
+        self.ahead: list[Key] = []          # asked for by us and not passed yet
+        self.order = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
+
+    def begin_layer(self, layer: int) -> None:
+        super().begin_layer(layer)
+        self.run_ahead()
+
+    def spoken(self, layer: int, routing: Routing) -> None:
+        self.passed.update((layer, e) for e, n in enumerate(routing.counts) if not n)
+        if not self.certain:
+            self.cache.plan([key for key in self.ahead if key not in self.passed])      # the rest is dropped
+
+    def planning(self, layer: int, routing: Routing) -> None:
+        if routing.lookahead and not self.certain:      # a few tokens will not need them all: the likely ones first
+            i = (layer + 1) * self.experts_a_layer
+            self.order[i:i + self.experts_a_layer] = sorted(
+                self.order[i:i + self.experts_a_layer], key=lambda key: -routing.lookahead[key[1]])
+        self.run_ahead()
+
+    def computed(self, key: Key) -> None:
+        self.passed.add(key)
+        self.run_ahead()
+
+    def run_ahead(self) -> None:
+        """Keep the ring full: what is next in order and not here is asked for, whole if it is certain to be needed."""
+        cache = self.cache
+        ring = min(RING, len(cache.slots))
+        self.ahead = [key for key in self.ahead if key not in self.passed]
+        for key in self.order[self.layer * self.experts_a_layer:]:
+            if len(self.ahead) >= ring:
+                break
+            if key in self.passed or key in self.ahead or cache.resident(key):
+                continue
+            if self.certain and not cache.demand(key):
+                break
+            self.ahead.append(key)
+        if not self.certain:
+            cache.plan([key for key in self.ahead if not cache.resident(key)])
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        """Of what this pass is done with, what the prompt used least; else what it will need last."""
+        done = [slot for slot in candidates if slot.key in self.passed]
+        if done:
+            return min(done, key=lambda slot: self.history.counts[slot.key])
+        last = max(candidates, key=lambda slot: slot.key)
+        return last if last.key > key or (urgent and key in self.cache.needed) else None
+
+
+class DecodeScheduler(ExpertScheduler):
+    """Fetches what is missing, then what the forecast says of the next layer; evicts what is likeliest to lie idle
+    longest."""
+
+    def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast):
+        super().__init__(cache, history)
+        self.forecast = forecast
+        # [layers][experts]: the chance of use at the layer's next visit, as far as is known by now
+        self.chance = [forecast.next_visit(layer) for layer in range(self.layers)]
+
+    def begin_step(self, lookahead: list[float] | None) -> None:
+        self.layer = -1
+        if lookahead is not None:
+            self.chance[0] = self.forecast.next_layer(0, lookahead)
+        self.replan()
+
+    def planning(self, layer: int, routing: Routing) -> None:
+        self.chance[layer] = self.forecast.next_visit(layer)
+        if routing.lookahead is not None:
+            self.chance[layer + 1] = self.forecast.next_layer(layer + 1, routing.lookahead)
+        self.replan()
+
+    def replan(self) -> None:
+        """Guess at the next layer's experts, best first; then, as long as slots are empty, at the likeliest absent ones."""
+        cache, layer = self.cache, (self.layer + 1) % self.layers
+        chance = self.chance[layer]
+        wanted = [(layer, e) for e in sorted(range(self.experts_a_layer), key=lambda e: -chance[e]) if chance[e] >= LIKELY]
+        if len(cache.where) < len(cache.slots):
+            absent = [(m, e) for m in range(self.layers) for e in range(self.experts_a_layer)
+                      if not cache.resident((m, e)) and (m, e) not in wanted]
+            wanted += sorted(absent, key=self.worth, reverse=True)[:len(cache.slots) - len(cache.where)]
+        cache.plan(wanted)
+
+    def worth(self, key: Key) -> float:
+        """The expected discount of an expert's next use: 1 if it is now, PATIENCE if it is a token away.
+
+        With chance p the use comes at the layer's next visit, a part d of a token away; else it comes a token later
+        with chance q, this sequence's rate, or the token after that, and so on: a geometric series.
+        """
+        layer, e = key
+        p, q = self.chance[layer][e], self.history.rate(layer, e)
+        later = q * PATIENCE / (1 - PATIENCE * (1 - q))
+        return PATIENCE ** (self.distance(layer) / self.layers) * (p + (1 - p) * later)
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        least = min(candidates, key=lambda slot: self.worth(slot.key))
+        return least if urgent or self.worth(least.key) < self.worth(key) else None

@@ -1,0 +1,74 @@
+"""Text to tokens and back: sentencepiece, and detokenisation that streams without splitting a character."""
+
+from pathlib import Path
+
+import sentencepiece
+
+from .errors import UserError
+
+MARK = "\u2581"                             # sentencepiece's visible space
+
+
+class Tokenizer:
+    """A `tokenizer.model`. `encode` puts BOS in front; text is never parsed for control tokens."""
+
+    def __init__(self, path: Path, bos: int, eos: tuple[int, ...]):
+        if not path.exists():
+            hint = " (its tokenizer.json cannot be used; the model's page has the sentencepiece file beside it)" \
+                if path.with_name("tokenizer.json").exists() else ""
+            raise UserError(f"{path}: no such file; tokenizer.model is needed{hint}")
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines
+            raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
+        self.bos, self.eos = bos, set(eos)
+
+    def __len__(self) -> int:
+        return self.sp.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return [self.bos, *self.sp.encode(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """New tokens as the text that follows a prompt: a leading space is kept."""
+        stream = TextStream(self)
+        return "".join(map(stream.push, ids)) + stream.close()
+
+
+class TextStream:
+    """Tokens in, pieces of text out, as soon as they are certain.
+
+    Byte tokens (<0x..>) are held until they make a whole UTF-8 character; bytes that never will become U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.sp, self.held = tokenizer.sp, b""
+
+    def push(self, token: int) -> str:
+        if not 0 <= token < self.sp.vocab_size() or self.sp.is_control(token):
+            return ""                       # a model's vocabulary may be padded beyond its tokenizer's
+        if self.sp.is_byte(token):
+            self.held += bytes([int(self.sp.id_to_piece(token)[1:-1], 16)])
+            return self._whole(final=False)
+        if self.sp.is_unknown(token):
+            return self.close() + "\ufffd"
+        return self.close() + self.sp.id_to_piece(token).replace(MARK, " ")
+
+    def close(self) -> str:
+        """What was held back, for better or worse."""
+        return self._whole(final=True)
+
+    def _whole(self, final: bool) -> str:
+        out = ""
+        while self.held:
+            try:
+                text, self.held = self.held.decode(), b""
+                return out + text
+            except UnicodeDecodeError as error:
+                out += self.held[:error.start].decode()
+                self.held = self.held[error.start:]
+                if error.reason == "unexpected end of data" and not final:
+                    break                   # the rest of a character may still come
+                out += "\ufffd"
+                self.held = self.held[error.end - error.start:]
+        return out

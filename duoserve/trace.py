@@ -1,0 +1,117 @@
+"""What the routers did: the running `History` of one request, and traces of whole requests on disk.
+
+A trace is one sequence's router logits and lookahead logits, nothing else; the predictor is trained on them, the
+bench replays them. The format is in the README.
+"""
+
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .errors import UserError
+from .model import Routing
+from .packed import atomic
+
+RECENT = 0.7                                # decay of the recent-use average, per token
+
+
+class History:
+    """One request's routing so far; fed after every router, read by predictor, eviction and policies.
+
+    Everything about a layer ahead of the current one is known up to the previous token only.
+    `counts [layers][experts]`: tokens of this request; `logits`, `recent [layers, experts]`: the router's logits
+    for the last token, and the decaying average of use; `ids [layers]`: the last token's experts.
+    """
+
+    def __init__(self, layers: int, experts: int):
+        self.layers, self.experts, self.top_k = layers, experts, 1
+        self.tokens = [0] * layers
+        self.counts = np.zeros((layers, experts), np.float32)
+        self.recent = np.zeros((layers, experts), np.float32)
+        self.logits = np.zeros((layers, experts), np.float32)
+        self.ids: list[list[int]] = [[] for _ in range(layers)]
+
+    def observe(self, layer: int, routing: Routing) -> None:
+        counts = np.asarray(routing.counts, np.float32)
+        tokens = sum(routing.counts) // max(1, len(routing.ids))
+        keep = RECENT if tokens == 1 and self.tokens[layer] else 0.0     # a prompt's use is its average
+        self.recent[layer] = keep * self.recent[layer] + (1 - keep) * counts / tokens
+        self.counts[layer] += counts
+        self.tokens[layer] += tokens
+        self.logits[layer] = routing.logits
+        self.ids[layer] = routing.ids
+        self.top_k = len(routing.ids)
+
+    def rate(self, layer: int, e: int) -> float:
+        """How often this request's tokens choose an expert; a few tokens say little, so four even ones are added."""
+        return (self.counts[layer, e] + 4 * self.top_k / self.experts) / (self.tokens[layer] + 4)
+
+
+class TraceRecorder:
+    """Keeps the logits of a request on the device, in memory taken beforehand, and writes them at its end."""
+
+    def __init__(self, context: int, layers: int, experts: int, device):
+        self.router = torch.zeros(context, layers, experts, dtype=torch.float16, device=device)
+        self.lookahead = torch.zeros_like(self.router)
+
+    def save(self, directory: Path, token_ids: list[int], prompt_tokens: int, model: str) -> Path:
+        """A new file, whatever others there are; complete or not there."""
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--trace-dir {directory}: cannot be made ({error.strerror})") from None
+        n, path = len(token_ids), directory / f"trace-{uuid.uuid4().hex[:12]}.safetensors"
+        data = save({"router_logits": self.router[:n].cpu(), "lookahead_logits": self.lookahead[:n].cpu(),
+                     "token_ids": torch.tensor(token_ids)},
+                    {"prompt_tokens": str(prompt_tokens), "model": model, "version": "1"})
+        with atomic(path) as file:
+            file.write(data)
+        return path
+
+
+class Trace:
+    """A recorded sequence: `logits` and `lookahead [tokens, layers, experts]` fp32, `prompt` tokens of it prefill."""
+
+    def __init__(self, logits: np.ndarray, lookahead: np.ndarray, prompt: int, model: str):
+        self.logits, self.lookahead, self.prompt, self.model = logits, lookahead, prompt, model
+
+    @classmethod
+    def read(cls, path: Path) -> "Trace":
+        try:
+            with safe_open(path, "np") as file:
+                meta = file.metadata() or {}
+                if meta.get("version") != "1":
+                    raise UserError(f"{path}: trace version {meta.get('version')}, this reads version 1; record it again")
+                trace = cls(file.get_tensor("router_logits").astype(np.float32),
+                            file.get_tensor("lookahead_logits").astype(np.float32), int(meta["prompt_tokens"]), meta["model"])
+                tokens = len(file.get_tensor("token_ids"))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a trace, or truncated ({error}); delete it or record it again") from None
+        if trace.logits.ndim != 3 or trace.lookahead.shape != trace.logits.shape or tokens != len(trace.logits) \
+                or not 1 <= trace.prompt <= tokens or not np.isfinite(trace.logits).all():
+            raise UserError(f"{path}: its tensors do not fit together; delete it or record it again")
+        return trace
+
+    def top(self, k: int) -> np.ndarray:
+        """The experts chosen, in rank order: [tokens, layers, k]."""
+        return np.argsort(-self.logits, axis=-1, kind="stable")[..., :k]
+
+
+def read_traces(directory: str | Path, model: str | None = None) -> list[Trace]:
+    """Every trace of a directory, in the order of their names; all of one model (that with fingerprint `model`)."""
+    directory = Path(directory)
+    paths = sorted(directory.glob("*.safetensors")) if directory.is_dir() else None
+    if not paths:
+        raise UserError(f"{directory}: {'no such directory' if paths is None else 'holds no traces'}; "
+                        "record some with generate.py --trace-dir")
+    traces = [Trace.read(path) for path in paths]
+    for path, trace in zip(paths, traces):
+        if trace.model != (model or traces[0].model) or trace.logits.shape[1:] != traces[0].logits.shape[1:]:
+            raise UserError(f"{path}: a trace of model {trace.model}, not of {model or traces[0].model}; "
+                            "keep each model's traces in a directory of their own")
+    return traces

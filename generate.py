@@ -1,0 +1,94 @@
+"""prompt -> text, streamed; the numbers that matter at the end."""
+
+import json
+import sys
+from pathlib import Path
+
+from duoserve.errors import Parser, UserError, human, run_main
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="F", help="a file, or - for standard input")
+    add("--model", default=str(WEIGHTS / "demo"), help="a packed or Hugging Face directory (default: weights/demo)")
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--context", type=int, metavar="N", help="prompt and new tokens: sizes the KV cache (default: the model's, at most 4096)")
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, default=0.95, metavar="P")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)")
+    add("--compile", action="store_true", default=None, help="torch.compile the kernels (default on CUDA)")
+    add("--no-compile", dest="compile", action="store_false")
+    add("--gpu-memory", metavar="SIZE|PERCENT", help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top")
+    add("--cache-experts", type=int, metavar="N", help="slots for experts, instead of by memory")
+    add("--policy", default="duo", help="duo, on-demand, layer-prefetch, cache, lru or activation")
+    add("--predictor", metavar="FILE|none")
+    add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s")
+    add("--trace-dir", type=Path, help="record what the routers do, for train_predictor.py")
+    add("--json", action="store_true", help="one JSON object on standard output")
+    return parser.parse_args()
+
+
+def read_prompt(args) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    try:
+        data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt-file {args.prompt_file}: is not UTF-8 text") from None
+
+
+def closing_line(result) -> str:
+    s = result.stats
+    speed = f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
+    uses = s.hits + s.prefetched_used + s.misses
+    found = f", {100 * (s.hits + s.prefetched_used) / uses:.0f} % of experts were there in time" if uses else ""
+    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}); first after {s.ttft_s:.2f} s{speed}{found}; "
+            f"{s.cache_experts} slots, {human(s.peak_device_bytes)} at peak, link busy {100 * s.link_busy_fraction:.0f} %]")
+
+
+def main() -> int:
+    args = parse_args()
+    prompt = read_prompt(args)
+    from duoserve.checkpoint import Progress
+    from duoserve.engine import Engine, check_sampling
+    from duoserve.trace import TraceRecorder
+    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    engine = Engine.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
+        gpu_memory=args.gpu_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
+        compile=args.compile, progress=Progress)
+    if args.trace_dir:
+        c = engine.config
+        engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
+    status = 0
+    try:
+        for piece in engine.stream(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+                                   top_k=args.top_k, top_p=args.top_p, seed=args.seed):
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    result = engine.result
+    if args.trace_dir and result.token_ids:
+        engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+    if args.json:
+        print(json.dumps(result.asdict()))
+    else:
+        print(flush=True)
+        print(closing_line(result), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    run_main(main)

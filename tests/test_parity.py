@@ -1,0 +1,233 @@
+"""The model computes what transformers computes: the answers in tests/reference, written by make_reference.py.
+
+The references' weights lie on a 4-bit grid, so packing loses nothing and the comparison is of the arithmetic alone.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import SHAPES, packed, write_hf
+from safetensors.torch import load_file
+
+import duoserve.model
+from duoserve.config import MixtralConfig
+from duoserve.model import Expert, Mixtral, Routing
+from duoserve.packed import PackedModel
+from duoserve.quant import PackedLinear
+
+TOLERANCE = 1e-4    # of logits with a deviation of about 3
+POLICIES = "duo", "on-demand", "layer-prefetch", "cache", "lru", "activation"
+
+
+class AllExperts:
+    """An `ExpertSource` with every expert at hand, handed out last first: the order must not matter."""
+
+    def __init__(self, model: PackedModel, linear):
+        self.table, self.logits, self.lookahead = {}, [], []
+        for i in range(model.config.num_hidden_layers):
+            for e in range(model.config.num_local_experts):
+                block = np.empty(model.layout.nbytes, np.uint8)
+                model.read_expert(i, e, block)
+                self.table[i, e] = model.layout.bind(Expert(model.config, linear), torch.from_numpy(block))
+
+    def begin_step(self, lookahead):
+        self.logits, self.lookahead = [], [lookahead]       # of the last pass: a tensor [T, E] a layer
+
+    def begin_layer(self, layer):
+        pass
+
+    def read(self, layer, logits, ids, weights, lookahead):
+        self.logits.append(logits)
+        self.lookahead.append(lookahead)
+        return Routing(ids.flatten().bincount(minlength=logits.shape[1]).tolist(), ids[-1].tolist(),
+                       weights[-1].tolist(), logits[-1].tolist(), None if lookahead is None else lookahead[-1].tolist())
+
+    def experts(self, layer, routing):
+        for e in reversed(range(len(routing.counts))):
+            if routing.counts[e]:
+                yield e, self.table[layer, e]
+
+    def end_layer(self, layer):
+        pass
+
+
+def build(directory: Path, **changes) -> tuple[Mixtral, AllExperts]:
+    """The packed model, whole, in float32; `changes` are of its config, to show that the comparison would notice."""
+    stored = PackedModel(directory)
+    linear = partial(PackedLinear, largest_group=stored.largest_group)
+    model = Mixtral(replace(stored.config, **changes), linear)
+    state = stored.resident()
+    if stored.config.tie_word_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state)        # copies into float32 parameters
+    return model.eval(), AllExperts(stored, linear)
+
+
+def new_kv(config: MixtralConfig) -> torch.Tensor:
+    """[N, 2, G, C, A], full of NaN: whoever reads a position before it is written shows it."""
+    return torch.full((config.num_hidden_layers, 2, config.num_key_value_heads, 64, config.head_dim), torch.nan)
+
+
+@torch.inference_mode()
+def logits_of(model: Mixtral, source: AllExperts, ids: list[int], kv=None, start: int = 0) -> torch.Tensor:
+    """Logits [tokens, vocab] of one pass over `ids`."""
+    return model.head(model(torch.tensor([ids]), source, kv, start))[0]
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory):
+    """`directories(name)`: that shape's packed directory, made once."""
+    made = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = packed(tmp_path_factory.mktemp(name), grid=True, **SHAPES[name])
+        return made[name]
+    return get
+
+
+@pytest.fixture(scope="session")
+def models(directories):
+    """`models(name)`: the `Mixtral` and its experts, built once."""
+    made = {}
+
+    def get(name: str) -> tuple[Mixtral, AllExperts]:
+        if name not in made:
+            made[name] = build(directories(name))
+        return made[name]
+    return get
+
+
+def reference(name: str) -> dict:
+    """`prompt` and `greedy` as lists, `logits` and `router_logits` as tensors."""
+    tensors = load_file(Path(__file__).parent / "reference" / f"{name}.safetensors")
+    return {key: tensor.tolist() if key in ("prompt", "greedy") else tensor for key, tensor in tensors.items()}
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# The model by itself
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_pass(name, models):
+    model, source = models(name)
+    want = reference(name)
+    close(logits_of(model, source, want["prompt"]), want["logits"], TOLERANCE)
+    close(torch.stack(source.logits, 1), want["router_logits"], TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_greedy_with_a_cache(name, models):
+    model, source = models(name)
+    want, kv = reference(name), new_kv(model.config)
+    ids = want["prompt"]
+    tokens = [logits_of(model, source, ids, kv)[-1].argmax().item()]
+    while len(tokens) < len(want["greedy"]):
+        start = len(ids) + len(tokens) - 1
+        tokens.append(logits_of(model, source, tokens[-1:], kv, start)[0].argmax().item())
+    assert tokens == want["greedy"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("first", (0, 13))
+def test_steps_equal_one_pass(name, first, models):
+    """Decode from an empty cache, and after a prefill of 13 tokens, against one pass without a cache."""
+    model, source = models(name)
+    ids, kv = reference(name)["prompt"], new_kv(model.config)
+    whole = logits_of(model, source, ids)
+    parts = [logits_of(model, source, ids[:first], kv)] if first else []
+    parts += [logits_of(model, source, [token], kv, first + i) for i, token in enumerate(ids[first:])]
+    close(torch.cat(parts), whole, 1e-5 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ("gqa4", "sliding_window"))
+def test_row_blocks(name, models, monkeypatch):
+    """A prompt longer than a row block gives what one block gives; 512 rows are more than these prompts have."""
+    model, source = models(name)
+    ids = reference(name)["prompt"]
+    whole = logits_of(model, source, ids)
+    monkeypatch.setattr(duoserve.model, "ATTENTION_ROWS", 7)
+    monkeypatch.setattr(duoserve.model, "EXPERT_ROWS", 3)
+    close(logits_of(model, source, ids, new_kv(model.config)), whole, 1e-5 * whole.abs().max().item())
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("rope_parameters", {"rope_theta": 10000.0}), ("nine_layers", {"rope_theta": 10000.0}),
+    ("sliding_window", {"sliding_window": None}), ("sliding_window", {"sliding_window": 9}),
+    ("mha", {"rms_norm_eps": 1e-2}), ("six_experts", {"num_experts_per_tok": 2}),
+])
+def test_references_can_tell(name, changes, directories):
+    """A setting misread is far outside the tolerance: the comparison above is not vacuous."""
+    want = reference(name)
+    got = logits_of(*build(directories(name), **changes), want["prompt"])
+    assert (got - want["logits"]).abs().max() > 50 * TOLERANCE
+
+
+def test_lookahead(directories):
+    """It is what each router would say if nothing happened in between: no attention, no experts before it."""
+    model, source = build(directories("nine_layers"))
+    ids = reference("nine_layers")["prompt"]
+    logits_of(model, source, ids)
+    for i, layer in enumerate(model.layers):
+        want, before = source.lookahead[i], source.logits[i]
+        layer.attention.o.scale.zero_()
+        for e in range(model.config.num_local_experts if i else 0):
+            source.table[i - 1, e].w2.scale.zero_()
+        logits_of(model, source, ids)
+        close(source.logits[i], want, TOLERANCE)
+        assert (source.logits[i] - before).abs().max() > 0.1
+    assert source.lookahead[-1] is None and len(source.lookahead) == 10
+
+
+def test_both_spellings_of_rope_are_one_model(tmp_path):
+    """Top-level `rope_theta`, and transformers 5's `rope_parameters`; an explicit one wins over the top level."""
+    write_hf(tmp_path, num_hidden_layers=1, rope_theta=500.0)
+    want = MixtralConfig.read(tmp_path)
+    for arguments in ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+                      {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rope_theta": 10000.0},
+                      {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}):
+        write_hf(tmp_path, num_hidden_layers=1, **arguments)
+        assert MixtralConfig.read(tmp_path) == want
+
+
+# Through the engine
+
+
+def engine_for(directory: Path, **arguments):
+    from duoserve import Engine
+    return Engine.from_pretrained(directory, device="cpu", dtype="float32", **arguments)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_engine(name, directories):
+    engine, want = engine_for(directories(name)), reference(name)
+    logits = engine.logits(want["prompt"])
+    assert logits.dtype == torch.float32 and logits.device.type == "cpu"
+    close(logits, want["logits"], TOLERANCE)
+    answer = engine.generate(want["prompt"], max_new_tokens=32, temperature=0)
+    assert list(answer.token_ids) == want["greedy"]
+    assert answer.finish_reason == "length"
+
+
+@pytest.mark.parametrize("cache_experts", (2, 5, 18))        # fewer than top_k, a few, all
+@pytest.mark.parametrize("policy", POLICIES)
+def test_engine_under_every_policy(policy, cache_experts, directories):
+    """The answers are transformers' whoever decides which of the experts are at hand."""
+    want = reference("six_experts")
+    engine = engine_for(directories("six_experts"), policy=policy, cache_experts=cache_experts)
+    close(engine.logits(want["prompt"]), want["logits"], TOLERANCE)
+    assert list(engine.generate(want["prompt"], max_new_tokens=32, temperature=0).token_ids) == want["greedy"]
+
+
+def test_engine_takes_a_torch_dtype(directories):
+    from duoserve import Engine
+    want = reference("mha")
+    engine = Engine.from_pretrained(directories("mha"), device="cpu", dtype=torch.float32)
+    close(engine.logits(want["prompt"]), want["logits"], TOLERANCE)

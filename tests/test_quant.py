@@ -1,0 +1,135 @@
+"""Four bits a weight: what is lost, what is not, how the bytes lie, and that a product never unpacks a matrix."""
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from duoserve.errors import UserError
+from duoserve.quant import PackedLinear, dequantize, group_size, many_rows, one_row, pack, quantize, unpack
+
+GROUPS = (128, 64, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from more, and lose seconds where other work keeps the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def gaussian(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("group, most", [(128, 0.0945), (64, 0.087), (32, 0.078)])
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+def test_error_on_gaussian_weights(group, most, size):
+    w = gaussian(256, 1024) * size
+    assert (dequantize(*quantize(w, group)) - w).norm() / w.norm() <= most
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_constant_group_survives_exactly(dtype, group):
+    values = [0.0, 1.0, -1.0, 0.1, -0.37, 3.14159, -447.0, 0.0123, 1e-3, 17 / 3]
+    if dtype == torch.float16:
+        values += [65504.0, -65504.0, 2.0 ** -14]
+    w = torch.tensor(values).to(dtype)[:, None].repeat(1, 2 * group)
+    w[:, group:] = 0.5
+    assert torch.equal(dequantize(*quantize(w, group)), w.float())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_weights_on_a_grid_survive_exactly(group):
+    q = torch.randint(0, 16, (64, 256), generator=torch.Generator().manual_seed(1))
+    q[:, ::16], q[:, 1::16] = 0, 15
+    w = (q - 8) * 2.0 ** -6
+    assert torch.equal(dequantize(*quantize(w, group)), w)
+
+
+def test_a_nearly_constant_group_stays_close():
+    w = torch.full((4, 128), 5.0)
+    w[:, 7] += torch.tensor([1e-3, 1e-2, -1e-3, 1e-5])
+    scale, zero = quantize(w, 128)[1:]
+    assert scale.isfinite().all() and zero.isfinite().all()
+    assert (dequantize(*quantize(w, 128)) - w).abs().max() < 0.011
+
+
+@pytest.mark.parametrize("value", [7e4, -7e4, float("inf"), float("-inf"), float("nan")])
+def test_what_does_not_fit_fp16_is_refused_by_name(value):
+    w = gaussian(4, 128)
+    w[2, 3] = value
+    with pytest.raises(UserError, match=r"shard\.safetensors: some\.weight.*fp16"):
+        quantize(w, 128, "shard.safetensors: some.weight")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_byte_j_holds_columns_j_and_j_plus_half_a_group(group):
+    q = torch.randint(0, 16, (3, 2 * group), generator=torch.Generator().manual_seed(2))
+    packed = pack(q, group)
+    assert packed.dtype == torch.uint8 and packed.shape == (3, group)
+    for row in range(3):
+        for g in range(2):
+            for j in range(group // 2):
+                byte = packed[row, g * group // 2 + j].item()
+                assert byte & 15 == q[row, g * group + j] and byte >> 4 == q[row, g * group + j + group // 2]
+    assert torch.equal(unpack(packed, group).flatten(-2), q.to(torch.uint8))
+
+
+def test_a_weight_is_q_minus_zero_times_scale():
+    q, scale, zero = quantize(gaussian(8, 256), 64)
+    assert scale.dtype == zero.dtype == torch.float16 and scale.shape == zero.shape == (8, 4)
+    by_hand = (unpack(q, 64).float() - zero.float()[..., None]) * scale.float()[..., None]
+    assert torch.equal(dequantize(q, scale, zero), by_hand.flatten(1))
+
+
+def test_blocks_of_rows_quantise_alike():
+    w = gaussian(96, 256).bfloat16()
+    blocks = [quantize(block, 64) for block in w.split(40)]
+    assert all(torch.equal(whole, torch.cat(part)) for whole, part in zip(quantize(w, 64), zip(*blocks)))
+
+
+@pytest.mark.parametrize("columns, largest, group", [(4096, 128, 128), (192, 128, 64), (96, 128, 32), (4096, 32, 32)])
+def test_group_size_is_the_largest_that_divides(columns, largest, group):
+    assert group_size(columns, largest) == group
+
+
+def test_columns_that_no_group_divides_are_refused_by_name():
+    with pytest.raises(UserError, match="attention.o.*100"):
+        group_size(100, 128, "attention.o")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance):
+    w, x = quantize(gaussian(80, 256), group), gaussian(5, 256, seed=3).to(dtype)
+    exact = x.double() @ dequantize(*w).double().T
+    for y in (many_rows(x, *w), torch.cat([one_row(row[None], *w) for row in x])):
+        assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def test_packed_linear_takes_any_leading_shape_and_splits_large_matrices(monkeypatch):
+    linear = PackedLinear(128, 72)
+    linear.q, linear.scale, linear.zero = quantize(gaussian(72, 128), 128)
+    x = gaussian(6, 128, seed=4)
+    whole = linear(x)
+    assert linear(x.view(2, 3, 128)).shape == (2, 3, 72) and linear(x[:1].view(1, 1, 128)).shape == (1, 1, 72)
+    monkeypatch.setattr("duoserve.quant.UNPACK", 128 * 10)
+    assert torch.allclose(linear(x), whole, atol=1e-5)
+    assert torch.allclose(whole, x @ dequantize(linear.q, linear.scale, linear.zero).T, atol=1e-4)
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_one_row_product_does_not_unpack_the_matrix():
+    from torch._inductor.utils import run_and_get_code
+    rows, columns = 512, 1024
+    w, x = quantize(gaussian(rows, columns), 128, iterations=1), gaussian(1, columns, seed=5)
+    y, code = run_and_get_code(torch.compile(one_row, dynamic=False), x, *w)
+    assert torch.allclose(y, one_row(x, *w), rtol=1e-4, atol=1e-3)
+    buffers = [eval(shape) for shape in re.findall(r"empty_strided\w*\((\([\d, ]*\))", "".join(code))]
+    assert buffers, "the generated code allocates nothing: is it read rightly?"
+    assert max(torch.Size(shape).numel() for shape in buffers) < rows * columns / 16, buffers

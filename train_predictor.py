@@ -1,0 +1,69 @@
+"""traces/ -> <model>/predictor.safetensors, with a report of what each hint is worth on sequences it never saw."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from duoserve.errors import Parser, UserError, run_main
+from duoserve.packed import PackedModel
+from duoserve.predictor import NETS, Predictor, mean_recall, measure_affinity, trace_features, train_nets
+from duoserve.trace import read_traces
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+LEAST = 8                                   # sequences: six to train on, two to test
+
+
+def main() -> int:
+    parser = Parser(description=__doc__)
+    parser.add_argument("traces", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
+    parser.add_argument("--model", default=str(WEIGHTS / "demo"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: predictor.safetensors beside the model")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    model = PackedModel(args.model)
+    k, experts = model.config.num_experts_per_tok, model.config.num_local_experts
+    traces = [t for t in read_traces(args.traces, model.fingerprint) if len(t.logits) > t.prompt]
+    if len(traces) < LEAST:
+        raise UserError(f"{args.traces}: {len(traces)} sequences with decoded tokens are too few to train on and to test; "
+                        f"at least {LEAST} are needed, a hundred are better")
+    order = np.random.RandomState(0).permutation(len(traces))
+    held = max(2, round(0.2 * len(traces)))         # split by sequence: tokens of one are too alike
+    test, train = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
+    affinity = measure_affinity(train, k)
+    x, y = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in train)))
+    weights = train_nets(x, y)
+    predictor = Predictor(weights, affinity, model.fingerprint)
+
+    x, chosen = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in test)))
+    group = lambda i: x[..., i * experts:(i + 1) * experts]
+    previous = np.concatenate([np.eye(experts, dtype=np.float32)[t.top(k)[t.prompt - 1:-1]].sum(-2) for t in test])
+    scores = {"popularity": np.broadcast_to(y.mean(0), chosen.shape), "previous": previous, "affinity": group(2),
+              "lookahead": group(0), "history": predictor.scores("history", x), "full": predictor.scores("full", x)}
+    recall = {name: mean_recall(score, chosen, k) for name, score in scores.items()}
+    out = args.out or model.directory / "predictor.safetensors"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: its directory does not exist")
+    predictor.save(out)
+    seconds = time.perf_counter() - began
+    if args.json:
+        print(json.dumps({"recall": {name: float(r.mean()) for name, r in recall.items()}, "train_sequences": len(train),
+                          "test_sequences": len(test), "seconds": seconds, "out": str(out)}))
+        return 0
+    print(f"{len(train)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
+    print(f"share of the true top {k} among {k} predicted:")
+    print(f"{'layer':>11}" + "".join(f"{name:>12}" for name in recall))
+    for layer in range(chosen.shape[1]):
+        print(f"{layer:11}" + "".join(f"{r[layer]:12.3f}" for r in recall.values()))
+    print(f"{'all':>11}" + "".join(f"{r.mean():12.3f}" for r in recall.values()))
+    share = recall["full"].mean()
+    print(f"of the {k} experts prefetched a layer, {k * share:.2f} would be used and {k * (1 - share):.2f} wasted, "
+          f"if none were in the cache\n{out}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

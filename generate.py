@@ -17,7 +17,7 @@ def parse_args():
     prompt.add_argument("--prompt-file", metavar="F", help="a file, or - for standard input")
     add("--model", default=str(WEIGHTS / "demo"), help="a packed or Hugging Face directory (default: weights/demo)")
     add("--max-new-tokens", type=int, default=128, metavar="N")
-    add("--context", type=int, metavar="N", help="prompt and new tokens: sizes the KV cache (default: the model's, at most 4096)")
+    add("--context", type=int, metavar="N", help="prompt and new tokens; sizes the KV cache (default: up to 4096)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, default=0.95, metavar="P")
@@ -26,12 +26,14 @@ def parse_args():
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)")
     add("--compile", action="store_true", default=None, help="torch.compile the kernels (default on CUDA)")
     add("--no-compile", dest="compile", action="store_false")
-    add("--gpu-memory", metavar="SIZE|PERCENT", help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top")
+    add("--gpu-memory", metavar="SIZE|PERCENT",
+        help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top")
     add("--cache-experts", type=int, metavar="N", help="slots for experts, instead of by memory")
     add("--policy", default="duo", help="duo, on-demand, layer-prefetch, cache, lru or activation")
     add("--predictor", metavar="FILE|none")
     add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s")
     add("--trace-dir", type=Path, help="record what the routers do, for train_predictor.py")
+    add("--timeline", type=Path, metavar="FILE", help="what was computed and what crossed the link: .json for Perfetto, .svg a picture")
     add("--json", action="store_true", help="one JSON object on standard output")
     return parser.parse_args()
 
@@ -53,16 +55,20 @@ def closing_line(result) -> str:
     speed = f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
     uses = s.hits + s.prefetched_used + s.misses
     found = f", {100 * (s.hits + s.prefetched_used) / uses:.0f} % of experts were there in time" if uses else ""
+    link = f", link busy {100 * s.link_busy_fraction:.0f} %" if s.link_busy_fraction else ""
     return (f"[{len(result.token_ids)} tokens ({result.finish_reason}); first after {s.ttft_s:.2f} s{speed}{found}; "
-            f"{s.cache_experts} slots, {human(s.peak_device_bytes)} at peak, link busy {100 * s.link_busy_fraction:.0f} %]")
+            f"{s.cache_experts} slots, {human(s.peak_device_bytes)} at peak{link}]")
 
 
 def main() -> int:
     args = parse_args()
     prompt = read_prompt(args)
+    from duoserve import timeline
     from duoserve.checkpoint import Progress
     from duoserve.engine import Engine, check_sampling
     from duoserve.trace import TraceRecorder
+    if args.timeline:
+        timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     engine = Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
@@ -71,6 +77,8 @@ def main() -> int:
     if args.trace_dir:
         c = engine.config
         engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
+    if args.timeline:
+        timeline.watch(engine)
     status = 0
     try:
         for piece in engine.stream(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
@@ -79,6 +87,8 @@ def main() -> int:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         status = 130
+        if engine.result is None:           # before there was anything to show
+            raise
     result = engine.result
     if args.trace_dir and result.token_ids:
         engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
@@ -87,6 +97,8 @@ def main() -> int:
     else:
         print(flush=True)
         print(closing_line(result), file=sys.stderr)
+    if args.timeline:
+        timeline.write(timeline.record(engine), args.timeline)
     return status
 
 

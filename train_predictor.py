@@ -28,8 +28,8 @@ def main() -> int:
     k, experts = model.config.num_experts_per_tok, model.config.num_local_experts
     traces = [t for t in read_traces(args.traces, model.fingerprint) if len(t.logits) > t.prompt]
     if len(traces) < LEAST:
-        raise UserError(f"{args.traces}: {len(traces)} sequences with decoded tokens are too few to train on and to test; "
-                        f"at least {LEAST} are needed, a hundred are better")
+        raise UserError(f"{args.traces}: {len(traces)} sequences with decoded tokens are too few to train on and to "
+                        f"test; at least {LEAST} are needed, a hundred are better")
     order = np.random.RandomState(0).permutation(len(traces))
     held = max(2, round(0.2 * len(traces)))         # split by sequence: tokens of one are too alike
     test, train = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
@@ -50,8 +50,9 @@ def main() -> int:
     predictor.save(out)
     seconds = time.perf_counter() - began
     if args.json:
-        print(json.dumps({"recall": {name: float(r.mean()) for name, r in recall.items()}, "train_sequences": len(train),
-                          "test_sequences": len(test), "seconds": seconds, "out": str(out)}))
+        print(json.dumps({"recall": {name: float(r.mean()) for name, r in recall.items()},
+                          "train_sequences": len(train), "test_sequences": len(test), "seconds": seconds,
+                          "out": str(out)}))
         return 0
     print(f"{len(train)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
     print(f"share of the true top {k} among {k} predicted:")

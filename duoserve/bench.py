@@ -70,8 +70,8 @@ class Replay:
         oracle = policy == "oracle"
         self.forecast = (Oracle if oracle else Forecast)(self.history, predictor, top_k)
         self.predict_ms = costs.predict_ms if predictor and policy in ("duo", "oracle") else 0.0
-        self.scheduler, self.make_decode = schedulers("duo" if oracle else policy, self.cache, self.history, trace.prompt,
-                                                      self.forecast)
+        self.scheduler, self.make_decode = schedulers("duo" if oracle else policy, self.cache, self.history,
+                                                      trace.prompt, self.forecast)
         self.floor = 0.0
 
     def run(self) -> "Replay":
@@ -105,14 +105,16 @@ class Replay:
                 self.clock.advance((costs.expert_ms if decode else costs.prefill_expert(routing.counts[e])) / 1e3)
             self.scheduler.end_layer(layer)
             needed = self.cache.counts.misses + self.cache.counts.prefetched_used - before
-            self.floor += max(costs.attention_ms + self.k * costs.expert_ms, needed * costs.expert_transfer_ms) if decode else 0
+            if decode:
+                self.floor += max(costs.attention_ms + self.k * costs.expert_ms, needed * costs.expert_transfer_ms)
 
 
 def belady(traces: list[Trace], top_k: int, slots: int) -> float:
-    """Transfers a decode step if every eviction knew the future: the least any cache of this size can do, starting empty."""
+    """Transfers a decode step if every eviction knew the future: the least a cache of this size can do."""
     moved = steps = 0
     for trace in traces:
-        visits = [[(layer, e) for e in ids] for row in trace.top(top_k)[trace.prompt:].tolist() for layer, ids in enumerate(row)]
+        visits = [[(layer, e) for e in ids] for row in trace.top(top_k)[trace.prompt:].tolist()
+                  for layer, ids in enumerate(row)]
         uses: dict = {}
         for i, visit in enumerate(visits):
             for key in visit:
@@ -126,7 +128,8 @@ def belady(traces: list[Trace], top_k: int, slots: int) -> float:
                 if key not in held:
                     moved += 1
                     if len(held) >= slots:
-                        held.remove(max((k for k in held if k not in visit), key=lambda k: uses[k][-1], default=next(iter(held))))
+                        idle = [k for k in held if k not in visit] or list(held)
+                        held.remove(max(idle, key=lambda k: uses[k][-1]))
                     held.add(key)
             for key in visit:
                 uses[key].pop()
@@ -141,12 +144,15 @@ def row(traces: list[Trace], top_k: int, policy: str, slots: int, costs: Costs, 
     decode_s = sum(r.decode_s for r in runs)
     return {"policy": policy, "cache_experts": slots, "ttft_ms": 1e3 * statistics.mean(r.ttft for r in runs),
             "tpot_ms": 1e3 * decode_s / steps, "hits": total("hits"), "prefetched_used": total("prefetched_used"),
-            "misses": total("misses"), "needed_transfers_per_token": (total("misses") + total("prefetched_used")) / steps,
+            "misses": total("misses"),
+            "needed_transfers_per_token": (total("misses") + total("prefetched_used")) / steps,
             "moved_transfers_per_token": total("decode_bytes") / costs.chunks / steps,
-            "link_busy": sum(r.cache.lane.busy for r in runs) / decode_s, "floor_ms": sum(r.floor for r in runs) / steps}
+            "link_busy": sum(r.cache.lane.busy for r in runs) / decode_s,
+            "floor_ms": sum(r.floor for r in runs) / steps}
 
 
-def synthetic_traces(config: MixtralConfig, persistence: float, recall: float, sequences=4, prompt=256, new=48) -> list[Trace]:
+def synthetic_traces(config: MixtralConfig, persistence: float, recall: float, sequences: int = 4, prompt: int = 256,
+                     new: int = 48) -> list[Trace]:
     """Routing where there is none to replay: an expert is chosen again by the next token with chance `persistence`, and
     the lookahead finds a chosen expert with chance `recall`; otherwise uniform, the least favourable to caching."""
     layers, experts, k = config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok
@@ -184,7 +190,7 @@ def check_range(flag: str, value: float, low: float, high: float, least_open: bo
 def schedule(args) -> dict:
     """`bench schedule`: -> the table as plain data."""
     from .packed import PackedModel
-    packed = layout = predictor = None
+    packed = predictor = None
     if args.model_config:
         config = MixtralConfig.read(args.model_config)
     else:
@@ -202,8 +208,8 @@ def schedule(args) -> dict:
             raise UserError(f"{args.traces}: no trace has a decode step; record some with more --max-new-tokens")
     elif args.model_config:
         traces = synthetic_traces(config, args.persistence, args.lookahead_recall)
-        print(f"note: synthetic routing (persistence {args.persistence}, lookahead recall {args.lookahead_recall}, otherwise "
-              "uniform): a plan, not a measurement", file=sys.stderr)
+        print(f"note: synthetic routing (persistence {args.persistence}, lookahead recall {args.lookahead_recall}, "
+              "otherwise uniform): a plan, not a measurement", file=sys.stderr)
     else:
         raise UserError("bench schedule needs a directory of traces or --model-config FILE")
     if args.predictor not in (None, "none") or (packed and args.predictor is None):
@@ -214,8 +220,10 @@ def schedule(args) -> dict:
             print(f"note: no {path}; duo predicts by lookahead alone", file=sys.stderr)
     transfer = args.expert_transfer_ms
     if transfer is None:                    # replayed routing stands for Mixtral-8x7B's unless a link is named
-        transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / parse_rate(args.link or "25GB/s", "--link")
-    for flag, value in (("--attention-ms", args.attention_ms), ("--expert-ms", args.expert_ms), ("--predict-ms", args.predict_ms)):
+        rate = parse_rate(args.link or "25GB/s", "--link")
+        transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / rate
+    for flag, value in (("--attention-ms", args.attention_ms), ("--expert-ms", args.expert_ms),
+                        ("--predict-ms", args.predict_ms)):
         check_range(flag, value, 0, 1e6)
     check_range("--expert-transfer-ms (or the time --link gives)", transfer, 0, 1e6, least_open=True)
     check_range("--chunks", args.chunks, 1, 10_000)
@@ -238,7 +246,7 @@ def schedule(args) -> dict:
     result = {"costs": asdict(costs), "belady_transfers_per_token": {str(n): belady(traces, k, n) for n in sizes},
               "rows": [row(traces, k, policy, n, costs, predictor) for n in sizes for policy in policies]}
     if not args.json:
-        print_schedule(result, layout.nbytes, total, args.model_config)
+        print_schedule(result)
     return result
 
 
@@ -258,19 +266,19 @@ def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
     stand_in = SimpleNamespace(config=config, shapes=shapes, layout=layout)
     budget = check_budget(gpu_memory, nbytes, torch.device("cpu"), None)
     plan = plan_memory(stand_in, torch.bfloat16, min(context, config.max_position_embeddings), True, budget, None)
-    print(f"note: 4-bit model {human(nbytes)} ({human(nbytes - resident)} of experts in host memory); of {human(budget)} on the "
-          f"GPU, {human(plan.resident)} resident weights, {human(plan.kv)} KV cache for {context} tokens, "
+    print(f"note: 4-bit model {human(nbytes)} ({human(nbytes - resident)} of experts in host memory); of "
+          f"{human(budget)} on the GPU, {human(plan.resident)} resident weights, {human(plan.kv)} KV cache for {context} tokens, "
           f"{human(plan.workspace)} workspace, {plan.slots} slots of {human(plan.expert)}; the CUDA context is on top",
           file=sys.stderr)
     return plan.slots
 
 
-def print_schedule(result: dict, expert_bytes: int, total: int, planned: bool) -> None:
+def print_schedule(result: dict) -> None:
     c = result["costs"]
-    print(f"attention {c['attention_ms']:g} ms, expert {c['expert_ms']:g} ms, transfer {c['expert_transfer_ms']:.3g} ms "
-          f"({human(expert_bytes / c['expert_transfer_ms'] * 1e3)}/s), {c['chunks']} chunks an expert; times in ms")
-    print(f"{'policy':15}{'slots':>6}{'TTFT':>9}{'TPOT':>9}{'tok/s':>7}{'floor':>9}{'/floor':>8}{'needed':>8}{'moved':>8}"
-          f"{'/Belady':>9}{'link':>6}")
+    print(f"attention {c['attention_ms']:g} ms, expert {c['expert_ms']:g} ms, transfer {c['expert_transfer_ms']:.3g} "
+          f"ms, {c['chunks']} chunks an expert; times in ms, transfers a token")
+    print(f"{'policy':15}{'slots':>6}{'TTFT':>9}{'TPOT':>9}{'tok/s':>7}{'floor':>9}{'/floor':>8}{'needed':>8}"
+          f"{'moved':>8}{'/Belady':>9}{'link':>6}")
     for r in result["rows"]:
         ideal = result["belady_transfers_per_token"][str(r["cache_experts"])]
         print(f"{r['policy']:15}{r['cache_experts']:6}{r['ttft_ms']:9.1f}{r['tpot_ms']:9.2f}{1e3 / r['tpot_ms']:7.1f}"
@@ -283,18 +291,21 @@ def run(args) -> dict:
     """`bench run`: the engine itself, policies in turn, several rounds; medians, and ratios within a round."""
     from .engine import Engine
     policies = args.policies or list(POLICIES)
-    engines = {policy: Engine.from_pretrained(args.model, device=args.device, policy=policy, gpu_memory=args.gpu_memory,
-                                              cache_experts=args.cache_experts[0] if args.cache_experts else None,
-                                              predictor=args.predictor, simulate_link=args.simulate_link)
-               for policy in policies}
+    for policy in policies:
+        if policy not in POLICIES:
+            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}")
+    check_range("--rounds", args.rounds, 1, 1000)
+    check_range("--max-new-tokens", args.max_new_tokens, 2, 1e6)
+    engine = Engine.from_pretrained(args.model, device=args.device, gpu_memory=args.gpu_memory,
+                                    cache_experts=args.cache_experts[0] if args.cache_experts else None,
+                                    predictor=args.predictor, simulate_link=args.simulate_link)
     rounds: list[dict] = []
     for _ in range(args.rounds):            # policies in turn within a round: a busy machine slows them all alike
         one = {}
-        for policy, engine in engines.items():
-            engine.cache.abandon()
+        for engine.policy in policies:
             for key in list(engine.cache.where):
                 engine.cache.drop(key)      # every run starts with an empty cache
-            one[policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
+            one[engine.policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
         rounds.append(one)
     reference = policies[0]
     rows = []
@@ -302,12 +313,15 @@ def run(args) -> dict:
         stats = [one[policy] for one in rounds]
         last = asdict(stats[-1])
         rows.append({"policy": policy, "cache_experts": last["cache_experts"],
-                     "ttft_s": statistics.median(s.ttft_s for s in stats), "tpot_s": statistics.median(s.tpot_s for s in stats),
-                     f"tpot_vs_{reference}": statistics.median(one[policy].tpot_s / one[reference].tpot_s for one in rounds),
-                     **{key: last[key] for key in ("hits", "prefetched_used", "misses", "bytes_moved", "peak_device_bytes")},
+                     "ttft_s": statistics.median(s.ttft_s for s in stats),
+                     "tpot_s": statistics.median(s.tpot_s for s in stats),
+                     f"tpot_vs_{reference}": statistics.median(o[policy].tpot_s / o[reference].tpot_s for o in rounds),
+                     **{key: last[key] for key in ("hits", "prefetched_used", "misses", "bytes_moved",
+                                                   "peak_device_bytes")},
                      "link_busy_fraction": statistics.median(s.link_busy_fraction for s in stats)})
     if not args.json:
-        print(f"{'policy':15}{'slots':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'x ' + reference:>14}{'hits':>7}{'used':>7}{'misses':>8}{'link':>6}")
+        print(f"{'policy':15}{'slots':>6}{'TTFT ms':>10}{'TPOT ms':>10}{'x ' + reference:>14}{'hits':>7}{'used':>7}"
+              f"{'misses':>8}{'link':>6}")
         for r in rows:
             print(f"{r['policy']:15}{r['cache_experts']:6}{1e3 * r['ttft_s']:10.1f}{1e3 * r['tpot_s']:10.2f}"
                   f"{r[f'tpot_vs_{reference}']:14.2f}{r['hits']:7}{r['prefetched_used']:7}{r['misses']:8}"
@@ -333,7 +347,7 @@ def main() -> int:
             add("--attention-ms", type=float, default=0.3)
             add("--expert-ms", type=float, default=0.15)
             add("--expert-transfer-ms", type=float, help="default with traces: 3.7, Mixtral-8x7B on PCIe 4")
-            add("--link", metavar="SIZE/s", help="instead: this model's experts at this speed (default with a config: 25GB/s)")
+            add("--link", metavar="SIZE/s", help="instead: the model's experts at this speed (with a config: 25GB/s)")
             add("--chunks", type=int, default=12)
             add("--predict-ms", type=float, default=0.0)
             add("--prefill-attention-ms", type=float)

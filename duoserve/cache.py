@@ -115,7 +115,7 @@ class GPUExpertCache:
         if self.decoding:
             kind = "prefetched_used" if slot.fresh else "misses" if slot.missed else "hits"
             setattr(self.counts, kind, getattr(self.counts, kind) + 1)
-        slot.fresh = slot.missed = False
+        slot.fresh, slot.missed, slot.transfer.used = False, False, True
         return slot.index
 
     def release(self, key: Key) -> None:

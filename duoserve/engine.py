@@ -6,6 +6,7 @@ that reads the router's choice, tells the scheduler, and yields slots as the sch
 
 import sys
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ class MemoryPlan:
 
 def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, budget: int | None,
                 cache_experts: int | None) -> MemoryPlan:
-    """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` says the least that works."""
+    """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
     c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
     numel = {"16": 0, "u8": 0, "f16": 0}
     for kind, shape in packed.shapes.values():
@@ -141,7 +142,8 @@ class StreamedExperts:
 
     def begin_step(self, lookahead: Tensor) -> None:
         self._record("lookahead", 0, lookahead)
-        self.scheduler.begin_step(self.lane.read(lookahead[-1].float(), self.cache.pump) if self.cache.decoding else None)
+        decoding = self.cache.decoding
+        self.scheduler.begin_step(self.lane.read(lookahead[-1].float(), self.cache.pump) if decoding else None)
 
     def begin_layer(self, layer: int) -> None:
         if self.spans is not None:
@@ -165,11 +167,12 @@ class StreamedExperts:
         return routing
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Expert]]:
-        for e, slot in self.scheduler.experts(layer, routing):
-            if self.spans is not None:
-                self.mark = self.lane.mark()
-            yield e, self.slots[slot]
-            self._span(f"expert {e}", layer)
+        with closing(self.scheduler.experts(layer, routing)) as ready:
+            for e, slot in ready:
+                if self.spans is not None:
+                    self.mark = self.lane.mark()
+                yield e, self.slots[slot]
+                self._span(f"expert {e}", layer)
 
     def end_layer(self, layer: int) -> None:
         self.scheduler.end_layer(layer)
@@ -216,7 +219,8 @@ class Engine:
         if cache_experts is not None and cache_experts < 2:
             raise UserError(f"--cache-experts {cache_experts}: two is the least that works")
         if cache_experts is not None and cache_experts > total:
-            print(f"note: --cache-experts {cache_experts} is more than the model's {total} experts; using {total}", file=sys.stderr)
+            print(f"note: --cache-experts {cache_experts} is more than the model's {total} experts; using {total}",
+                  file=sys.stderr)
             cache_experts = total
         if cache_experts is None and gpu_memory is None and device.type == "cpu":
             cache_experts = max(2, total // 4)
@@ -232,7 +236,8 @@ class Engine:
 
         # All that the device will hold, taken once, the largest first.
         experts = torch.empty(engine.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
-        engine.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, engine.context, c.head_dim, dtype=dtype, device=device)
+        engine.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, engine.context, c.head_dim, dtype=dtype,
+                                device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compiled=compiled)
         with torch.device("meta"):
             engine.model = Mixtral(c, linear)
@@ -255,6 +260,7 @@ class Engine:
             SimulatedLane(WallClock(), simulate_link or 0, chunk, copy)
         engine.cache = GPUExpertCache(engine.plan.slots, packed.layout.nbytes, lane)
         engine.source = StreamedExperts(slots, engine.cache, c.num_experts_per_tok)
+        engine.load_s = 0.0
         if compiled:                        # compiling counts as loading, never as time to first token
             engine.generate([c.bos_token_id] * min(8, engine.context - 2), max_new_tokens=2, temperature=0)
             engine.logits([c.bos_token_id])
@@ -268,7 +274,8 @@ class Engine:
         if named is None and not path.exists():
             print(f"note: no {path}; predicting by lookahead alone (train_predictor.py makes one)", file=sys.stderr)
             return None
-        return Predictor.read(path, self.packed.fingerprint, self.config.num_hidden_layers, self.config.num_local_experts)
+        c = self.config
+        return Predictor.read(path, self.packed.fingerprint, c.num_hidden_layers, c.num_local_experts)
 
     def _begin(self, tokens: int) -> None:
         """A new request: a new history, fresh counts; the cache keeps what it holds."""
@@ -315,6 +322,7 @@ class Engine:
         Text gets BOS, ids are taken as they are. Stops at EOS, at `max_new_tokens`, or where the context is full.
         Raises `UserError` for a bad prompt or option.
         """
+        self.result = None
         check_sampling(max_new_tokens, temperature, top_k, top_p)
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty; give some text")
@@ -329,7 +337,7 @@ class Engine:
             wall, counts = max(last - began, 1e-9), self.cache.counts
             tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
             return Generation(text, out, n, reason, Stats(
-                getattr(self, "load_s", 0.0), first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
+                self.load_s, first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
                 counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
                 min(1.0, self.cache.lane.busy / wall)))
 
@@ -402,7 +410,8 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     return known[str(dtype).removeprefix("torch.")]
 
 
-def check_budget(gpu_memory: int | str | None, model_bytes: int, device: torch.device, cache_experts: int | None) -> int | None:
+def check_budget(gpu_memory: int | str | None, model_bytes: int, device: torch.device,
+                 cache_experts: int | None) -> int | None:
     """-> bytes, or None for no bound but the number of slots. A percentage is of the whole packed model."""
     if gpu_memory is None:
         if device.type == "cpu" or cache_experts is not None:

@@ -36,6 +36,7 @@ class Transfer:
     sent: int = 0
     loaded: Any = None                      # the lane's mark for "all of it is there": an event, or a time
     order: int = 0                          # the lane delivers in this order
+    used: bool = False                      # something was computed with it
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
 
 

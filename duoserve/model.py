@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, A hea
 token, F ffn, C context, N layers. Source: Mixtral of Experts, arXiv 2401.04088; tensor layout as in Hugging Face's.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Iterator, Protocol
@@ -72,7 +73,8 @@ class RMSNorm(nn.Module):
 
 def rope_table(config: MixtralConfig, positions: Tensor) -> Tensor:
     """positions [T] -> cosines and sines [2, T, A], in fp32 (RoFormer, arXiv 2104.09864)."""
-    frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim)
+    even = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = 1 / config.rope_theta ** (even / config.head_dim)
     angle = torch.outer(positions.float(), frequency).repeat(1, 2)      # half-split: pairs are (i, i + A/2)
     return torch.stack((angle.cos(), angle.sin()))
 
@@ -148,7 +150,7 @@ class Layer(nn.Module):
             for i, block in enumerate(h.split(rows, 1))], 1)
 
     def gate(self, h: Tensor) -> Tensor:
-        """Router logits [.., E] of a residual stream h [.., D]: this layer's own, or a look ahead from the one before."""
+        """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one before."""
         return self.router(self.ffn_norm(h))
 
 
@@ -192,9 +194,10 @@ class Mixtral(nn.Module):
         order = ids.flatten().argsort(stable=True)                  # (token, rank) pairs, expert after expert
         ends = list(accumulate(routing.counts))
         y = x.new_empty(T * K, D)                                   # what each (token, rank) pair's expert answers
-        for e, expert in source.experts(i, routing):
-            for pairs in order[ends[e] - routing.counts[e]:ends[e]].split(EXPERT_ROWS):
-                y[pairs] = expert(x[pairs // K])
+        with closing(source.experts(i, routing)) as ready:          # closed also on an exception: no slot stays pinned
+            for e, expert in ready:
+                for pairs in order[ends[e] - routing.counts[e]:ends[e]].split(EXPERT_ROWS):
+                    y[pairs] = expert(x[pairs // K])
         for rank, answer in enumerate(y.view(T, K, D).unbind(1)):   # in rank order, whatever order they came in
             h = h + weights[:, rank, None].to(h.dtype) * answer
         return h

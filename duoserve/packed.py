@@ -76,7 +76,8 @@ class Header:
                 if end - start != prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name}'s size does not match its shape")
                 if 8 + length + end > size:
-                    raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + end} of {size}; get or make it again")
+                    raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + end} of {size}; "
+                                    "get or make it again")
                 self.tensors[name] = dtype, shape, 8 + length + start, 8 + length + end
             if not isinstance(self.metadata, dict):
                 raise ValueError("__metadata__ is no object")
@@ -112,7 +113,8 @@ class TensorWriter:
         self.file, self.metadata, self.crc, self.entries, offset = file, metadata, {}, {}, 0
         for name, (dtype, shape) in tensors.items():
             nbytes = prod(shape) * dtype.itemsize
-            self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape),
+                                  "data_offsets": [offset, offset + nbytes]}
             offset += nbytes
         self.waiting = list(tensors)
         self._header()
@@ -159,7 +161,8 @@ def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tup
 
     Names are those of `Mixtral`'s state_dict; `group_of(columns, name)` gives a packed matrix's group size.
     """
-    c, shapes = config, {"embed.weight": ("16", (config.vocab_size, config.hidden_size)), "norm.weight": ("16", (config.hidden_size,))}
+    c = config
+    shapes = {"embed.weight": ("16", (c.vocab_size, c.hidden_size)), "norm.weight": ("16", (c.hidden_size,))}
     if not c.tie_word_embeddings:
         shapes["head.weight"] = "16", (c.vocab_size, c.hidden_size)
     q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -194,7 +197,8 @@ class PackedModel:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error!r}); convert the model again") from None
         if version != 1 or self.largest_group not in (32, 64, 128):
-            raise UserError(f"{path}: version {version}, group size {self.largest_group}: not made by this duoserve; convert again")
+            raise UserError(f"{path}: version {version}, group size {self.largest_group}: not made by this duoserve; "
+                            "convert the model again")
         self.config = MixtralConfig.read(directory)
         self.layout = ExpertLayout.of(self.config, self.largest_group)
         self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
@@ -215,7 +219,6 @@ class PackedModel:
             for e in range(self.config.num_local_experts):
                 self._locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,))
         self.nbytes = sum(end - start for h in self.headers.values() for _, _, start, end in h.tensors.values())
-        self.resident_bytes = self.nbytes - self.config.num_hidden_layers * self.config.num_local_experts * self.layout.nbytes
 
     def _locate(self, name: str, shape=None) -> tuple[Header, str]:
         """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003."""

@@ -12,7 +12,7 @@ from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
 
 
 class OnDemand(ExpertScheduler):
-    """Fetches when the router has spoken and keeps nothing: the baseline of the paper (arXiv 2509.07379, section 6)."""
+    """Fetches when the router has spoken and keeps nothing: the baseline of the paper (arXiv 2509.07379)."""
 
     def computed(self, key: Key) -> None:
         self.cache.drop(key)
@@ -61,7 +61,7 @@ class LookaheadLru(ExpertScheduler):
 
 class Activation(ExpertScheduler):
     """Guesses the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing more, as
-    MoE-Infinity does (arXiv 2401.14361, section 5)."""
+    MoE-Infinity does (arXiv 2401.14361)."""
 
     def planning(self, layer: int, routing: Routing) -> None:
         following = (layer + 1) % self.layers

@@ -2,9 +2,9 @@
 
 The strongest hint needs no training: the *lookahead*, layer l's router applied to the residual stream as it is before
 layer l-1's experts have run. Beside it stand the routing just seen, the same layer's for the last token, what this
-sequence has used so far, and which experts follow which (affinity, from the traces). A small MLP a layer turns these
-into chances. A second one, without what only this token can tell, says how likely each expert is at its layer's next
-visit: eviction ranks by that. (DuoServe-MoE, arXiv 2509.07379, section 5, has the history; the lookahead is
+sequence has used so far, and which experts follow which (affinity, from the traces). Each hint votes for its experts
+with one weight a layer, and a small MLP corrects the sum: so little data goes a long way. A second such net, without what only this token can tell, says how likely each expert is at its layer's next
+visit: eviction ranks by that. (DuoServe-MoE, arXiv 2509.07379, has the history; the lookahead is
 mixtral-offloading's, arXiv 2312.17238.)
 """
 
@@ -14,46 +14,57 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from .errors import UserError
-from .packed import atomic
+from .packed import TensorWriter, atomic
 from .trace import RECENT, History, Trace
 
 HIDDEN = 32
 # Feature groups, each [experts] wide, in the order of `features`.
 GROUPS = ("lookahead", "previous_layer", "affinity", "last_token", "recent", "share")
 NETS = {"full": GROUPS, "history": GROUPS[1:], "next": GROUPS[3:]}      # the paper's inputs are "history"
+USED = ("full", "next")                     # "history" is for the report alone
 
 
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+def margin(logits: np.ndarray, top_k: int) -> np.ndarray:
+    """How far each logit lies above the middle between the last that is in the top_k and the first that is not."""
+    ranked = np.sort(logits, -1)[..., ::-1]
+    return logits - ranked[..., top_k - 1:top_k + 1].mean(-1, keepdims=True)
+
+
+def soft(z: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-z))
 
 
 class Predictor:
-    """Trained weights, run with a few numpy lines: under 20 us a layer. `weights[net] = (w1, b1, w2, b2)`, a row a layer."""
+    """Trained weights, run with a few numpy lines. `weights[net] = (votes, w1, b1, w2, b2)`, each with a row a layer."""
 
     def __init__(self, weights: dict[str, tuple[np.ndarray, ...]], affinity: np.ndarray, model: str):
         self.weights, self.affinity, self.model = weights, affinity, model
 
     def __call__(self, net: str, layer: int, x: np.ndarray) -> list[float]:
         """x [features] -> each expert's chance of being among the layer's top_k."""
-        w1, b1, w2, b2 = (w[layer] for w in self.weights[net])
-        z = np.maximum(x @ w1 + b1, 0) @ w2 + b2
-        return (1 / (1 + np.exp(-z))).tolist()
+        votes, w1, b1, w2, b2 = (w[layer] for w in self.weights[net])
+        z = votes @ x.reshape(len(votes), -1) + np.maximum(x @ w1 + b1, 0) @ w2 + b2
+        return soft(z).tolist()
 
     def scores(self, net: str, x: np.ndarray) -> np.ndarray:
-        """All layers at once, for the report: x [samples, layers, all features] -> logits [samples, layers, experts]."""
-        w1, b1, w2, b2 = self.weights[net]
-        h = np.maximum(np.einsum("sli,lih->slh", x[..., -w1.shape[1]:], w1) + b1, 0)
-        return np.einsum("slh,lho->slo", h, w2) + b2
+        """All layers at once, for the report: x [samples, layers, features] -> logits [samples, layers, experts]."""
+        votes, w1, b1, w2, b2 = self.weights[net]
+        x = x[..., -w1.shape[1]:]
+        h = np.maximum(np.einsum("sli,lih->slh", x, w1) + b1, 0)
+        grouped = x.reshape(*x.shape[:2], votes.shape[1], -1)
+        return np.einsum("slge,lg->sle", grouped, votes) + np.einsum("slh,lho->slo", h, w2) + b2
 
     def save(self, path: Path) -> None:
-        tensors = {f"{net}.{i}": torch.from_numpy(w) for net in ("full", "next") for i, w in enumerate(self.weights[net])}
-        data = save(tensors | {"affinity": torch.from_numpy(self.affinity)}, {"model": self.model, "version": "1"})
+        tensors = {f"{net}.{i}": torch.from_numpy(w) for net in USED for i, w in enumerate(self.weights[net])}
+        tensors["affinity"] = torch.from_numpy(self.affinity)
         with atomic(Path(path)) as file:
-            file.write(data)
+            shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+            writer = TensorWriter(file, shapes, {"model": self.model, "version": "1"})
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.close()
 
     @classmethod
     def read(cls, path: Path, model: str, layers: int, experts: int) -> "Predictor":
@@ -63,17 +74,19 @@ class Predictor:
         try:
             with safe_open(path, "np") as file:
                 meta = file.metadata() or {}
-                weights = {net: tuple(file.get_tensor(f"{net}.{i}") for i in range(4)) for net in ("full", "next")}
+                weights = {net: tuple(file.get_tensor(f"{net}.{i}") for i in range(5)) for net in USED}
                 affinity = file.get_tensor("affinity")
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not a predictor, or damaged ({error}); train it again with train_predictor.py") from None
+            raise UserError(f"{path}: not a predictor, or damaged ({error}); "
+                            "train it again with train_predictor.py") from None
         if meta.get("model") != model or meta.get("version") != "1":
             raise UserError(f"{path}: a predictor of model {meta.get('model')}, not of this one ({model}); "
                             "train one on this model's traces with train_predictor.py")
         if affinity.shape != (layers, experts, experts) or any(
-                w1.shape != (layers, experts * len(NETS[net]), HIDDEN) or b1.shape != (layers, HIDDEN)
+                votes.shape != (layers, len(NETS[net])) or w1.shape != (layers, experts * len(NETS[net]), HIDDEN)
+                or b1.shape != (layers, HIDDEN)
                 or w2.shape != (layers, HIDDEN, experts) or b2.shape != (layers, experts)
-                for net, (w1, b1, w2, b2) in weights.items()):
+                for net, (votes, w1, b1, w2, b2) in weights.items()):
             raise UserError(f"{path}: its shapes do not fit this model; train it again with train_predictor.py")
         return cls(weights, affinity, model)
 
@@ -89,29 +102,24 @@ class Forecast:
 
     def next_layer(self, layer: int, lookahead: list[float]) -> list[float]:
         """Chances [experts] for the layer whose lookahead this is."""
+        ahead = margin(np.asarray(lookahead, np.float32), self.top_k)
         if self.predictor is None:
-            return self._soft_top(np.asarray(lookahead), 1.5)
+            return soft(1.5 * ahead).tolist()
         h, before = self.history, layer - 1                         # (layer 0 comes after the last layer)
         return self.predictor("full", layer, np.concatenate((
-            log_softmax(np.asarray(lookahead, np.float32)), log_softmax(h.logits[before]),
-            self.predictor.affinity[layer][h.ids[before]].mean(0), *self._own(layer))))
+            ahead, margin(h.logits[before], self.top_k), self.predictor.affinity[layer][h.ids[before]].mean(0),
+            *self._own(layer))))
 
     def next_visit(self, layer: int) -> list[float]:
         """Chances [experts] for a layer's next visit, from what its last one showed."""
         if self.predictor is None:
-            h = self.history
-            return (0.5 * np.asarray(self._soft_top(h.logits[layer], 0.5)) + 0.5 * h.recent[layer]).tolist()
+            last, recent, _ = self._own(layer)
+            return (0.5 * soft(0.5 * last) + 0.5 * recent).tolist()
         return self.predictor("next", layer, np.concatenate(self._own(layer)))
 
     def _own(self, layer: int) -> tuple[np.ndarray, ...]:
         h = self.history
-        return log_softmax(h.logits[layer]), h.recent[layer], h.counts[layer] / max(1, h.tokens[layer])
-
-    def _soft_top(self, logits: np.ndarray, sharpness: float) -> list[float]:
-        """A chance of one half lies midway between the last that is in the top_k and the first that is not."""
-        ranked = np.sort(logits)[::-1]
-        edge = ranked[self.top_k - 1:self.top_k + 1].mean()
-        return (1 / (1 + np.exp(-sharpness * (logits - edge)))).tolist()
+        return margin(h.logits[layer], self.top_k), h.recent[layer], h.counts[layer] / max(1, h.tokens[layer])
 
 
 def trace_features(trace: Trace, top_k: int, affinity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,11 +135,12 @@ def trace_features(trace: Trace, top_k: int, affinity: np.ndarray) -> tuple[np.n
         recent[t - p] = now
         now = RECENT * now + (1 - RECENT) * chosen[t]
     share = np.cumsum(chosen, 0)[p - 1:tokens - 1] / np.arange(p, tokens)[:, None, None]
-    log = log_softmax(trace.logits)
-    before, before_top = np.roll(log, 1, 1)[p:], np.roll(top, 1, 1)[p:]     # the layer before, of the same token..
-    before[:, 0], before_top[:, 0] = log[p - 1:tokens - 1, -1], top[p - 1:tokens - 1, -1]   # ..or the last of the one before
+    log = margin(trace.logits, top_k)
+    # The layer before is this token's; before layer 0 comes the last token's last layer.
+    before, before_top = np.roll(log, 1, 1)[p:], np.roll(top, 1, 1)[p:]
+    before[:, 0], before_top[:, 0] = log[p - 1:tokens - 1, -1], top[p - 1:tokens - 1, -1]
     followed = affinity[np.arange(layers)[:, None], before_top].mean(-2)
-    x = np.concatenate((log_softmax(trace.lookahead)[p:], before, followed, log[p - 1:tokens - 1], recent, share), -1)
+    x = np.concatenate((margin(trace.lookahead, top_k)[p:], before, followed, log[p - 1:tokens - 1], recent, share), -1)
     return x.astype(np.float32), chosen[p:]
 
 
@@ -155,34 +164,39 @@ def mean_recall(scores: np.ndarray, chosen: np.ndarray, top_k: int) -> np.ndarra
 
 
 def train_nets(x: np.ndarray, y: np.ndarray, seed: int = 0, epochs: int = 12) -> dict[str, tuple[np.ndarray, ...]]:
-    """One MLP a layer for each net, all layers at once: x [samples, layers, features], y [samples, layers, experts]."""
+    """Votes and an MLP a layer for each net, all layers at once: x [samples, layers, features], y [.., experts]."""
     weights, experts = {}, y.shape[-1]
+    targets = torch.from_numpy(np.ascontiguousarray(y.swapaxes(0, 1)))
     for net, groups in NETS.items():
         first = GROUPS.index(groups[0]) * experts
-        inputs = torch.from_numpy(np.ascontiguousarray(x[..., first:].swapaxes(0, 1)))      # [layers, samples, in]
-        targets = torch.from_numpy(np.ascontiguousarray(y.swapaxes(0, 1)))
+        raw = torch.from_numpy(np.ascontiguousarray(x[..., first:].swapaxes(0, 1)))         # [layers, samples, in]
+        layers, samples, wide = raw.shape
+        mean, std = raw.mean(1, keepdim=True), raw.std(1, keepdim=True).clamp(min=1e-3)
+        scale = std.view(layers, len(groups), experts).mean(-1)     # a hint's, one for all experts
         generator = torch.Generator().manual_seed(seed)
-        layers, samples, wide = inputs.shape
-        mean, std = inputs.mean(1, keepdim=True), inputs.std(1, keepdim=True).clamp(min=1e-3)
-        inputs = (inputs - mean) / std
         w1 = torch.randn(layers, wide, HIDDEN, generator=generator) / wide ** 0.5
-        w2 = torch.randn(layers, HIDDEN, experts, generator=generator) / HIDDEN ** 0.5
+        w2, votes = torch.zeros(layers, HIDDEN, experts), torch.zeros(layers, len(groups))
         b1, b2 = torch.zeros(layers, 1, HIDDEN), torch.full((layers, 1, experts), -1.0)
-        parameters = [p.requires_grad_() for p in (w1, b1, w2, b2)]
-        batch = 256
+        for p in (votes, w1, b1, w2, b2):
+            p.requires_grad_()
+        batch, rates = 256, (8e-3, 8e-2)
         steps = max(400, epochs * samples // batch)
-        optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps)
+        # The MLP is held back the more, the less there is to learn from; the votes are few enough to go free.
+        optimizer = torch.optim.AdamW([{"params": [w1, w2, b1, b2], "weight_decay": min(10, 2000 / samples)},
+                                       {"params": [votes], "weight_decay": 0.0}])
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps)
         for _ in range(steps):
             pick = torch.randint(samples, (batch,), generator=generator)
-            z = (inputs[:, pick] @ w1 + b1).relu() @ w2 + b2
+            part = raw[:, pick]
+            voted = (part.unflatten(-1, (len(groups), experts)) * (votes / scale)[:, None, :, None]).sum(2)
+            z = voted + (((part - mean) / std) @ w1 + b1).relu() @ w2 + b2
             loss = F.binary_cross_entropy_with_logits(z, targets[:, pick])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        with torch.no_grad():               # fold the normalisation into the first layer
+        with torch.no_grad():               # fold the normalisation into the weights
             w1 = w1 / std.transpose(1, 2)
             b1 = b1 - mean @ w1
-            weights[net] = tuple(w.numpy() for w in (w1, b1[:, 0], w2.detach(), b2.detach()[:, 0]))
+            weights[net] = tuple(w.detach().numpy() for w in (votes / scale, w1, b1[:, 0], w2, b2[:, 0]))
     return weights

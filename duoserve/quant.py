@@ -24,7 +24,7 @@ def group_size(columns: int, largest: int = 128, name: str = "matrix") -> int:
     for size in (128, 64, 32):
         if size <= largest and columns % size == 0:
             return size
-    raise UserError(f"{name}: its input dimension {columns} is not a multiple of 32, so it cannot be packed in 4-bit groups")
+    raise UserError(f"{name}: its input dimension {columns} is no multiple of 32: it cannot be packed in 4-bit groups")
 
 
 def pack(q: Tensor, group: int) -> Tensor:
@@ -139,7 +139,8 @@ class ExpertLayout:
         for name, rows, columns in (("w13", 2 * config.intermediate_size, config.hidden_size),
                                     ("w2", config.hidden_size, config.intermediate_size)):
             groups = columns // group_size(columns, largest_group, f"expert matrix {name}")
-            for part, dtype, shape in (("q", torch.uint8, (rows, columns // 2)), ("scale", torch.float16, (rows, groups)),
+            for part, dtype, shape in (("q", torch.uint8, (rows, columns // 2)),
+                                       ("scale", torch.float16, (rows, groups)),
                                        ("zero", torch.float16, (rows, groups))):
                 fields[f"{name}.{part}"] = offset, dtype, shape
                 offset += -(-prod(shape) * dtype.itemsize // ALIGN) * ALIGN

@@ -3,7 +3,7 @@
 Prefill needs nearly every expert of every layer and knows it in advance: its bytes stream in a fixed order, through
 layer boundaries, while attention and the experts that have arrived are computed. Decode needs 2 of 8 and learns which
 only when the router speaks: it fetches what is missing first, and guesses the rest of the time (DuoServe-MoE,
-arXiv 2509.07379, section 4). Both share one cache, which is the hand-over between them.
+arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 """
 
 from typing import Iterator
@@ -46,7 +46,7 @@ class ExpertScheduler:
         self.cache.pump()
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
-        """Yields (expert, slot) of each expert with a token as it is ready; the slot is pinned until resumed or closed."""
+        """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or closed."""
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         cache.needed.update(remaining)
         self.spoken(layer, routing)
@@ -59,7 +59,7 @@ class ExpertScheduler:
                     self.planning(layer, routing)
                     planned = True
                 # The lane delivers in the order of the asking, so the oldest transfer is the next to be ready.
-                key = min((key for key in remaining if cache.resident(key)), key=lambda key: cache.where[key].transfer.order)
+                key = min(filter(cache.resident, remaining), key=lambda key: cache.where[key].transfer.order)
                 slot = cache.acquire(key)
                 try:
                     yield key[1], slot
@@ -168,10 +168,11 @@ class DecodeScheduler(ExpertScheduler):
         self.replan()
 
     def replan(self) -> None:
-        """Guess at the next layer's experts, best first; then, as long as slots are empty, at the likeliest absent ones."""
+        """Guess at the next layer's experts, best first; then, while slots are empty, at the likeliest absent ones."""
         cache, layer = self.cache, (self.layer + 1) % self.layers
         chance = self.chance[layer]
-        wanted = [(layer, e) for e in sorted(range(self.experts_a_layer), key=lambda e: -chance[e]) if chance[e] >= LIKELY]
+        best = sorted(range(self.experts_a_layer), key=lambda e: -chance[e])
+        wanted = [(layer, e) for e in best if chance[e] >= LIKELY]
         if len(cache.where) < len(cache.slots):
             absent = [(m, e) for m in range(self.layers) for e in range(self.experts_a_layer)
                       if not cache.resident((m, e)) and (m, e) not in wanted]

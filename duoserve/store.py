@@ -1,4 +1,4 @@
-"""ExpertStore: every expert's bytes in host memory, each as one contiguous block, registered with CUDA where there is one.
+"""ExpertStore: every expert's bytes in host memory, one contiguous block each, registered with CUDA if there is one.
 
 The memory is one anonymous map of exactly the size needed. `pin_memory` would round every block up to a power of two
 (94 MB to 128 MiB); registering our own pages with the driver pins them as they are.
@@ -51,9 +51,9 @@ class ExpertStore:
         return self.tensor[layer, expert]
 
     def copier(self, slots: torch.Tensor, chunk: int):
-        """-> copy(transfer, start, stop): those bytes of an expert into its row of slots [N, nbytes], on the current stream.
+        """-> copy(transfer, start, stop): those bytes of an expert into its row of slots [N, nbytes].
 
-        Unpinned memory goes through two pinned buffers: a copy from pageable memory would make the host wait for all of it.
+        On the current stream. Unpinned memory goes through two pinned buffers: a direct copy would block the host.
         """
         if self.pinned or slots.device.type == "cpu":
             def copy(transfer, start, stop):

@@ -86,9 +86,11 @@ class Trace:
             with safe_open(path, "np") as file:
                 meta = file.metadata() or {}
                 if meta.get("version") != "1":
-                    raise UserError(f"{path}: trace version {meta.get('version')}, this reads version 1; record it again")
+                    raise UserError(f"{path}: trace version {meta.get('version')}, this reads version 1; "
+                                    "record it again")
                 trace = cls(file.get_tensor("router_logits").astype(np.float32),
-                            file.get_tensor("lookahead_logits").astype(np.float32), int(meta["prompt_tokens"]), meta["model"])
+                            file.get_tensor("lookahead_logits").astype(np.float32), int(meta["prompt_tokens"]),
+                            meta["model"])
                 tokens = len(file.get_tensor("token_ids"))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise UserError(f"{path}: not a trace, or truncated ({error}); delete it or record it again") from None

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from duoserve import Engine
+from duoserve.checkpoint import convert
 from duoserve.config import MixtralConfig
 from duoserve.model import Expert, Mixtral, Routing
 
@@ -92,17 +94,15 @@ def init_weights(module: nn.Module, layers: int) -> None:
 
 
 @torch.no_grad()
-def bits_per_byte(model, source, tokens: np.ndarray, n_bytes: int, length: int, device, batch=8) -> float:
-    """Cross entropy of a token stream in windows of `length`, in bits for each byte of its text."""
-    model.eval(), source.eval()
-    nll, rows = 0.0, torch.from_numpy(tokens[:len(tokens) // length * length].astype(np.int64)).view(-1, length)
-    for window in rows.split(batch):
-        window = window.to(device)
-        source.reset()
-        logits = model.head(model(window, source))
-        nll += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), window[:, 1:].flatten(), reduction="sum").item()
-    scored = rows.shape[0] * (length - 1)
-    return nll / math.log(2) / (n_bytes * scored / len(tokens))
+def bits_per_byte(logits_of, tokens: np.ndarray, bytes_a_token: float, length: int, batch: int = 8) -> float:
+    """Cross entropy of a token stream in windows of `length`, in bits for each byte of its text.
+
+    `logits_of(window [B, length])` -> logits [B, length, vocab].
+    """
+    rows = torch.from_numpy(tokens[:len(tokens) // length * length].astype(np.int64)).view(-1, length)
+    nll = sum(F.cross_entropy(logits_of(window)[:, :-1].flatten(0, 1).float().cpu(), window[:, 1:].flatten(),
+                              reduction="sum").item() for window in rows.split(batch))
+    return nll / math.log(2) / (len(rows) * (length - 1) * bytes_a_token)
 
 
 def hf_state(model: Mixtral, source: DenseExperts) -> dict[str, torch.Tensor]:
@@ -142,13 +142,14 @@ def save_hf(model, source, raw_config: dict, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("books", type=Path, help="a folder of .txt or .md files, or one of *.npy token files made before")
+    parser.add_argument("books", type=Path, help="a folder of .txt or .md files, or the 16-bit model's\n"
+                        "directory of an earlier run, which keeps them as tokens (train.npy, test.npy)")
     parser.add_argument("out", type=Path, help="the packed directory to write")
     parser.add_argument("--hf", type=Path, help="where the 16-bit model goes (default OUT-hf)")
     parser.add_argument("--resume", action="store_true", help="begin with the weights in --hf, left by an earlier run")
     parser.add_argument("--hold-out", nargs="*", default=["Oscar_Wilde", "Robert_Louis_Stevenson", "Kenneth_Grahame"])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock")
+    parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock (0: only pack)")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--ffn", type=int, default=512)
@@ -178,13 +179,15 @@ def main() -> None:
         test_bytes = sum(len(t.encode()) for t in held.values())
         np.save(hf / "train.npy", train), np.save(hf / "test.npy", test)
         (hf / "test.json").write_text(json.dumps({"bytes": test_bytes, "books": sorted(held)}))
-    print(f"{len(train)} tokens to train on, {len(test)} held out ({test_bytes / len(test):.2f} bytes a token)", flush=True)
+    print(f"{len(train)} tokens to train on, {len(test)} held out, {test_bytes / len(test):.2f} bytes each", flush=True)
 
     heads = args.hidden // 64
-    raw = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 4096, "hidden_size": args.hidden,
-           "intermediate_size": args.ffn, "num_hidden_layers": args.layers, "num_attention_heads": heads,
-           "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 2, "head_dim": 64, "hidden_act": "silu",
-           "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 2 * args.length,
+    raw = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 4096,
+           "hidden_size": args.hidden, "intermediate_size": args.ffn, "num_hidden_layers": args.layers,
+           "num_attention_heads": heads, "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 2,
+           "head_dim": 64, "hidden_act": "silu",
+           "num_local_experts": 8, "num_experts_per_tok": 2,
+           "max_position_embeddings": 2 * args.length,
            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2,
            "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     config = MixtralConfig.from_dict(raw)
@@ -204,7 +207,12 @@ def main() -> None:
                                     betas=(0.9, 0.95), weight_decay=0.01)]
     peak = [o.param_groups[0]["lr"] for o in optimizers]
 
-    rng, began, saved, step, done = np.random.default_rng(0), time.time(), time.time(), 0, 0.0
+    def dense_logits(window):
+        with torch.no_grad():
+            source.reset()
+            return model.head(model(window.to(device), source))
+
+    rng, began, saved, step, done = np.random.default_rng(0), time.time(), time.time(), 0, float(args.steps == 0)
     while done < 1:
         done = (step + 1) / args.steps if args.steps else (time.time() - began) / (args.minutes * 60)
         done = min(done, 1)
@@ -230,15 +238,22 @@ def main() -> None:
         step += 1
         if step % 20 == 0 or done >= 1:
             load = torch.stack(source.load)
-            print(f"step {step}  {100 * done:.1f} %  loss {loss.item():.3f}  {step * args.batch / (time.time() - began):.0f} tokens/s"
-                  f"  expert load {100 * load.min():.1f} .. {100 * load.max():.1f} %", flush=True)
+            speed = step * args.batch / (time.time() - began)
+            print(f"step {step}  {100 * done:.1f} %  loss {loss.item():.3f}  {speed:.0f} tokens/s  "
+                  f"expert load {100 * load.min():.1f} .. {100 * load.max():.1f} %", flush=True)
         if time.time() - saved > 600 or done >= 1:
             saved = time.time()
             save_hf(model, source, raw, hf)
-            part = test[:len(test) // 8] if done < 1 else test
-            bpb = bits_per_byte(model, source, part, test_bytes * len(part) / len(test), args.length, device)
-            model.train(), source.train()
+            bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test), args.length)
             print(f"held out: {bpb:.4f} bits per byte after {step * args.batch / 1e6:.1f} M tokens", flush=True)
+
+    convert(hf, args.out)
+    engine, part = Engine.from_pretrained(args.out, device=args.device, policy="cache"), test[:len(test) // 2]
+    before = bits_per_byte(dense_logits, part, test_bytes / len(test), args.length)
+    after = bits_per_byte(lambda window: torch.stack([engine.logits(row.tolist()) for row in window]),
+                          part, test_bytes / len(test), args.length)
+    packed_bytes = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.out}: {packed_bytes / 1e6:.1f} MB; held out {before:.4f} bits per byte, packed {after:.4f}")
 
 
 if __name__ == "__main__":

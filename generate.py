@@ -33,7 +33,8 @@ def parse_args():
     add("--predictor", metavar="FILE|none")
     add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s")
     add("--trace-dir", type=Path, help="record what the routers do, for train_predictor.py")
-    add("--timeline", type=Path, metavar="FILE", help="what was computed and what crossed the link: .json for Perfetto, .svg a picture")
+    add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
+        help="both lanes of the run: .json for Perfetto, .svg a picture")
     add("--json", action="store_true", help="one JSON object on standard output")
     return parser.parse_args()
 
@@ -66,10 +67,12 @@ def main() -> int:
     from duoserve import timeline
     from duoserve.checkpoint import Progress
     from duoserve.engine import Engine, check_sampling
-    from duoserve.trace import TraceRecorder
+    from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
         timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    if args.trace_dir:
+        make_directory(args.trace_dir)
     engine = Engine.from_pretrained(
         args.model, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
         gpu_memory=args.gpu_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
@@ -98,7 +101,7 @@ def main() -> int:
         print(flush=True)
         print(closing_line(result), file=sys.stderr)
     if args.timeline:
-        timeline.write(timeline.record(engine), args.timeline)
+        timeline.save(engine, args.timeline)
     return status
 
 

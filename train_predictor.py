@@ -10,10 +10,19 @@ import numpy as np
 from duoserve.errors import Parser, UserError, run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import NETS, Predictor, mean_recall, measure_affinity, trace_features, train_nets
-from duoserve.trace import read_traces
+from duoserve.trace import Trace, read_traces
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LEAST = 8                                   # sequences: six to train on, two to test
+
+
+def decoded(directory: str, model: str, least: int = LEAST) -> list[Trace]:
+    """The traces of a directory that hold decoded tokens; `UserError` if there are too few."""
+    traces = [t for t in read_traces(directory, model) if len(t.logits) > t.prompt]
+    if len(traces) < least:
+        raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few to train on and to test; "
+                        f"at least {least} are needed, a hundred are better")
+    return traces
 
 
 def main() -> int:
@@ -21,18 +30,17 @@ def main() -> int:
     parser.add_argument("traces", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
     parser.add_argument("--model", default=str(WEIGHTS / "demo"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: predictor.safetensors beside the model")
+    parser.add_argument("--test", metavar="DIR", help="traces to test on (default: a fifth of TRACES_DIR)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     args = parser.parse_args()
     began = time.perf_counter()
     model = PackedModel(args.model)
     k, experts = model.config.num_experts_per_tok, model.config.num_local_experts
-    traces = [t for t in read_traces(args.traces, model.fingerprint) if len(t.logits) > t.prompt]
-    if len(traces) < LEAST:
-        raise UserError(f"{args.traces}: {len(traces)} sequences with decoded tokens are too few to train on and to "
-                        f"test; at least {LEAST} are needed, a hundred are better")
+    traces = decoded(args.traces, model.fingerprint)
     order = np.random.RandomState(0).permutation(len(traces))
-    held = max(2, round(0.2 * len(traces)))         # split by sequence: tokens of one are too alike
+    held = 0 if args.test else max(2, round(0.2 * len(traces)))    # split by sequence: tokens of one are too alike
     test, train = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
+    test = decoded(args.test, model.fingerprint, 1) if args.test else test
     affinity = measure_affinity(train, k)
     x, y = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in train)))
     weights = train_nets(x, y)

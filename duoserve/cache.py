@@ -63,7 +63,7 @@ class GPUExpertCache:
         """Replace the speculation by these guesses, best first. A guess no longer wanted stops at its chunk's end."""
         self.pump()                         # what was due before this moment has been sent
         waiting = {transfer.key: transfer for transfer in self.queue}
-        self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False, self.decoding)
+        self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False)
                       for key in keys if not self.resident(key)]
         for transfer in waiting.values():
             self._drop(transfer)
@@ -73,6 +73,8 @@ class GPUExpertCache:
         """Send the chunks of speculation that are due."""
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
+            if transfer.slot < 0:
+                transfer.predicted = self.decoding
             if transfer.slot < 0 and not self._take(transfer):
                 break                       # no slot is worth less: it waits until one is, or until the plan changes
             try:

@@ -1,4 +1,4 @@
-"""From a Hugging Face Mixtral to a packed directory, and back.
+"""From a Hugging Face Mixtral, or what else `formats.py` reads, to a packed directory, and back.
 
     python -m duoserve.checkpoint SRC DST [--group-size 128]    # safetensors -> 4 bits
     python -m duoserve.checkpoint SRC DST --to-hf               # 4 bits -> safetensors in float32
@@ -7,7 +7,6 @@ A conversion streams: one matrix is read, packed block of rows by block of rows 
 the model is never in memory. Each file says what it was made from, so an interrupted conversion goes on where it was.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import time
 import zlib
 from contextlib import closing, contextmanager, suppress
 from math import prod
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,11 +25,10 @@ from torch import Tensor
 
 from .config import MixtralConfig
 from .errors import Parser, UserError, human, run_main
+from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 from .packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, tensor_files
-from .quant import ExpertLayout, dequantize, group_size as group_of, quantize
+from .quant import ExpertLayout, dequantize, group_size as group_of
 
-BLOCK = 16 * 2**20              # weights packed or unpacked at a time: each fp32 temporary stays below 64 MB
-SAMPLE = 2**16                  # bytes of each source tensor that its fingerprint hashes
 FIELDS = ("q", "scale", "zero")
 
 Shapes = dict[str, tuple[int, ...]]                                 # Hugging Face's name -> shape
@@ -94,97 +92,6 @@ def hugging_face(c: MixtralConfig) -> dict[str, dict[str, Shapes]]:
     return files
 
 
-class HuggingFaceSource:
-    """Safetensors of 16 or 32 bits, in one file or in shards with an index; checked whole before any of it is read.
-
-    The seam for other layouts: a source has `directory`, `config`, `fingerprint`, `dtype`, `plain` and `pack`.
-    """
-
-    def __init__(self, directory: Path, config: MixtralConfig):
-        self.directory, self.config = directory, config
-        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-        if single.exists():                                         # before an index, as transformers does
-            header = Header(single)
-            self.headers, files = {single.name: header}, dict.fromkeys(header.tensors, single.name)
-            index = single
-        else:
-            files = self._read_index(index)
-            self.headers = {name: Header(directory / name) for name in sorted(set(files.values()))}
-        self.where, expected = {}, {}
-        for parts in hugging_face(config).values():
-            for shapes in parts.values():
-                expected |= shapes
-        for name, shape in expected.items():
-            if name not in files:
-                raise UserError(f"{index}: {name} is missing; get the complete model")
-            header = self.headers[files[name]]
-            if name not in header.tensors:
-                raise UserError(f"{header.path}: {name} is not in it, though {index.name} says so; get the model again")
-            dtype, found = header.tensors[name][:2]
-            if found != shape:
-                raise UserError(f"{header.path}: {name} has shape {list(found)}, by config.json {list(shape)}")
-            if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-                raise UserError(f"{header.path}: {name} is {dtype}; float16, bfloat16 or float32 is expected")
-            self.where[name] = header
-        for name in files:                                          # a bias, a layer too many: not left out in silence
-            if name.startswith("model.layers.") and name not in expected and not name.endswith("rotary_emb.inv_freq"):
-                raise UserError(f"{index}: {name} has no place in the Mixtral that config.json describes")
-        self.fingerprint = self._fingerprint()
-
-    def _read_index(self, index: Path) -> dict[str, str]:
-        """Tensor -> shard, no shard being outside the directory (links inside it may lead anywhere)."""
-        try:
-            files = json.loads(index.read_bytes())["weight_map"]
-            if not files or not all(isinstance(file, str) for file in files.values()):
-                raise ValueError("weight_map names no files")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{index}: cannot be used ({error!r}); get it again") from None
-        for file in set(files.values()):
-            if not file or "\0" in file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                raise UserError(f"{index}: the file {file!r} that it names is outside {self.directory}; get it again")
-            if not (self.directory / file).is_file():
-                raise UserError(f"{self.directory / file}: missing, though {index.name} names it; get it too")
-        return files
-
-    def _fingerprint(self) -> str:
-        """Hashes config, tokenizer, headers, and a sample of every tensor: two fine-tunes differ in nothing else."""
-        digest = hashlib.sha256()
-        for name in ("config.json", "tokenizer.model"):
-            digest.update(hashlib.sha256((self.directory / name).read_bytes()).digest())
-        for name, header in self.headers.items():
-            digest.update(hashlib.sha256(header.raw + f"{name} {header.size}".encode()).digest())
-            with open(header.path, "rb") as file:
-                for _, _, start, end in header.tensors.values():
-                    file.seek(max(start, (start + end - SAMPLE) // 2))
-                    digest.update(file.read(min(SAMPLE, end - start)))
-        return digest.hexdigest()[:16]
-
-    def _read(self, name: str) -> Tensor:
-        header = self.where[name]
-        with open(header.path, "rb") as file:
-            return header.read(name, file)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """What `plain` gives: the checkpoint's own 16-bit dtype; float32 becomes float16."""
-        dtype = self.where[name].tensors[name][0]
-        return torch.float16 if dtype == torch.float32 else dtype
-
-    def plain(self, name: str) -> Tensor:
-        """A tensor that stays in 16 bits."""
-        tensor = self._read(name).to(self.dtype(name))
-        if not tensor.isfinite().all():
-            raise UserError(f"{self.where[name].path}: {name} holds numbers that are infinite, NaN or beyond float16")
-        return tensor
-
-    def pack(self, name: str, q: Tensor, scale: Tensor, zero: Tensor) -> None:
-        """Pack a matrix [N, columns] into q [N, columns / 2], scale and zero [N, groups], on the host."""
-        weight, device = self._read(name), "cuda" if torch.cuda.is_available() else "cpu"
-        group, step = weight.shape[1] // scale.shape[1], max(1, BLOCK // weight.shape[1])
-        for block, *into in zip(*(t.split(step) for t in (weight, q, scale, zero))):
-            for view, made in zip(into, quantize(block.to(device), group, f"{self.where[name].path}: {name}")):
-                view.copy_(made)
-
-
 @os_errors()
 def open_source(directory: str | Path) -> HuggingFaceSource:
     """What `directory` holds, ready to be read; `UserError` says why it cannot be."""
@@ -196,22 +103,26 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         raise UserError(f"{directory}: is packed already; --to-hf turns it back")
     if "outer.safetensors" in names or "layer-000.safetensors" in names:
         raise UserError(f"{directory}: is an unfinished conversion; run it again from the model it was made of")
-    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    if pickled and not any(name.endswith(".safetensors") for name in names):
-        raise UserError(f"{directory}: holds {pickled[0]} but no safetensors; nothing is ever unpickled: "
-                        "save the model as safetensors")
-    config = MixtralConfig.read(directory)
-    quantization = json.loads((directory / "config.json").read_bytes()).get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(f"{directory / 'config.json'}: quantization_config: weights quantised by {method!r} cannot be "
-                        "read; give the 16-bit model they were made of")
-    if not {"model.safetensors", "model.safetensors.index.json"} & set(names):
-        raise UserError(f"{directory}: no weights in it (neither model.safetensors nor model.safetensors.index.json)")
-    if "tokenizer.model" not in names:
-        only = "only tokenizer.json; " if "tokenizer.json" in names else ""
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    if others and not any(name.endswith(".safetensors") for name in names):
+        why = ("its kinds of quantisation cannot be repacked: convert the 16-bit model that it was made of"
+               if others[0].endswith(".gguf") else "nothing is ever unpickled: save the model as safetensors")
+        raise UserError(f"{directory}: holds {others[0]} but no safetensors; {why}")
+    hugging = {"model.safetensors", "model.safetensors.index.json"} & set(names)
+    if not hugging and any(re.fullmatch(r"consolidated.*\.safetensors", name) for name in names):
+        kind, raw = ConsolidatedSource, consolidated_config(directory / "params.json")
+        config = MixtralConfig.from_dict(raw, str(directory / "params.json"))
+    else:
+        config, raw = MixtralConfig.read(directory), json.loads((directory / "config.json").read_bytes())
+        kind = QuantizedSource if raw.get("quantization_config") else HuggingFaceSource
+        if not hugging:
+            raise UserError(f"{directory}: no weights in it (neither model.safetensors, nor its index, nor "
+                            "consolidated.safetensors)")
+    tokenizer = next((name for name in ("tokenizer.model", "tokenizer.model.v3") if name in names), None)
+    if not tokenizer:
+        only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)
         raise UserError(f"{directory}: no tokenizer.model; {only}copy the sentencepiece file of the same model there")
-    return HuggingFaceSource(directory, config)
+    return kind(directory, raw, config, directory / tokenizer, hugging_face(config))
 
 
 def remove_leftovers(directory: Path, name: str = "*") -> None:
@@ -239,13 +150,11 @@ def write_json(path: Path, value: dict) -> None:
         file.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
-def copy_config(src: Path, dst: Path, **changes) -> None:
+def copy_config(raw: dict, tokenizer: Path, dst: Path, **changes) -> None:
     """config.json without its quantisation, and the tokenizer."""
-    config = json.loads((src / "config.json").read_bytes())
-    config.pop("quantization_config", None)
-    write_json(dst / "config.json", config | changes)
+    write_json(dst / "config.json", {key: raw[key] for key in raw if key != "quantization_config"} | changes)
     with atomic(dst / "tokenizer.model") as file:
-        file.write((src / "tokenizer.model").read_bytes())
+        file.write(tokenizer.read_bytes())
 
 
 def packed_tensors(source: HuggingFaceSource, largest: int) -> dict[str, Tensors]:
@@ -338,6 +247,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
     if group_size not in (128, 64, 32):
         raise UserError(f"group size {group_size}: it can be 128, 64 or 32")
     source, dst = open_source(src), Path(dst)
+    group_size = min(group_size, source.largest_group)              # wider than the source's would merge its scales
     parts, files = hugging_face(source.config), packed_tensors(source, group_size)
     layout, stamp = ExpertLayout.of(source.config, group_size), {"source": f"{source.fingerprint}-{group_size}"}
     size = {file: sum(prod(shape) * dtype.itemsize for dtype, shape in files[file].values()) for file in files}
@@ -355,7 +265,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
     with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing", progress)) as bar:
         for file in todo:
             write_packed(dst / file, source, parts[file], files[file], layout, stamp, bar)
-    copy_config(source.directory, dst)
+    copy_config(source.raw, source.tokenizer, dst)
     write_json(dst / MANIFEST, {"format": "duoserve", "version": 1, "group_size": group_size,
                                 "fingerprint": fingerprint(dst, list(files)), "source": source.fingerprint})
 
@@ -394,7 +304,8 @@ def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
                 write_unpacked(made / shard, model, resident, i - 1, parts, bar)
                 where |= {name: shard for shapes in parts.values() for name in shapes}
         write_json(made / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-        copy_config(model.directory, made, torch_dtype="float32", dtype="float32")
+        raw = json.loads((model.directory / "config.json").read_bytes())
+        copy_config(raw, model.directory / "tokenizer.model", made, torch_dtype="float32", dtype="float32")
         made.rename(dst)                                            # an empty directory may stand there
     finally:
         shutil.rmtree(made, ignore_errors=True)

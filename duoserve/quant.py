@@ -69,7 +69,7 @@ def quantize(weight: Tensor, group: int, name: str = "matrix", iterations: int =
         zero = q_mean - mean / scale
     scale = torch.where(constant, torch.ldexp(torch.ones_like(low), exponent), scale).half()
     zero = torch.where(constant, -low / scale.float(), zero).half()
-    return pack(grid(scale.float(), zero.float()).masked_fill_(constant[..., None], 0).flatten(-2), group), scale, zero
+    return pack(grid(scale.float(), zero.float()).flatten(-2), group), scale, zero
 
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

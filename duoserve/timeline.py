@@ -1,221 +1,150 @@
-"""Both lanes of a run: what was computed, what crossed the link, and who waited for whom.
+"""Both lanes of a run: what was computed, what crossed the link meanwhile, and who waited for whom.
 
-`watch` has the engine keep its transfers and the spans of its computation, `record` makes a `Timeline` of them, and
-`write` puts it into a file: as JSON a Chrome trace, which ui.perfetto.dev and chrome://tracing open, all of the run;
-as SVG a picture of the prefill and of a few tokens of the decode. The replay of the bench can feed it as well.
+`watch` has the engine keep its transfers and the spans of its computation; `save` writes them down, all as JSON in
+Chrome's trace format (ui.perfetto.dev opens it), or as SVG a picture of the prefill and of the last tokens. `trace` and
+`picture` need no engine: the bench's replay can be looked at as well.
 """
 
 import json
 import math
-import tempfile
-from bisect import bisect_right
-from dataclasses import dataclass
+import os
+from collections import defaultdict, deque
 from pathlib import Path
 
 from .errors import UserError
 from .link import Transfer
 from .packed import atomic
 
-GAP = 50e-6                                 # seconds; pieces of a transfer no further apart are one
-SHOWN = 60                                  # transfers of a prefill, and
-VISITS = 24                                 # layer visits of a decode, that a picture holds and one can still read
-WIDTH, LEFT, ROW = 960, 66, 30              # the picture's pixels
-COLOURS = {"attention": ("#56b4e9", "attention"), "expert": ("#0072b2", "an expert"), "stall": ("#fbd9d3", "waits for the link"),
-           "prefill": ("#e0a92a", "prefill transfer"), "demand": ("#d55e00", "transfer on demand"),
-           "prefetch": ("#2a9d74", "prefetch, used"), "kept": ("#a9dcc8", "prefetch, not used yet"),
-           "wasted": ("url(#waste)", "wasted: dropped or evicted unused"), "idle": ("#eeeeee", "idle")}
+COMPUTE, LINK = 1, 2                        # the lanes, as a trace numbers them
+GAP = 50                                    # microseconds: pieces of a transfer no further apart count as one
+BLOCKS = 160                                # as many as one can tell apart in one panel of a picture
+TITLE = "What is computed, and what crosses the link meanwhile (3.5 is expert 5 of layer 3)"
+WIDTH, LEFT, RIGHT, ROW = 960, 66, 948, 30  # its pixels
+COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce", "prefill transfer": "#dba11c",
+           "demand transfer": "#d55e00", "prefetch": "#2a9d74", "wasted transfer": "url(#waste)", "idle": "#eee"}
 
 
-@dataclass(slots=True)
-class Piece:
-    """A stretch of one transfer. Kind: demand, prefetch or prefill; use: used, wasted, or kept (still in its slot)."""
-
-    start: float
-    end: float
-    transfer: Transfer
-    kind: str
-    use: str
-    nbytes: int
+def event(lane: int, start: float, end: float, kind: str, layer: int, *expert: int, **more) -> dict:
+    args = {"kind": kind, "layer": layer} | dict(zip(["expert"], expert)) | more
+    return {"ph": "X", "pid": 1, "tid": lane, "name": f"{kind} {'.'.join(map(str, (layer, *expert)))}", "ts": start,
+            "dur": round(end - start, 3), "args": args}
 
 
-class Timeline:
-    """`transfers` that moved, `computed` (name, layer, start, end), seconds of one clock; `chunk` as the lane sends them;
-    `kept`: the transfers whose experts are still in their slots."""
+def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=()) -> dict:
+    """Chrome's trace of `transfers`, sent in `chunk`s, and of `computed` (name, layer, start, end), in seconds.
 
-    def __init__(self, transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=()):
-        self.computed = computed
-        self.steps = [start for name, layer, start, _ in computed if name == "attention" and layer == 0]
-        decode = self.steps[1] if len(self.steps) > 1 else math.inf
-        pieces = []
-        for t in transfers:
-            kind = "prefetch" if t.predicted else "prefill" if t.asked < decode else "demand"
+    A transfer's kind is demand, prefetch (on a prediction, in decode) or prefill. It was used, or wasted (dropped or
+    evicted before a use), or is kept: those in `kept`, whose experts are still in their slots.
+    """
+    spans = sorted(((*span, i, t) for t in transfers for i, span in enumerate(t.spans)), key=lambda span: span[:2])
+    steps = [start for name, layer, start, _ in computed if (name, layer) == ("attention", 0)]
+    decode = steps[1] if len(steps) > 1 else math.inf
+    origin = min([start for _, _, start, _ in computed[:1]] + [start for start, *_ in spans[:1]], default=0.0)
+    micro, free, last = lambda seconds: round(1e6 * (seconds - origin), 3), 0.0, None
+    events = [{"ph": "M", "pid": 1, "tid": lane, "name": what, "args": {"name": name}} for what, lane, name in (
+        ("process_name", 0, "duoserve"), ("thread_name", COMPUTE, "compute"), ("thread_name", LINK, "link"))]
+    for name, layer, start, end in computed:
+        kind, *expert = name.split()
+        events.append(event(COMPUTE, micro(start), micro(end), kind, layer, *map(int, expert)))
+    for start, end, i, t in spans:
+        start, end = max(free, micro(start)), max(free, micro(end))         # CUDA's times are rounded
+        nbytes = chunk if i + 1 < len(t.spans) else t.sent - i * chunk      # every piece but the last is a chunk
+        if t is last and start - free <= GAP:
+            events[-1]["dur"] = round(end - events[-1]["ts"], 3)
+            events[-1]["args"]["bytes"] += nbytes
+        else:
+            demand = t.asked >= decode and len(t.spans) == 1                # it goes in one piece
+            kind = "prefetch" if t.predicted else "demand" if demand else "prefill"
             use = "used" if t.used else "kept" if t in kept else "wasted"
-            for i, (start, end) in enumerate(t.spans):      # all but the last piece are of the chunk's size
-                pieces.append(Piece(start, end, t, kind, use, t.sent - i * chunk if i + 1 == len(t.spans) else chunk))
-        self.pieces: list[Piece] = []
-        for piece in sorted(pieces, key=lambda piece: piece.start):
-            last = self.pieces[-1] if self.pieces else None
-            if last and last.transfer is piece.transfer and piece.start - last.end <= GAP:
-                last.end, last.nbytes = max(last.end, piece.end), last.nbytes + piece.nbytes
-                continue
-            if last:                        # CUDA's times are floats: neighbours may seem to overlap by a hair
-                piece.start = max(piece.start, last.end)
-                piece.end = max(piece.start, piece.end)
-            self.pieces.append(piece)
-        self.start = min([start for _, _, start, _ in computed] + [piece.start for piece in self.pieces], default=0.0)
+            events.append(event(LINK, start, end, kind, *t.key, use=use, bytes=nbytes))
+        free, last = end, t
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
-    def trace(self) -> dict:
-        """The run in the Chrome trace event format; microseconds from its first event."""
-        def event(tid, name, start, end, **args):
-            start, end = (round(1e6 * (t - self.start), 3) for t in (start, end))
-            return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": start, "dur": round(end - start, 3), "args": args}
 
-        events = [{"ph": "M", "pid": 1, "tid": tid, "name": name, "args": {"name": value}} for tid, name, value in (
-            (0, "process_name", "duoserve"), (1, "thread_name", "compute"), (2, "thread_name", "link"))]
-        for name, layer, start, end in self.computed:
-            what, _, e = name.partition(" ")
-            events.append(event(1, f"layer {layer} {name}", start, end, layer=layer, kind=what, **({"expert": int(e)} if e else {})))
-        for p in self.pieces:
-            layer, e = p.transfer.key
-            events.append(event(2, f"{p.kind} {layer}.{e}", p.start, p.end, layer=layer, expert=e, kind=p.kind, use=p.use, bytes=p.nbytes))
-        return {"traceEvents": events, "displayTimeUnit": "ms"}
+def picture(events: list[dict]) -> str:
+    """An SVG of a trace's events: a panel for the prefill and one for the last three tokens, as far as can be read."""
+    lanes, uses, arrivals, visits, before = {COMPUTE: [], LINK: []}, [], defaultdict(deque), [], math.inf
+    for e in events[3:]:                    # the first three are names
+        lanes[e["tid"]].append((e["ts"], e["ts"] + e["dur"], e["name"], e["args"]))
+        if e["args"].get("use") == "used":
+            arrivals[e["args"]["layer"], e["args"]["expert"]].append(e["ts"] + e["dur"])
+    for start, end, _, args in list(lanes[COMPUTE]):
+        arrived, due = -math.inf, arrivals[args["layer"], args.get("expert")]
+        while due and due[0] <= start + GAP:
+            arrived = due.popleft()
+        uses.append((arrived, start))
+        if before < arrived:
+            lanes[COMPUTE].append((before, min(arrived, start), "", {"kind": "waiting for link"}))
+        if args["kind"] == "attention":
+            visits.append((start, args["layer"]))
+        before = end
+    bounds = [start for start, _ in visits] + [before]
+    steps = [i for i, (_, layer) in enumerate(visits) if layer == 0] + [len(visits)]
+    n, y, svg = len(steps) - 1, 56, []
+    for title, first, after in (("Prefill, all tokens at once", 0, 1), ("Decode, token after token", max(1, n - 3), n)):
+        if first < n:
+            i, j = steps[first], steps[after]
+            while j > i + 1 and sum(bounds[i] <= b[0] < bounds[j] for lane in lanes.values() for b in lane) > BLOCKS:
+                j -= 1
+            svg, y = svg + panel(f"{title}: {j - i} layers", bounds[i], bounds[j], lanes, uses, y), y + 172
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        svg += [box(12 + 118 * i, 35, 14, 11, colour), text(31 + 118 * i, 45, name)]
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif">',
+        '<pattern id="waste" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<path d="M0 0H5V5H0" fill="#ddd"/><path d="M0 0H2V5H0" fill="#777"/></pattern>',
+        box(0, 0, WIDTH, y, "#fff"), text(12, 22, TITLE, 14), *svg, "</svg>\n"])
 
-    def stalls(self) -> list[tuple[float, float]]:
-        """When the computation had nothing to do until an expert had arrived."""
-        arrived: dict = {}
-        for p in self.pieces:
-            arrived.setdefault(p.transfer.key, []).append(p.end)
-        out = []
-        for (*_, before), (name, layer, start, _) in zip(self.computed, self.computed[1:]):
-            ends = arrived.get((layer, int(name.split()[1])), []) if name != "attention" else []
-            i = bisect_right(ends, start + GAP)
-            if i and ends[i - 1] > before:
-                out.append((before, start))
-        return out
 
-    def windows(self) -> list[tuple[str, float, float]]:
-        """What a picture has room for: (title, start, end) of the prefill or its beginning, and of the last tokens' decode."""
-        visits = [(start, layer) for name, layer, start, _ in self.computed if name == "attention"]
-        bounds = [start for start, _ in visits] + [max((end for *_, end in self.computed), default=0.0)]
-        steps = [i for i, (_, layer) in enumerate(visits) if layer == 0] + [len(visits)]
-        out = []
-        if visits:
-            stop = steps[1]
-            while stop > 2 and sum(p.start < bounds[stop] for p in self.pieces) > SHOWN:
-                stop -= 1
-            part = f"layers 0 to {stop - 1} of {steps[1]}" if stop < steps[1] else "layer by layer"
-            out.append((f"Prefill: the whole prompt at once, {part}", bounds[0], bounds[stop]))
-        if len(steps) > 2:
-            first = max(1, len(steps) - 4)
-            start, stop = steps[first], min(steps[first] + VISITS, len(visits))
-            last = first + sum(start < i < stop for i in steps)
-            part = f"tokens {first} to {last}, one after another" if last > first else f"token {first}"
-            part += f", as far as layer {visits[stop - 1][1]}" if stop not in steps else ""
-            out.append((f"Decode: {part}", bounds[start], bounds[stop]))
-        return out
-
-    def picture(self) -> str:
-        """An SVG of the windows, each on a time scale of its own."""
-        body, seen, x, y = [], {"idle"}, 12, 58
-        for window in self.windows():
-            body += self._panel(*window, y, seen)
-            y += 182
-        for name, (colour, label) in COLOURS.items():
-            if name in seen:
-                body += [box(x, 36, 14, 11, colour), text(x + 18, 45, label)]
-                x += 36 + round(5.6 * len(label))
-        body.append(text(12, 22, "What is computed, and what crosses the link meanwhile", 'font-size="15" font-weight="bold"'))
-        return "\n".join([
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif" font-size="11" fill="#222">',
-            '<defs><pattern id="waste" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-            '<rect width="5" height="5" fill="#ddd"/><rect width="2" height="5" fill="#888"/></pattern></defs>',
-            box(0, 0, WIDTH, y, "#fff"), *body, "</svg>", ""])
-
-    def _panel(self, title: str, begin: float, stop: float, y: int, seen: set[str]) -> list[str]:
-        """One window's two lanes, from `y` down; `seen` gathers what the legend has to explain."""
-        span, total = max(stop - begin, 1e-9), {"computed": 0.0, "stall": 0.0, "link": 0.0}
-        compute, link, right = y + 46, y + 46 + ROW + 26, WIDTH - 12
-
-        def at(t: float) -> float:
-            return LEFT + (right - LEFT) * (min(max(t, begin), stop) - begin) / span
-
-        def block(start, end, top, name, label, tip, lane):
-            if end < begin or start > stop:
-                return []
-            seen.add(name)
-            total[lane] += min(end, stop) - max(start, begin)
-            x, wide = at(start), max(at(end) - at(start), 0.8)
-            drawn = [box(x, top, wide, ROW, COLOURS[name][0], tip)]
-            if wide >= 5.6 * len(label) and label:
-                drawn.append(text(x + wide / 2, top + ROW / 2 + 3.5, label, f'font-size="9.5" fill="{"#222" if name == "wasted" else "#fff"}" text-anchor="middle"'))
-            return drawn
-
-        out = [box(LEFT, top, right - LEFT, ROW, COLOURS["idle"][0]) for top in (compute, link)]
-        out += [text(LEFT - 8, top + ROW / 2 + 4, lane, 'font-weight="bold" text-anchor="end"')
-                for top, lane in ((compute, "compute"), (link, "link"))]
-        for start, end in self.stalls():
-            out += block(start, end, compute, "stall", "", "waits for the link", "stall")
-        used = {}
-        for name, layer, start, end in self.computed:
-            what, _, e = name.partition(" ")
-            used.setdefault((layer, e), []).append(start)
-            out += block(start, end, compute, what, f"{layer}.{e}" if e else "", f"layer {layer}, {name}", "computed")
-            if name == "attention" and begin <= start < stop:
-                out.append(f'<path d="M{at(start):.1f} {y + 30}V{link + ROW}" stroke="#999" stroke-width="0.5"/>')
-                out.append(text(at(start) + 3, y + 40, f"layer {layer}" if layer == 0 else layer, 'font-size="9.5" fill="#666"'))
-        for p in self.pieces:
-            layer, e = p.transfer.key
-            name = p.use if p.use == "wasted" or p.kind == "prefetch" and p.use == "kept" else p.kind
-            out += block(p.start, p.end, link, name, f"{layer}.{e}", f"layer {layer}, expert {e}: {p.kind}, {p.use}", "link")
-            if p.use == "used" and p.end == p.transfer.spans[-1][1] and begin <= p.end <= stop:
-                uses = used.get((layer, str(e)), [])
-                i = bisect_right(uses, p.end - GAP)
-                if i < len(uses) and uses[i] <= stop:
-                    out.append(f'<path d="M{at(p.end):.1f} {link}L{at(uses[i]):.1f} {compute + ROW}" stroke="#777" stroke-width="0.7"/>')
-        step = 10 ** math.floor(math.log10(span * 1e3 / 5))
-        step *= next(m for m in (5, 2, 1) if span * 1e3 / (step * m) >= 5)
-        for i in range(int(span * 1e3 / step) + 1):
-            x = at(begin + i * step / 1e3)
-            out += [f'<path d="M{x:.1f} {link + ROW}v4" stroke="#222"/>', text(x, link + ROW + 15, f"{i * step:g}", 'text-anchor="middle"')]
-        out.append(text(LEFT - 8, link + ROW + 15, "ms", 'text-anchor="end"'))
-        share = {name: f"{100 * seconds / span:.0f} %" for name, seconds in total.items()}
-        caption = f"computing {share['computed']} of the time, waiting for the link {share['stall']}; the link busy {share['link']}"
-        return out + [text(12, y + 18, title, 'font-size="13" font-weight="bold"'), text(right, y + 18, caption, 'text-anchor="end"')]
+def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[float, float]], y: int) -> list[str]:
+    span, top, low, free, share, svg = max(end - begin, 1.0), y + 46, y + 98, 0.0, [0.0] * 3, []
+    at = lambda t: LEFT + (RIGHT - LEFT) * (min(max(t, begin), end) - begin) / span
+    for lane, name, row in (COMPUTE, "compute", top), (LINK, "link", low):
+        svg += [text(12, row + 19, name), box(LEFT, row, RIGHT - LEFT, ROW, COLOURS["idle"])]
+        for start, stop, name, args in (b for b in lanes[lane] if b[1] >= begin and b[0] < end):
+            x, width, kind = at(start), at(stop) - at(start), "wasted" if args.get("use") == "wasted" else args["kind"]
+            share[2 if lane == LINK else not name] += width / (RIGHT - LEFT)
+            svg.append(box(x, row, max(width, 0.8), ROW, COLOURS.get(kind) or COLOURS[f"{kind} transfer"], name))
+            if kind == "attention" and free <= x < RIGHT - 40:
+                free = x + 48
+                svg += [box(x, y + 30, 1, 16, "#777"), text(x + 4, y + 40, f"layer {args['layer']}", 10)]
+            elif "expert" in args and width >= 18:
+                svg.append(text(x + 2, row + 19, name.split()[1], 10, "#222" if kind == "wasted" else "#fff"))
+    svg += [f'<path d="M{at(arrived):.1f} {low}L{at(start):.1f} {top + ROW}" stroke="#777" stroke-width=".7"/>'
+            for arrived, start in uses if begin <= arrived and start < end]
+    step = 10.0 ** math.floor(math.log10(span / 5))         # a round number of microseconds, and not many ticks
+    step *= 5 if span >= step * 25 else 2 if span >= step * 10 else 1
+    for x, ms in ((at(begin + i * step), i * step / 1e3) for i in range(int(span / step) + 1)):
+        svg += [box(x, low + ROW, 1, 4, "#777"), text(x, low + ROW + 15, f"{ms:g}" if ms else "0 ms")]
+    caption = "computing {:.0%} of the time, waiting for the link {:.0%}; the link at work {:.0%}".format(*share)
+    return svg + [text(12, y + 20, title, 13), text(RIGHT, y + 20, caption, anchor="end")]
 
 
 def box(x: float, y: float, width: float, height: float, colour: str, tip: str = "") -> str:
-    rect = f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}" fill="{colour}"'
-    return f"{rect}><title>{tip}</title></rect>" if tip else f"{rect}/>"
+    shape = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}"'
+    return f'<rect {shape} fill="{colour}" stroke="#fff" stroke-width=".4"><title>{tip}</title></rect>'
 
 
-def text(x: float, y: float, content, style: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{content}</text>'
+def text(x: float, y: float, words: str, size: int = 11, colour: str = "#222", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{words}</text>'
 
 
 def check(path: Path) -> None:
-    """Before the run: can the timeline be written there?"""
+    """Before a run: can its timeline be written there?"""
     if path.suffix not in (".json", ".svg"):
         raise UserError(f"--timeline {path}: name a file that ends in .json (for Perfetto) or .svg (a picture)")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "is a directory")
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}").close()
-    except OSError as error:
-        raise UserError(f"--timeline {path}: cannot be written ({error.strerror}); name a file in a directory that can") from None
+    if os.path.isdir(path) or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--timeline {path}: cannot be written; name a file in a directory that is there and writable")
 
 
 def watch(engine) -> None:
-    """From now on the engine keeps what a timeline needs; until then it costs it nothing."""
     engine.cache.log, engine.source.spans = [], []
 
 
-def record(engine) -> Timeline:
-    """Of what the engine has done since `watch`."""
-    lane = engine.cache.lane
-    computed = [(name, layer, lane.seconds(start), lane.seconds(end)) for name, layer, start, end in engine.source.spans]
-    return Timeline(engine.cache.log, computed, lane.chunk, {slot.transfer for slot in engine.cache.slots})
-
-
-def write(timeline: Timeline, path: Path) -> None:
+def save(engine, path: Path) -> None:
+    """What the engine has done since `watch`."""
+    cache, at = engine.cache, engine.cache.lane.seconds
+    computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
+    run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots})
     with atomic(path, "w") as file:
-        file.write(json.dumps(timeline.trace()) if path.suffix == ".json" else timeline.picture())
+        file.write(json.dumps(run) if path.suffix == ".json" else picture(run["traceEvents"]))

@@ -27,6 +27,10 @@ class Tokenizer:
         return self.sp.vocab_size()
 
     def encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the prompt is not text: it holds bytes that are not UTF-8") from None
         return [self.bos, *self.sp.encode(text)]
 
     def decode(self, ids: list[int]) -> str:

@@ -51,6 +51,16 @@ class History:
         return (self.counts[layer, e] + 4 * self.top_k / self.experts) / (self.tokens[layer] + 4)
 
 
+def make_directory(directory: str | Path) -> Path:
+    """Make the directory that traces go to, before the work whose record it is to hold."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--trace-dir {directory}: cannot be made ({error.strerror})") from None
+    return directory
+
+
 class TraceRecorder:
     """Keeps the logits of a request on the device, in memory taken beforehand, and writes them at its end."""
 
@@ -60,12 +70,7 @@ class TraceRecorder:
 
     def save(self, directory: Path, token_ids: list[int], prompt_tokens: int, model: str) -> Path:
         """A new file, whatever others there are; complete or not there."""
-        directory = Path(directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--trace-dir {directory}: cannot be made ({error.strerror})") from None
-        n, path = len(token_ids), directory / f"trace-{uuid.uuid4().hex[:12]}.safetensors"
+        n, path = len(token_ids), make_directory(directory) / f"trace-{uuid.uuid4().hex[:12]}.safetensors"
         data = save({"router_logits": self.router[:n].cpu(), "lookahead_logits": self.lookahead[:n].cpu(),
                      "token_ids": torch.tensor(token_ids)},
                     {"prompt_tokens": str(prompt_tokens), "model": model, "version": "1"})

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -11,3 +12,35 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a GPU only")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A packed model of three layers with eight experts of 11 kB, two a token."""
+    from models import packed
+    return packed(tmp_path_factory.mktemp("tiny"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def traces(tiny, tmp_path_factory):
+    """A directory with ten sequences that `tiny` generated, each of 12 prompt tokens and 12 new ones."""
+    from duoserve import Engine
+    from duoserve.trace import TraceRecorder
+    directory, engine = tmp_path_factory.mktemp("traces"), Engine.from_pretrained(tiny, device="cpu", predictor="none")
+    c = engine.config
+    engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
+    for i in range(10):
+        result = engine.generate([1, *range(20 * i + 20, 20 * i + 31)], max_new_tokens=12, seed=i)
+        engine.source.recorder.save(directory, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def predictor(tiny, traces, tmp_path_factory):
+    """The file that train_predictor.py makes of them."""
+    import train_predictor
+    out = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
+        train_predictor.main()
+    return out

@@ -28,15 +28,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PACKED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from more, and lose seconds where other work keeps the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def hf(tmp_path):
     write_hf(tmp_path / "hf")
@@ -151,7 +142,8 @@ def test_shards_may_be_links_and_other_safetensors_are_let_be(tmp_path):
 def test_tied_embeddings_have_no_head_of_their_own(tmp_path, head):
     state = write_hf(tmp_path / "hf", tie_word_embeddings=True, num_hidden_layers=1)
     if head:                                                        # some savers write it all the same
-        save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, tmp_path / "hf/model.safetensors")
+        state |= {"lm_head.weight": state["model.embed_tokens.weight"].clone()}
+        save_file(state, tmp_path / "hf/model.safetensors")
     convert(tmp_path / "hf", tmp_path / "packed")
     assert "head.weight" not in PackedModel(tmp_path / "packed").resident()
     to_hf(tmp_path / "packed", tmp_path / "back")
@@ -322,7 +314,8 @@ def test_a_fine_tune_of_the_same_shape_is_another_model(made, tmp_path, packed):
     before = contents(packed)
     refused(str(packed), "another model", args=(tmp_path / "tuned", packed))
     assert contents(packed) == before
-    assert ensure_packed(made / "hf", tmp_path).name.split("-")[1] != ensure_packed(tmp_path / "tuned", tmp_path).name.split("-")[1]
+    names = [ensure_packed(source, tmp_path).name for source in (made / "hf", tmp_path / "tuned")]
+    assert names[0].split("-")[1] != names[1].split("-")[1]
 
 
 def test_a_full_disk_is_foretold(made, tmp_path, monkeypatch):

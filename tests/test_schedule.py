@@ -200,6 +200,8 @@ def test_a_demand_may_take_the_slot_of_an_unfinished_guess_and_a_guess_may_not()
     cache.plan([B])
     clock.advance(1)
     cache.plan([C, B])                      # a better guess, and no slot for it: nothing is lost for its sake
+    clock.advance(2)
+    cache.pump()
     assert B in cache.where and C not in cache.where and offered == []
     assert cache.demand(D)
     assert offered == [{B}] and sorted(cache.where) == [A, D]
@@ -333,6 +335,16 @@ def test_abandon_leaves_what_is_loaded_and_no_pin_or_request():
     assert not cache.queue and not cache.needed and not any(slot.pinned for slot in cache.slots)
 
 
+def test_abandon_after_an_interruption_in_the_middle_of_sending():
+    cache, clock = rig(2)
+    cache.plan([A])                         # two chunks are under way when it is demanded, and Ctrl-C comes
+    cache.lane.send = lambda transfer, nbytes: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.demand(A)
+    cache.abandon()
+    assert not cache.where and all(slot.key is None for slot in cache.slots)
+
+
 # The schedulers
 
 
@@ -432,6 +444,68 @@ def test_demands_come_before_guesses():
         assert [piece[0].key for piece in s.cache.lane.pieces[first:first + 2]] == [(0, 3), (0, 5)], policy
 
 
+def moved(s, since=0):
+    """What crossed the link, demands as they are and guesses in brackets."""
+    keys = [[piece[0].key] if piece[3] else piece[0].key for piece in s.cache.lane.pieces[since:]]
+    return [key for i, key in enumerate(keys) if key not in keys[:i]]
+
+
+AHEAD = [float(e in (2, 6)) for e in range(8)]
+
+
+def test_on_demand_keeps_nothing():
+    s = Schedule("on-demand", 6)
+    s.step([[(0, 1)]] * 3)
+    assert moved(s) == [(layer, e) for layer in range(3) for e in range(2)] and not s.cache.where
+
+
+def test_layer_prefetch_asks_for_the_whole_next_layer():
+    s = Schedule("layer-prefetch", 24, attention=8.0 * CHUNKS)
+    s.visit(0, [(0, 1)], AHEAD)
+    first = len(s.cache.lane.pieces)
+    s.visit(1, [(0, 1)], AHEAD)
+    assert moved(s, first - 2)[:-1] == [[(1, e)] for e in range(8)]
+    s = Schedule("layer-prefetch", 24, attention=1.0)           # what is still queued when that layer's router speaks
+    s.visit(0, [(0, 1)])
+    first = len(s.cache.lane.pieces)
+    s.visit(1, [(6, 7)])
+    assert {key for key in s.cache.where if key[0] == 1} == {(1, 6), (1, 7)}
+
+
+def test_cache_guesses_nothing_and_evicts_the_oldest():
+    s = Schedule("cache", 4)
+    s.visit(0, [(0, 1)], AHEAD), s.visit(1, [(2, 3)], AHEAD), s.visit(0, [(0, 7)])
+    assert moved(s) == [(0, 0), (0, 1), (1, 2), (1, 3), (0, 7)]
+    assert set(s.cache.where) == {(0, 0), (1, 2), (1, 3), (0, 7)}
+
+
+@pytest.mark.parametrize("phase", ("prefill", "decode"))
+def test_lru_guesses_by_lookahead_and_keeps_each_layers_share(phase):
+    s = Schedule("lru", 6, attention=100.0)
+    if phase == "decode":
+        s.step([[(0, 1)]] * 3)
+        s.decode()
+    first = len(s.cache.lane.pieces)
+    s.visit(0, [(0, 1)], AHEAD)
+    s.visit(1, [(2, 6)], AHEAD)
+    assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 2)], [(1, 6)]]
+    s = Schedule("lru", 6)                  # two slots a layer: a layer that has them gives up one of its own
+    s.step([[(0, 1)]] * 3)
+    s.visit(1, [(1, 5)])
+    assert set(s.cache.where) == {(0, 0), (0, 1), (1, 1), (1, 5), (2, 0), (2, 1)}
+
+
+def test_activation_guesses_and_evicts_by_this_sequences_counts():
+    s = Schedule("activation", 6, attention=100.0)
+    for ids in ((4, 5), (4, 5), (4, 6)):
+        s.step([[ids]] * 3)
+    first = len(s.cache.lane.pieces)
+    s.cache.drop((1, 4)), s.cache.drop((1, 5))
+    s.visit(0, [(4, 5)], AHEAD), s.visit(1, [(4, 5)])
+    assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 4)], [(1, 5)]]
+    assert (1, 6) not in s.cache.where      # used once, while the others were used again and again
+
+
 def test_a_good_lookahead_hides_the_transfer():
     """Duo, compute longer than a transfer: the next layer's experts are there when the router asks for them."""
     s = Schedule("duo", 6, attention=2 * CHUNKS + 2.0)      # (two chunks of another guess may be in flight)
@@ -506,15 +580,23 @@ def test_replay_is_deterministic():
         assert row(traces, 2, policy, 12, COSTS, None) == row(traces, 2, policy, 12, COSTS, None)
 
 
-@pytest.mark.parametrize("skew, persistence, recall", [(0.0, 0.36, 0.8), (1.0, 0.3, 0.8), (1.5, 0.5, 0.5)])
-def test_duo_is_near_its_floor_and_no_slower_than_any_baseline(skew, persistence, recall):
-    traces = skewed_traces(3, skew=skew, persistence=persistence, recall=recall)
-    for slots in (2, 5, 12, 19, 24, 29, 48):
+ROUTING = {"even": lambda: synthetic_traces(MixtralConfig(num_hidden_layers=8), 0.36, 0.8, 2, 80, 24),
+           "persistent": lambda: synthetic_traces(MixtralConfig(num_hidden_layers=8), 0.6, 0.9, 2, 80, 24),
+           "skewed": lambda: skewed_traces(3, layers=8, skew=1.0, persistence=0.2, recall=0.95, new=24)}
+
+
+@pytest.mark.parametrize("kind", ROUTING)
+def test_duo_is_near_its_floor_and_no_slower_than_any_baseline(kind):
+    """Within 5 % of the floor and half a percent of the best baseline, whatever the cache."""
+    traces, slow = ROUTING[kind](), []
+    for slots in (2, 5, 8, 16, 20, 32, 64):
         rows = {policy: row(traces, 2, policy, slots, COSTS, None) for policy in POLICIES}
         duo = rows.pop("duo")
-        assert duo["tpot_ms"] <= 1.05 * duo["floor_ms"], slots
         best = min(rows.values(), key=lambda r: r["tpot_ms"])
-        assert duo["tpot_ms"] <= 1.005 * best["tpot_ms"], (slots, best["policy"])
+        to_floor, to_best = duo["tpot_ms"] / duo["floor_ms"], duo["tpot_ms"] / best["tpot_ms"]
+        if to_floor > 1.05 or to_best > 1.005:
+            slow.append(f"{slots} slots: {to_floor:.3f} x floor, {to_best:.3f} x {best['policy']}")
+    assert not slow
 
 
 @pytest.mark.parametrize("attention, expert, slots", [
@@ -528,6 +610,16 @@ def test_prefill_is_as_fast_as_the_slower_of_compute_and_link(attention, expert,
     link = 12 * 8 * 3.7e-3
     compute = 12 * (attention + 8 * expert) * 3.7e-3
     assert replay.ttft <= 1.05 * max(link, compute)
+
+
+@pytest.mark.parametrize("slots, attention", [(2, 1.5), (3, 1.5), (4, 3), (12, 3)])
+def test_the_link_never_rests_while_a_prompt_streams(slots, attention):
+    """From the first byte to the last, through layer boundaries, while attention and experts are computed."""
+    s = Schedule("duo", slots, layers=6, tokens=100, attention=attention * CHUNKS, expert=0.3 * CHUNKS)
+    s.step([[(t % 8, (t + 1) % 8) for t in range(100)]] * 6)
+    pieces = s.cache.lane.pieces
+    rest = sum(b[1] - a[2] for a, b in zip(pieces, pieces[1:]))
+    assert len(pieces) == 6 * 8 and rest < 0.02 * pieces[-1][2]
 
 
 def transfers_needed(trace, k, policy, slots):

@@ -28,6 +28,7 @@ from duoserve import Engine
 from duoserve.checkpoint import convert
 from duoserve.config import MixtralConfig
 from duoserve.model import Expert, Mixtral, Routing
+from duoserve.trace import TraceRecorder
 
 
 class DenseExperts(nn.Module):
@@ -140,6 +141,20 @@ def save_hf(model, source, raw_config: dict, out: Path) -> None:
     (out / "model.safetensors.part").rename(out / "model.safetensors")
 
 
+def make_traces(engine: Engine, tokens: np.ndarray, folder: Path, sequences: int, prompt: tuple[int, int],
+                new: int) -> None:
+    """Let the model go on from places in the books, and record its routing: for train_predictor.py and the bench."""
+    c, rng = engine.config, np.random.default_rng(0)
+    recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
+    engine.source.recorder = recorder
+    for i in range(sequences):
+        start, length = rng.integers(len(tokens) - prompt[1]), rng.integers(*prompt)
+        ids = [c.bos_token_id, *(int(t) for t in tokens[start:start + length] if t > 2)]
+        result = engine.generate(ids, max_new_tokens=new, seed=i)
+        recorder.save(folder, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+    engine.source.recorder = None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path, help="a folder of .txt or .md files, or the 16-bit model's\n"
@@ -150,6 +165,7 @@ def main() -> None:
     parser.add_argument("--hold-out", nargs="*", default=["Oscar_Wilde", "Robert_Louis_Stevenson", "Kenneth_Grahame"])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock (0: only pack)")
+    parser.add_argument("--traces", type=Path, metavar="DIR", help="record the demo's routing in DIR/train and DIR/test")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--ffn", type=int, default=512)
@@ -244,16 +260,20 @@ def main() -> None:
         if time.time() - saved > 600 or done >= 1:
             saved = time.time()
             save_hf(model, source, raw, hf)
-            bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test), args.length)
+            bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test), 2 * args.length)
             print(f"held out: {bpb:.4f} bits per byte after {step * args.batch / 1e6:.1f} M tokens", flush=True)
 
     convert(hf, args.out)
     engine, part = Engine.from_pretrained(args.out, device=args.device, policy="cache"), test[:len(test) // 2]
-    before = bits_per_byte(dense_logits, part, test_bytes / len(test), args.length)
+    before = bits_per_byte(dense_logits, part, test_bytes / len(test), 2 * args.length)
     after = bits_per_byte(lambda window: torch.stack([engine.logits(row.tolist()) for row in window]),
-                          part, test_bytes / len(test), args.length)
+                          part, test_bytes / len(test), 2 * args.length)
     packed_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {packed_bytes / 1e6:.1f} MB; held out {before:.4f} bits per byte, packed {after:.4f}")
+    if args.traces:
+        engine = Engine.from_pretrained(args.out, device=args.device, policy="cache", cache_experts=8 * args.layers)
+        make_traces(engine, train, args.traces / "train", 120, (16, 96), 160)
+        make_traces(engine, test, args.traces / "test", 24, (256, 400), 64)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,472 @@
+"""The programs as their users see them: what goes to which stream, the contracts of --json, every mistake in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import write_hf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_parity import build, logits_of
+
+import generate
+import train_predictor
+from duoserve import bench
+from duoserve.errors import run_main
+from duoserve.packed import PackedModel
+from duoserve.predictor import Predictor
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main}
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """`cli(program, *arguments)` -> (exit status, standard output, standard error), in this process."""
+    def run(program, *arguments):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_main(PROGRAMS[program])
+        return end.value.code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def ask(cli, tiny):
+    """`ask(*arguments)`: generate.py on the tiny model, with a short answer."""
+    def run(*arguments):
+        return cli("generate", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 6, *arguments)
+    return run
+
+
+def a_line(error: str, *names: str) -> None:
+    """One line that says what is wrong and names it."""
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
+    for name in names:
+        assert str(name) in error
+
+
+# generate.py
+
+
+STATS = {"load_s", "ttft_s", "tpot_s", "policy", "cache_experts", "hits", "misses", "prefetched", "prefetched_used",
+         "bytes_moved", "peak_device_bytes", "link_busy_fraction"}
+
+
+def test_json_is_one_object_with_all_that_was_promised(ask):
+    status, out, err = ask("--prompt", "the quick brown", "--json", "--cache-experts", 5, "--simulate-link", "100MB/s")
+    answer = json.loads(out)
+    assert status == 0
+    assert set(answer) >= {"text", "token_ids", "prompt_tokens", "new_tokens", "finish_reason", "stats"}
+    assert set(answer["stats"]) >= STATS
+    assert answer["new_tokens"] == len(answer["token_ids"]) == 6 and answer["finish_reason"] == "length"
+    stats = answer["stats"]
+    assert stats["policy"] == "duo" and stats["cache_experts"] == 5
+    assert stats["hits"] + stats["misses"] + stats["prefetched_used"] == 5 * 3 * 2      # five steps, three layers, top two
+    assert 0 < stats["link_busy_fraction"] <= 1 and stats["bytes_moved"] > 0 and stats["tpot_s"] > 0
+
+
+def test_json_of_one_token_has_a_null_tpot(ask):
+    answer = json.loads(ask("--prompt", "the", "--json", "--max-new-tokens", 1)[1])
+    assert answer["stats"]["tpot_s"] is None
+
+
+def test_without_json_the_continuation_is_alone_on_standard_output(ask):
+    text = json.loads(ask("--prompt", "the quick", "--json")[1])["text"]
+    status, out, err = ask("--prompt", "the quick")
+    assert (status, out) == (0, text + "\n")
+    closing = err.strip().splitlines()[-1]
+    assert "6 tokens" in closing and "length" in closing and text not in err
+
+
+def test_the_same_command_gives_the_same_text(ask):
+    once = ask("--prompt", "the quick")[1]
+    assert ask("--prompt", "the quick")[1] == once == ask("--prompt", "the quick", "--seed", 0)[1]
+    assert ask("--prompt", "the quick", "--temperature", 0.8, "--top-p", 0.95)[1] == once       # the defaults
+    assert any(ask("--prompt", "the quick", "--seed", seed)[1] != once for seed in (1, 2, 3))
+
+
+def test_a_prompt_from_a_file(ask, tmp_path):
+    (tmp_path / "p.txt").write_text("the quick", encoding="utf-8")
+    assert ask("--prompt-file", tmp_path / "p.txt")[1] == ask("--prompt", "the quick")[1]
+
+
+def test_more_slots_than_experts_is_said_and_clamped(ask):
+    status, out, err = ask("--prompt", "the", "--json", "--cache-experts", 1000)
+    assert status == 0 and json.loads(out)["stats"]["cache_experts"] == 24
+    assert "--cache-experts 1000" in err and "24" in err
+
+
+def test_the_context_is_what_the_request_needs(ask):
+    """Unless --context says otherwise: the KV cache is no larger than prompt and new tokens make it."""
+    peak = lambda *options: json.loads(ask("--prompt", "the quick", "--json", *options)[1])["stats"]["peak_device_bytes"]
+    assert peak() < peak("--max-new-tokens", 20) < peak("--context", 256)
+
+
+def test_without_a_predictor_it_says_so_and_when_told_none_it_does_not(cli, tiny):
+    run = ("generate", "--model", tiny, "--device", "cpu", "--max-new-tokens", 2, "--prompt", "the")
+    assert "predictor.safetensors" in cli(*run)[2]
+    assert "predictor.safetensors" not in cli(*run, "--predictor", "none")[2]
+
+
+def test_an_interruption_shows_what_there_is(ask, monkeypatch):
+    from duoserve import engine
+    sample, calls = engine.sample, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sample(*arguments)
+    monkeypatch.setattr(engine, "sample", interrupted)
+    status, out, err = ask("--prompt", "the quick", "--json")
+    answer = json.loads(out)
+    assert status == 130 and answer["finish_reason"] == "interrupted" and answer["new_tokens"] == 3
+    assert "Traceback" not in err
+
+
+GENERATE_ERRORS = [
+    (["--prompt", "a", "--frobnicate"], "--frobnicate"),
+    ([], "--prompt"),
+    (["--prompt", "a", "--prompt-file", "b"], "--prompt"),
+    (["--prompt", "a", "--model", "/no/such/dir"], "/no/such/dir"),
+    (["--prompt", ""], "prompt"),
+    (["--prompt", " \n "], "prompt"),
+    (["--prompt", "fox " * 400], "--context"),
+    (["--prompt", "fox " * 9, "--context", "8"], "--context"),
+    (["--prompt", "a", "--context", "1"], "--context"),
+    (["--prompt", "a", "--context", "100000"], "--context"),
+    (["--prompt-file", "/no/such/file"], "/no/such/file"),
+    (["--prompt-file", "/"], "--prompt-file"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+    (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens"),
+    (["--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens"),
+    (["--prompt", "a", "--temperature", "-1"], "--temperature"),
+    (["--prompt", "a", "--temperature", "nan"], "--temperature"),
+    (["--prompt", "a", "--top-p", "0"], "--top-p"),
+    (["--prompt", "a", "--top-p", "1.1"], "--top-p"),
+    (["--prompt", "a", "--top-k", "0"], "--top-k"),
+    (["--prompt", "a", "--seed", "9" * 30], "--seed"),
+    (["--prompt", "a", "--policy", "nope"], "--policy"),
+    (["--prompt", "a", "--dtype", "int4"], "--dtype"),
+    (["--prompt", "a", "--device", "tpu"], "--device"),
+    (["--prompt", "a", "--device", "cuda:9"], "--device"),
+    (["--prompt", "a", "--cache-experts", "1"], "--cache-experts"),
+    (["--prompt", "a", "--cache-experts", "-2"], "--cache-experts"),
+    (["--prompt", "a", "--gpu-memory", "1MB"], "--gpu-memory"),
+    (["--prompt", "a", "--gpu-memory", "abc"], "--gpu-memory"),
+    (["--prompt", "a", "--gpu-memory", "0%"], "--gpu-memory"),
+    (["--prompt", "a", "--simulate-link", "-1"], "--simulate-link"),
+    (["--prompt", "a", "--simulate-link", "0"], "--simulate-link"),
+    (["--prompt", "a", "--simulate-link", "abc"], "--simulate-link"),
+    (["--prompt", "a", "--predictor", "/no/such/predictor"], "/no/such/predictor"),
+    (["--prompt", "a", "--trace-dir", "/dev/null/traces"], "--trace-dir"),
+]
+
+
+@pytest.mark.parametrize("arguments, name", GENERATE_ERRORS, ids=lambda value: None if isinstance(value, str) else " ".join(value)[:50])
+def test_a_mistake_is_one_line(arguments, name, ask):
+    status, out, err = ask(*arguments)
+    assert (status, out) == (2, "")
+    a_line(err, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(cli, tiny):
+    status, out, err = cli("generate", "--model", tiny, "--prompt", "a", "--device", "cuda")
+    assert (status, out) == (2, "")
+    a_line(err, "--device cuda")
+
+
+def test_a_prompt_that_is_no_text(ask, tmp_path):
+    (tmp_path / "p").write_bytes(b"caf\xe9")
+    for arguments in (("--prompt-file", tmp_path / "p"), ("--prompt", "caf\udce9")):        # (as Python hands argv on)
+        status, out, err = ask(*arguments)
+        assert (status, out) == (2, "")
+        a_line(err, "prompt")
+
+
+def test_a_model_directory_that_is_none(cli, tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config only").mkdir()
+    shutil.copy(tiny / "config.json", tmp_path / "config only")
+    shutil.copytree(tiny, tmp_path / "half")
+    (tmp_path / "half" / "layer-001.safetensors").unlink()
+    for name in ("empty", "config only", "half"):
+        for program in (("generate", "--prompt", "a"), ("train", tmp_path), ("bench", "schedule", tmp_path)):
+            status, out, err = cli(*program, "--model", tmp_path / name)
+            assert (status, out) == (2, "")
+            a_line(err, tmp_path / name)
+    assert not list((ROOT / "weights").glob("empty*"))
+
+
+# Traces
+
+
+def test_trace_dir(ask, tiny, tmp_path):
+    """A new file each run, none overwritten, with exactly what the contract says."""
+    directory = tmp_path / "deep" / "traces"
+    first = json.loads(ask("--prompt", "the quick brown fox", "--trace-dir", directory, "--json")[1])
+    [path] = directory.iterdir()
+    before = path.read_bytes()
+    ask("--prompt", "the quick brown fox", "--trace-dir", directory)
+    assert len(list(directory.iterdir())) == 2 and path.read_bytes() == before
+    assert all(p.suffix == ".safetensors" for p in directory.iterdir())
+
+    tensors, n = load_file(path), first["prompt_tokens"]
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    assert set(tensors) == {"router_logits", "lookahead_logits", "token_ids"}
+    assert meta == {"prompt_tokens": str(n), "model": json.loads((tiny / "manifest.json").read_text())["fingerprint"], "version": "1"}
+    assert tensors["router_logits"].shape == tensors["lookahead_logits"].shape == (n + 5, 3, 8)
+    assert tensors["router_logits"].dtype == tensors["lookahead_logits"].dtype == torch.float16
+    assert tensors["token_ids"].tolist()[n:] == first["token_ids"][:-1]
+
+    ids = tensors["token_ids"].tolist()         # what the model itself says of these tokens, in one pass
+    model, source = build(tiny)
+    logits_of(model, source, ids)
+    close = dict(rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(tensors["router_logits"].float(), torch.stack(source.logits, 1), **close)
+    torch.testing.assert_close(tensors["lookahead_logits"].float(), torch.stack(source.lookahead[:-1], 1), **close)
+    layer = model.layers[0]
+    embedded = layer.router(layer.ffn_norm(model.embed(torch.tensor(ids))))
+    torch.testing.assert_close(tensors["lookahead_logits"][:, 0].float(), embedded.detach(), **close)
+
+
+def test_a_trace_of_an_answer_that_ended_by_itself(cli, tiny, tmp_path):
+    """Its last row is that of the last token: the EOS never went through the model."""
+    shutil.copytree(tiny, tmp_path / "model")
+    run = ("generate", "--model", tmp_path / "model", "--device", "cpu", "--predictor", "none", "--temperature", 0, "--json")
+    from duoserve import engine
+    answer = json.loads(cli(*run, "--prompt", "the quick", "--max-new-tokens", 6)[1])
+    with pytest.MonkeyPatch.context() as patch:
+        init = engine.Tokenizer.__init__
+        patch.setattr(engine.Tokenizer, "__init__", lambda self, path, bos, eos: init(self, path, bos, (answer["token_ids"][3],)))
+        stopped = json.loads(cli(*run, "--prompt", "the quick", "--trace-dir", tmp_path / "t")[1])
+    assert stopped["finish_reason"] == "stop" and 0 < stopped["new_tokens"] <= 3
+    tensors = load_file(next((tmp_path / "t").iterdir()))
+    assert tensors["token_ids"].tolist()[stopped["prompt_tokens"]:] == stopped["token_ids"]
+
+
+# train_predictor.py
+
+
+def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
+    """The file lands beside the model unless --out says otherwise, is found there, and is the same to the last bit."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    status, out, err = cli("train", traces, "--model", model, "--json")
+    report = json.loads(out)
+    assert status == 0
+    assert set(report) == {"recall", "train_sequences", "test_sequences", "seconds", "out"}
+    assert set(report["recall"]) == {"popularity", "previous", "affinity", "lookahead", "history", "full"}
+    assert all(0 <= share <= 1 for share in report["recall"].values())
+    assert report["train_sequences"] + report["test_sequences"] == 10 and report["out"] == str(model / "predictor.safetensors")
+    assert (model / "predictor.safetensors").read_bytes() == predictor.read_bytes()
+    again = Predictor.read(predictor, PackedModel(tiny).fingerprint, 3, 8)
+    for i in range(8):                          # (a hash map's order would show by now)
+        again.save(tmp_path / f"{i}.safetensors")
+        assert (tmp_path / f"{i}.safetensors").read_bytes() == predictor.read_bytes()
+    status, out, err = cli("generate", "--model", model, "--device", "cpu", "--prompt", "the", "--max-new-tokens", 3)
+    assert status == 0 and "predictor" not in err
+
+
+def spoil(path: Path, **changes) -> None:
+    """Rewrite a safetensors file with other metadata."""
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    save_file(load_file(path), path, meta | changes)
+
+
+def test_bad_predictors(ask, predictor, tmp_path):
+    path = tmp_path / "p.safetensors"
+    for change in ("truncated", "another model's", "another version", "a directory", "text"):
+        shutil.copy(predictor, path)
+        if change == "truncated":
+            path.write_bytes(predictor.read_bytes()[:5000])
+        elif change == "another model's":
+            spoil(path, model="0123456789abcdef")
+        elif change == "another version":
+            spoil(path, version="2")
+        elif change == "text":
+            path.write_text("not a predictor")
+        status, out, err = ask("--prompt", "a", "--predictor", tmp_path if change == "a directory" else path)
+        assert (status, out) == (2, ""), change
+        a_line(err, tmp_path)
+
+
+def test_bad_traces(cli, tiny, traces, tmp_path):
+    """Of each kind, for both programs that read them."""
+    for change in ("missing", "empty", "truncated", "another model's", "another version", "another shape", "text"):
+        directory = tmp_path / change
+        if change == "empty":
+            directory.mkdir()
+        elif change != "missing":
+            shutil.copytree(traces, directory)
+            victim = sorted(directory.iterdir())[3]
+            if change == "truncated":
+                victim.write_bytes(victim.read_bytes()[:-100])
+            elif change == "text":
+                victim.write_text("not a trace")
+            elif change == "another shape":
+                tensors = load_file(victim)
+                with safe_open(victim, "pt") as file:
+                    meta = file.metadata()
+                save_file(tensors | {"token_ids": tensors["token_ids"][1:].clone()}, victim, meta)
+            else:
+                spoil(victim, **({"model": "0123456789abcdef"} if change == "another model's" else {"version": "7"}))
+        for program in (("train", directory), ("bench", "schedule", directory)):
+            status, out, err = cli(*program, "--model", tiny)
+            assert (status, out) == (2, ""), change
+            a_line(err, directory if change in ("missing", "empty") else victim)
+    assert not (tiny / "predictor.safetensors").exists()
+
+
+def test_too_few_sequences(cli, tiny, traces, tmp_path):
+    shutil.copytree(traces, tmp_path / "few")
+    for path in sorted((tmp_path / "few").iterdir())[3:]:
+        path.unlink()
+    status, out, err = cli("train", tmp_path / "few", "--model", tiny)
+    assert (status, out) == (2, "")
+    a_line(err, tmp_path / "few", "3")
+
+
+def test_out_must_be_writable(cli, tiny, traces):
+    status, out, err = cli("train", traces, "--model", tiny, "--out", "/no/such/dir/p.safetensors")
+    assert (status, out) == (2, "")
+    a_line(err, "/no/such/dir")
+
+
+# python -m duoserve.bench
+
+
+ROW = {"policy", "cache_experts", "ttft_ms", "tpot_ms", "hits", "prefetched_used", "misses", "needed_transfers_per_token",
+       "moved_transfers_per_token", "link_busy", "floor_ms"}
+
+
+def test_bench_schedule(cli, tiny, traces, predictor):
+    run = ("bench", "schedule", traces, "--model", tiny, "--predictor", predictor, "--cache-experts", 2, 6, 24, "--json")
+    status, out, err = cli(*run)
+    assert status == 0 and cli(*run)[1] == out          # to the last digit
+    result = json.loads(out)
+    assert set(result) >= {"costs", "belady_transfers_per_token", "rows"}
+    assert list(result["belady_transfers_per_token"]) == ["2", "6", "24"]
+    policies = {"duo", "on-demand", "layer-prefetch", "cache", "lru", "activation", "oracle"}
+    assert {(r["policy"], r["cache_experts"]) for r in result["rows"]} == {(p, n) for p in policies for n in (2, 6, 24)}
+    for r in result["rows"]:
+        assert set(r) >= ROW
+        assert r["hits"] + r["prefetched_used"] + r["misses"] == 10 * 11 * 3 * 2        # traces, steps, layers, top two
+        assert r["needed_transfers_per_token"] == pytest.approx((r["prefetched_used"] + r["misses"]) / 110)
+        assert r["moved_transfers_per_token"] >= r["needed_transfers_per_token"] - 24 / 11
+        assert 0 <= r["link_busy"] <= 1 + 1e-9 and r["ttft_ms"] > 0 and r["tpot_ms"] > 0
+    assert result["costs"]["expert_transfer_ms"] == 3.7 and result["costs"]["chunks"] == 12
+
+
+def test_bench_schedule_prints_a_table(cli, tiny, traces):
+    status, out, err = cli("bench", "schedule", traces, "--model", tiny, "--predictor", "none", "--cache-experts", 6,
+                           "--policies", "duo", "lru", "--expert-transfer-ms", 2)
+    assert status == 0 and [line.split()[0] for line in out.splitlines()[-2:]] == ["duo", "lru"]
+
+
+def test_bench_schedule_of_what_costs_nothing(cli, tiny):
+    """Every expert in the cache and compute for free: no time at all is no reason to divide by it."""
+    run = ("bench", "schedule", "--model-config", tiny / "config.json", "--attention-ms", 0, "--expert-ms", 0,
+           "--cache-experts", 24, "--policies", "cache")
+    assert cli(*run)[0] == 0
+    assert json.loads(cli(*run, "--json")[1])["rows"][0]["tpot_ms"] == 0
+
+
+def test_bench_schedule_plans_from_a_config_alone(cli, tmp_path):
+    write_hf(tmp_path, num_hidden_layers=2)
+    for path in tmp_path.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    status, out, err = cli("bench", "schedule", "--model-config", tmp_path / "config.json", "--cache-experts", 4,
+                           "--policies", "duo", "oracle", "--json")
+    assert status == 0 and len(json.loads(out)["rows"]) == 2 and "synthetic" in err
+    status, out, err = cli("bench", "schedule", "--model-config", tmp_path / "config.json", "--gpu-memory", "4GB", "--policies", "lru", "--json")
+    assert status == 0 and json.loads(out)["rows"][0]["cache_experts"] == 16
+
+
+def test_bench_run(cli, tiny):
+    status, out, err = cli("bench", "run", "--model", tiny, "--device", "cpu", "--predictor", "none", "--policies", "duo", "lru",
+                           "--cache-experts", 6, "--simulate-link", "100MB/s", "--max-new-tokens", 4, "--rounds", 2, "--json")
+    result = json.loads(out)
+    assert status == 0 and [r["policy"] for r in result["rows"]] == ["duo", "lru"]
+    assert all(r["tpot_s"] > 0 and r["ttft_s"] > 0 and 0 < r["link_busy_fraction"] <= 1 for r in result["rows"])
+
+
+@pytest.mark.parametrize("arguments, name", [
+    (["schedule", "TRACES", "--policies", "nope"], "nope"),
+    (["schedule", "TRACES", "--cache-experts", "1"], "--cache-experts"),
+    (["schedule", "TRACES", "--attention-ms", "-1"], "--attention-ms"),
+    (["schedule", "TRACES", "--expert-transfer-ms", "0"], "--expert-transfer-ms"),
+    (["schedule", "TRACES", "--prefill-attention-ms", "-1"], "--prefill-attention-ms"),
+    (["schedule", "TRACES", "--prefill-expert-ms", "nan"], "--prefill-expert-ms"),
+    (["schedule", "TRACES", "--chunks", "0"], "--chunks"),
+    (["schedule", "TRACES", "--link", "fast"], "--link"),
+    (["schedule", "TRACES", "--gpu-memory", "1MB"], "--gpu-memory"),
+    (["schedule", "TRACES", "--predictor", "/no/such/file"], "/no/such/file"),
+    (["schedule", "--model-config", "/no/such/config"], "/no/such/config"),
+    (["schedule"], "TRACES"),
+    (["schedule", "TRACES", "--what"], "--what"),
+    (["run", "--rounds", "0"], "--rounds"),
+    (["run", "--max-new-tokens", "1"], "--max-new-tokens"),
+    (["run", "--policies", "nope"], "nope"),
+    (["run", "--prompt", ""], "prompt"),
+    (["sing"], "sing"), ([], "command")], ids=lambda value: None if isinstance(value, str) else " ".join(value))
+def test_a_mistake_in_bench_is_one_line(arguments, name, cli, tiny, traces):
+    if arguments[:1] in (["schedule"], ["run"]):
+        arguments = [*arguments, "--model", tiny] if "--predictor" in arguments else [*arguments, "--model", tiny, "--predictor", "none"]
+    status, out, err = cli("bench", *(traces if a == "TRACES" else a for a in arguments))
+    assert (status, out) == (2, "")
+    a_line(err, "" if name == "TRACES" else name)
+
+
+# For real
+
+
+def program(*arguments, **options):
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_the_program_itself_reads_a_prompt_from_standard_input(tiny, ask):
+    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 6,
+                  "--prompt-file", "-")
+    out, err = run.communicate("the quick".encode(), timeout=120)
+    assert run.returncode == 0
+    assert out.decode() == ask("--prompt", "the quick")[1]
+    assert b"6 tokens" in err and b"Warning" not in err
+
+
+def test_a_reader_that_goes_away_is_no_mistake(tiny):
+    """`generate.py ... | head -c 1`"""
+    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 200,
+                  "--prompt", "the", "--simulate-link", "3MB/s")
+    run.stdin.close()
+    assert run.stdout.read(1)
+    run.stdout.close()
+    err = run.stderr.read()
+    assert run.wait(timeout=120) == 0 and b"Traceback" not in err and b"Exception" not in err
+
+
+def test_ctrl_c_ends_it_in_peace(tiny):
+    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 250,
+                  "--prompt", "the", "--simulate-link", "1MB/s")
+    assert run.stdout.read(1)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 130 and b"interrupted" in err and b"Traceback" not in err
+
+
+def test_the_bench_as_a_module(traces, tiny):
+    run = program("-m", "duoserve.bench", "schedule", traces, "--model", tiny, "--cache-experts", 1)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 2 and out == b""
+    assert err.decode().splitlines()[-1].startswith("error: --cache-experts 1") and b"Warning" not in err

@@ -1,0 +1,557 @@
+"""The engine: the same bits whatever is predicted, cached or late; faults and interruptions; sampling and streaming."""
+
+import gc
+import math
+import random
+import re
+import sys
+import tracemalloc
+from collections import deque
+
+import pytest
+import torch
+from models import packed
+
+from duoserve import Engine
+from duoserve.cache import GPUExpertCache
+from duoserve.engine import sample
+from duoserve.errors import UserError
+from duoserve.link import LinkError, SimulatedLane, VirtualClock, WallClock
+from duoserve.policies import POLICIES
+from duoserve.tokenizer import TextStream, Tokenizer
+
+LONG = [1, *(7 * i % 300 + 10 for i in range(69))]      # long enough that prefill takes every expert as certain
+SHORT = [1, 42, 77, 200, 33]
+SAMPLED = dict(max_new_tokens=10, temperature=0.9, top_p=0.9, seed=3)
+
+
+def load(directory, **options) -> Engine:
+    return Engine.from_pretrained(directory, device="cpu", **{"predictor": "none"} | options)
+
+
+def put_lane(engine, lane):
+    engine.cache.lane = engine.source.lane = lane
+    return lane
+
+
+class LateLane(SimulatedLane):
+    """Bytes arrive when their time comes and not before. From its first chunk on a slot is NaN wherever they have not.
+
+    Time is virtual and passes at each read, by chance, and where the schedule waits for a transfer.
+    """
+
+    def __init__(self, engine, seed=0, chunk=None):
+        lane, self.modules = engine.cache.lane, engine.source.slots
+        super().__init__(VirtualClock(), 6.0 * lane.chunk, chunk or lane.chunk)     # an expert takes a second
+        self.move, self.pending, self.random = lane.copy, deque(), random.Random(seed)
+
+    def send(self, transfer, nbytes):
+        if transfer.sent == 0:
+            for tensor in self.modules[transfer.slot].state_dict().values():
+                tensor.view(torch.uint8).fill_(0xFF)
+        start = transfer.sent
+        super().send(transfer, nbytes)
+        self.pending.append((self.ends[-1], transfer, start, transfer.sent))
+
+    def land(self):
+        while self.pending and self.pending[0][0] <= self.now():
+            self.move(*self.pending.popleft()[1:])
+
+    def wait(self, transfer):
+        super().wait(transfer)
+        self.land()
+
+    def read(self, values, pump):
+        self.clock.advance(self.random.choice((0, 0.1, 0.5, 3)))
+        return super().read(values, pump)
+
+
+def hostile(engine, seed=0):
+    """Lets time pass and the plan change to random guesses while an expert is being computed."""
+    experts, rng, cache = engine.source.experts, random.Random(seed), engine.cache
+    keys = [(layer, e) for layer in range(engine.config.num_hidden_layers) for e in range(engine.config.num_local_experts)]
+
+    def disturbed(layer, routing):
+        for item in experts(layer, routing):
+            cache.plan(rng.sample(keys, 5))
+            for _ in range(rng.randrange(4)):
+                cache.lane.clock.advance(0.5)
+                cache.pump()
+            yield item
+    engine.source.experts = disturbed
+
+
+def answers(engine):
+    """What must never depend on the schedule: logits of a long and a short prompt, and two sampled continuations."""
+    return (engine.logits(LONG), engine.generate(SHORT, **SAMPLED).token_ids, engine.logits(SHORT),
+            engine.generate(LONG, **SAMPLED).token_ids)
+
+
+def same(got, want) -> bool:
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(got, want))
+
+
+@pytest.fixture(scope="module")
+def want(tiny):
+    return answers(load(tiny, policy="cache", cache_experts=24))
+
+
+# Results never depend on the schedule
+
+
+@pytest.mark.parametrize("slots", (2, 3, 5, 11, 24))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_bits_under_every_policy_and_size(policy, slots, tiny, want):
+    engine = load(tiny, policy=policy, cache_experts=slots)
+    assert same(answers(engine), want)
+    put_lane(engine, LateLane(engine, seed=slots))
+    engine.cache.abandon()
+    hostile(engine, seed=slots)
+    assert same(answers(engine), want)
+
+
+class Adversary:
+    """A predictor that is certain of whatever is least likely; `chances` may be anything at all."""
+
+    def __init__(self, chances):
+        self.chances, self.affinity = chances, torch.zeros(3, 8, 8).numpy()
+
+    def __call__(self, net, layer, x):
+        return self.chances(x[:8].tolist())
+
+
+ADVERSARIES = {"the least likely": lambda x: [float(v < sorted(x)[4]) for v in x], "all": lambda x: [1.0] * 8,
+               "none": lambda x: [0.0] * 8, "nan": lambda x: [math.nan] * 8,
+               "noise": lambda x, rng=random.Random(0): [rng.random() for _ in x]}
+
+
+@pytest.mark.parametrize("slots", (2, 7, 24))
+@pytest.mark.parametrize("who", ("trained", *ADVERSARIES))
+def test_the_same_bits_under_every_predictor(who, slots, tiny, predictor, want):
+    engine = load(tiny, cache_experts=slots, predictor=predictor if who == "trained" else "none")
+    if who != "trained":
+        engine.predictor = Adversary(ADVERSARIES[who])
+    put_lane(engine, LateLane(engine))
+    assert same(answers(engine), want)
+    assert engine.cache.counts.prefetched > 0 or slots == 24 or who in ("none", "nan")
+
+
+@pytest.mark.parametrize("policy", ("duo", "layer-prefetch"))
+@pytest.mark.parametrize("link, chunk", [("400MB/s", None), ("50MB/s", 1000), ("2GB/s", 10**9), (None, 777)])
+def test_the_same_bits_over_every_link_and_chunk(policy, link, chunk, tiny, want):
+    engine = load(tiny, cache_experts=6, policy=policy, simulate_link=link)
+    engine.cache.lane.chunk = chunk or engine.cache.lane.chunk
+    assert same(answers(engine), want)
+
+
+def unpin(acquire):
+    def acquire_and_let_go(cache, key):
+        slot = acquire(cache, key)
+        cache.where[key].pinned = False
+        cache.needed.discard(key)
+        return slot
+    return acquire_and_let_go
+
+
+def remember_the_dead(evict):
+    def evict_and_keep(cache, slot):
+        key = slot.key
+        evict(cache, slot)
+        cache.where[key] = slot
+    return evict_and_keep
+
+
+@pytest.mark.parametrize("broken", ("nothing", "waits", "pins", "last chunk", "eviction"))
+def test_a_broken_schedule_shows(broken, tiny, want, monkeypatch):
+    """The comparison above is not vacuous: what the late lane and the disturbance are there to find, they find."""
+    engine = load(tiny, cache_experts=5)
+    lane = put_lane(engine, LateLane(engine))
+    hostile(engine)
+    if broken == "waits":
+        monkeypatch.setattr(lane, "wait", lambda transfer: None)
+    if broken == "pins":
+        monkeypatch.setattr(GPUExpertCache, "acquire", unpin(GPUExpertCache.acquire))
+    if broken == "last chunk":              # the lane withholds it: "loaded" must not be believed without it
+        move = lane.move
+        lane.move = lambda transfer, start, stop: stop < transfer.size and move(transfer, start, stop)
+    if broken == "eviction":                # an expert that lost its slot is still taken to be there
+        monkeypatch.setattr(GPUExpertCache, "_evict", remember_the_dead(GPUExpertCache._evict))
+    try:
+        right = same(answers(engine), want)
+    except Exception:
+        right = False
+    assert right == (broken == "nothing")
+
+
+def test_logits_are_the_same_after_other_requests(tiny):
+    engine = load(tiny, cache_experts=4)
+    first = engine.logits(LONG)
+    engine.generate(SHORT, max_new_tokens=30, temperature=1.5, seed=9)
+    assert torch.equal(engine.logits(LONG), first)
+    assert first.dtype == torch.float32 and first.shape == (len(LONG), engine.config.vocab_size)
+
+
+# Faults and interruptions
+
+
+class FaultyLane(SimulatedLane):
+    """As fast as memcpy; `fails(transfer)` says which pieces do."""
+
+    def __init__(self, engine, fails):
+        lane = engine.cache.lane
+        super().__init__(WallClock(), 0, lane.chunk, lane.copy)
+        self.fails, self.failed = fails, 0
+
+    def send(self, transfer, nbytes):
+        if self.fails(transfer):
+            self.failed += 1
+            raise LinkError("the cable came off")
+        super().send(transfer, nbytes)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prefetch_that_fails_is_not_visible(policy, tiny, want):
+    engine, rng = load(tiny, policy=policy, cache_experts=6), random.Random(1)
+    lane = put_lane(engine, FaultyLane(engine, lambda transfer: not transfer.urgent and rng.random() < 0.3))
+    assert same(answers(engine), want)
+    assert lane.failed or policy in ("on-demand", "cache")
+
+
+def at_rest(cache) -> bool:
+    return not cache.queue and not cache.needed and not any(slot.pinned for slot in cache.slots) and all(
+        slot.key is None or slot.whole for slot in cache.slots)
+
+
+@pytest.mark.parametrize("policy, after", [*((policy, 3) for policy in POLICIES), ("duo", 0), ("duo", 30), ("cache", 60)])
+def test_a_demand_that_fails_ends_the_request_and_not_the_engine(policy, after, tiny, want):
+    engine, demands = load(tiny, policy=policy, cache_experts=3), [0]
+
+    def fails(transfer):
+        demands[0] += transfer.urgent
+        return transfer.urgent and demands[0] > after
+
+    healthy = engine.cache.lane
+    put_lane(engine, FaultyLane(engine, fails))
+    with pytest.raises(UserError, match="the cable came off"):
+        for _ in range(20):
+            engine.generate(SHORT, **SAMPLED)
+    assert at_rest(engine.cache)
+    assert engine.result.finish_reason == "interrupted"
+    kept = set(engine.cache.where)
+    assert kept or after == 0 or policy == "on-demand"
+    put_lane(engine, healthy)
+    assert same(answers(engine), want)
+
+
+class InterruptAt:
+    """Ctrl-C in the middle of the n-th expert's computation."""
+
+    def __init__(self, engine, n):
+        self.n, self.hooks = n, [module.register_forward_pre_hook(self) for module in engine.source.slots]
+
+    def __call__(self, *_):
+        self.n -= 1
+        if self.n == 0:
+            for hook in self.hooks:
+                hook.remove()
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("policy, n", [("duo", 1), ("duo", 11), ("duo", 40), ("on-demand", 11), ("layer-prefetch", 40)])
+def test_an_interruption_leaves_the_engine_usable(policy, n, tiny, want):
+    engine = load(tiny, policy=policy, cache_experts=4)
+    put_lane(engine, LateLane(engine))
+    InterruptAt(engine, n)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT, **SAMPLED)
+    assert at_rest(engine.cache)
+    assert engine.result.finish_reason == "interrupted"
+    assert engine.result.token_ids == want[1][:len(engine.result.token_ids)]
+    assert bool(engine.result.token_ids) == (n == 40)
+    assert same(answers(engine), want)
+
+
+@pytest.mark.parametrize("ask", (lambda engine: engine.generate(SHORT, **SAMPLED), lambda engine: engine.logits(SHORT)))
+@pytest.mark.parametrize("n", (1, 2, 9))
+def test_an_interruption_while_bytes_are_sent(n, ask, tiny, want):
+    engine, sends = load(tiny, cache_experts=4), [0]
+
+    def fails(transfer):
+        sends[0] += 1
+        if sends[0] == n:
+            raise KeyboardInterrupt
+        return False
+
+    put_lane(engine, FaultyLane(engine, fails))
+    with pytest.raises(KeyboardInterrupt):
+        ask(engine)
+    assert at_rest(engine.cache)
+    assert same(answers(engine), want)
+
+
+def test_an_interrupted_request_never_touches_the_next(tiny, monkeypatch):
+    """Its frames may live on in a traceback, and die in the middle of another request."""
+    engine, complaints = load(tiny, cache_experts=3), []
+    monkeypatch.setattr(sys, "unraisablehook", lambda problem: complaints.append(problem.exc_value))
+    InterruptAt(engine, 12)
+    with pytest.raises(KeyboardInterrupt) as interruption:
+        engine.generate(SHORT, **SAMPLED)
+    held = [interruption]
+    del interruption
+    pins = []
+
+    def check(*_):
+        if held and engine.cache.decoding:
+            held.clear()
+            gc.collect()
+        pins.append(sum(slot.pinned for slot in engine.cache.slots))
+
+    for module in engine.source.slots:
+        module.register_forward_pre_hook(check)
+    engine.generate(LONG, **SAMPLED)
+    assert not held and set(pins) == {1} and not complaints
+
+
+def test_a_stream_that_is_closed_midway(tiny, want):
+    engine = load(tiny, cache_experts=4)
+    put_lane(engine, LateLane(engine))
+    stream = engine.stream(SHORT, **SAMPLED)
+    first = next(stream)
+    stream.close()
+    assert engine.result.finish_reason == "interrupted"
+    assert engine.result.text == first and 0 < len(engine.result.token_ids) < 10
+    assert at_rest(engine.cache)
+    assert same(answers(engine), want) and at_rest(engine.cache)
+
+
+# Sampling
+
+
+def test_seeds(tiny):
+    engine = load(tiny)
+    one = engine.generate(SHORT, **SAMPLED).token_ids
+    assert engine.generate(SHORT, **SAMPLED).token_ids == one
+    assert any(engine.generate(SHORT, **SAMPLED | {"seed": seed}).token_ids != one for seed in range(4, 8))
+
+
+def test_temperature_zero_is_greedy(tiny):
+    engine = load(tiny)
+    got = engine.generate(SHORT, max_new_tokens=8, temperature=0, seed=5).token_ids
+    assert engine.logits(SHORT + got)[len(SHORT) - 1:-1].argmax(-1).tolist() == got
+    for options in (dict(top_k=1), dict(top_p=1e-9), dict(temperature=1e-3)):
+        assert engine.generate(SHORT, max_new_tokens=8, **options).token_ids == got, options
+
+
+def test_a_temperature_of_hardly_anything(tiny):
+    """Dividing by it would overflow."""
+    engine = load(tiny)
+    greedy = engine.generate(SHORT, max_new_tokens=4, temperature=0).token_ids
+    assert engine.generate(SHORT, max_new_tokens=4, temperature=1e-42).token_ids == greedy
+
+
+def drawn(probabilities, n=400, temperature=1.0, top_k=None, top_p=1.0):
+    logits, generator = torch.tensor(probabilities).log(), torch.Generator().manual_seed(0)
+    return [sample(logits, temperature, top_k, top_p, generator).item() for _ in range(n)]
+
+
+@pytest.mark.parametrize("options, possible", [
+    (dict(), {0, 1, 2, 3}), (dict(top_k=3), {0, 2, 3}), (dict(top_k=99), {0, 1, 2, 3}), (dict(top_k=1), {2}),
+    (dict(top_p=0.5), {2, 0}), (dict(top_p=0.39), {2}), (dict(top_p=0.41), {2, 0}), (dict(top_p=0.75), {2, 0, 3}),
+    (dict(top_k=2, top_p=0.9), {2, 0})])
+def test_what_can_be_drawn(options, possible):
+    """top_p keeps the smallest set that reaches it, of what top_k has left."""
+    assert set(drawn([0.3, 0.1, 0.4, 0.2], **options)) == possible
+
+
+def test_temperature_scales_the_odds():
+    for temperature in (0.5, 1.0, 2.0):
+        odds = [p ** (1 / temperature) for p in (0.8, 0.2)]
+        share = drawn([0.8, 0.2], 2000, temperature).count(0) / 2000
+        assert share == pytest.approx(odds[0] / sum(odds), abs=0.04)
+
+
+# Where it ends
+
+
+def test_it_stops_at_eos(tiny, tmp_path):
+    """Neither the text nor the ids hold the EOS; any of several counts, also as the first token."""
+    greedy = dict(max_new_tokens=8, temperature=0)
+    tokens = load(tiny).generate(SHORT, **greedy).token_ids
+    third, engine = tokens[2], load(packed(tmp_path, seed=7, eos_token_id=[2, tokens[2]]))
+    assert third not in tokens[:2]
+    result = engine.generate(SHORT, **greedy)
+    assert result.finish_reason == "stop" and result.token_ids == tokens[:2]
+    assert result.text == engine.tokenizer.decode(tokens[:2])
+    result = engine.generate(SHORT + tokens[:2], **greedy)
+    assert (result.finish_reason, result.token_ids, result.text, result.stats.tpot_s) == ("stop", [], "", None)
+
+
+def test_it_stops_where_the_context_is_full(tiny):
+    engine = load(tiny, context=12)
+    result = engine.generate(SHORT, max_new_tokens=99, temperature=0)
+    assert result.finish_reason == "length" and len(result.token_ids) == 7
+    assert result.token_ids == load(tiny).generate(SHORT, max_new_tokens=7, temperature=0).token_ids
+    assert len(engine.generate(SHORT * 2 + [5], max_new_tokens=99).token_ids) == 1
+    with pytest.raises(UserError, match="--context"):
+        engine.generate([5] * 12)
+    assert engine.logits([5] * 12).shape[0] == 12
+    with pytest.raises(UserError, match="--context"):
+        engine.logits([5] * 13)
+
+
+def test_one_token_has_no_tpot(tiny):
+    result = load(tiny).generate(SHORT, max_new_tokens=1)
+    assert result.stats.tpot_s is None and len(result.token_ids) == 1 and result.stats.ttft_s > 0
+
+
+def test_text_gets_a_bos_and_ids_are_taken_as_they_are(tiny):
+    engine = load(tiny)
+    ids = engine.tokenizer.encode("the quick dog")
+    assert ids[0] == 1
+    text = engine.generate("the quick dog", max_new_tokens=4, temperature=0)
+    assert text.prompt_tokens == len(ids)
+    assert text.token_ids == engine.generate(ids, max_new_tokens=4, temperature=0).token_ids
+    assert engine.generate(ids[1:], max_new_tokens=4, temperature=0).prompt_tokens == len(ids) - 1
+
+
+# Streaming
+
+
+def test_the_pieces_are_the_text(tiny):
+    engine = load(tiny)
+    for seed in range(6):
+        pieces = list(engine.stream(SHORT, max_new_tokens=20, temperature=1.5, seed=seed))
+        assert "".join(pieces) == engine.result.text == engine.tokenizer.decode(engine.result.token_ids)
+        assert all(pieces)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return Tokenizer(tiny / "tokenizer.model", 1, (2,))
+
+
+def bytes_of(tokenizer, data: bytes) -> list[int]:
+    return [tokenizer.sp.piece_to_id(f"<0x{b:02X}>") for b in data]
+
+
+def test_a_character_is_never_split(tokenizer):
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(i) for i in bytes_of(tokenizer, "a😀é".encode())]
+    assert pieces == ["a", "", "", "", "😀", "", "é"] and stream.close() == ""
+
+
+@pytest.mark.parametrize("data, text", [
+    (b"\xff", "\ufffd"), (b"\xf0\x9f\x98", "\ufffd"), (b"\xf0\x9fA", "\ufffdA"), (b"\x80\x80", "\ufffd\ufffd"),
+    (b"\xc3\xc3\xa9", "\ufffdé"), (b"\xed\xa0\x80", "\ufffd\ufffd\ufffd"), ("😀".encode() + b"\xe2\x82", "😀\ufffd")])
+def test_bytes_that_never_make_a_character(data, text, tokenizer):
+    assert tokenizer.decode(bytes_of(tokenizer, data)) == text == data.decode(errors="replace")
+
+
+def test_a_character_cut_short_by_a_word(tokenizer):
+    the = tokenizer.sp.piece_to_id("▁the")
+    stream = TextStream(tokenizer)
+    assert [stream.push(i) for i in [*bytes_of(tokenizer, b"\xf0\x9f"), the]] == ["", "", "\ufffd the"]
+
+
+def test_any_bytes_stream_to_what_they_decode_to(tokenizer):
+    rng = random.Random(0)
+    for _ in range(300):
+        data = b"".join(rng.choice((b"a", "é".encode(), "€".encode(), "😀".encode(), b"\xf0", b"\x9f", b"\xe2", b"\xff"))
+                        for _ in range(8))
+        stream, out = TextStream(tokenizer), ""
+        for i in bytes_of(tokenizer, data):
+            out += stream.push(i)
+            assert data.decode(errors="replace").startswith(out)
+        assert out + stream.close() == data.decode(errors="replace")
+
+
+# Memory
+
+
+def test_thirty_requests_leave_nothing_behind(tiny):
+    engine = load(tiny, cache_experts=5)
+
+    def ask(n):
+        for seed in range(n):
+            engine.generate(SHORT, max_new_tokens=2, seed=seed)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    ask(5)
+    tracemalloc.start()
+    try:
+        first, then = ask(2), ask(30)
+    finally:
+        tracemalloc.stop()
+    assert then - first < 20_000
+    assert len(engine.cache.where) <= 5 and at_rest(engine.cache)
+
+
+def test_gpu_memory_becomes_slots(tiny):
+    whole = load(tiny, cache_experts=24)
+    assert whole.plan.slots == 24 and whole.peak_bytes() == whole.plan.total
+    plan = load(tiny, gpu_memory=whole.plan.total).plan
+    assert plan.slots == 24
+    expert = plan.expert
+    assert load(tiny, gpu_memory=whole.plan.total - 1).plan.slots == 23
+    assert load(tiny, gpu_memory=f"{whole.plan.total - 10 * expert}").plan.slots == 14
+    share = 100 * (whole.plan.total - 5 * expert) / whole.packed.nbytes
+    assert load(tiny, gpu_memory=f"{share + 1e-6}%").plan.slots == 19
+    assert load(tiny, gpu_memory="1GiB").plan.slots == 24
+    assert load(tiny, gpu_memory="1GiB", cache_experts=6).plan.slots == 6
+    assert load(tiny, context=64, gpu_memory=whole.plan.total - 10 * expert).plan.slots > 14
+    assert load(tiny).plan.slots == 6       # a quarter, on the CPU
+
+
+def test_too_little_memory_names_the_least_that_works(tiny):
+    for context in (50, 100, 150, 200, 256):        # however it happens to be rounded
+        with pytest.raises(UserError, match="--gpu-memory") as refusal:
+            load(tiny, gpu_memory="1MB", context=context)
+        least = re.search(r"([\d.]+ ?\w+) is the least that works", str(refusal.value))[1]
+        assert load(tiny, gpu_memory=least, context=context).generate(SHORT, max_new_tokens=2).token_ids
+    with pytest.raises(UserError, match="--gpu-memory"):
+        load(tiny, gpu_memory=int(0.98 * load(tiny, cache_experts=2).plan.total))
+    with pytest.raises(UserError, match="--cache-experts 24.*--gpu-memory"):
+        load(tiny, gpu_memory=least, cache_experts=24)
+
+
+# What a user can get wrong
+
+
+@pytest.mark.parametrize("options, flag", [
+    (dict(policy="nope"), "--policy"), (dict(cache_experts=1), "--cache-experts"), (dict(cache_experts=-3), "--cache-experts"),
+    (dict(gpu_memory="abc"), "--gpu-memory"), (dict(gpu_memory="0%"), "--gpu-memory"), (dict(gpu_memory="x%"), "--gpu-memory"),
+    (dict(gpu_memory="-1GB"), "--gpu-memory"), (dict(gpu_memory=0), "--gpu-memory"), (dict(gpu_memory="nan%"), "--gpu-memory"),
+    (dict(context=1), "--context"), (dict(context=257), "--context"), (dict(dtype="int8"), "--dtype"),
+    (dict(dtype=torch.int8), "--dtype"), (dict(simulate_link="0"), "--simulate-link"), (dict(simulate_link=-1), "--simulate-link"),
+    (dict(simulate_link="fast"), "--simulate-link"), (dict(simulate_link=math.nan), "--simulate-link"),
+    (dict(simulate_link="9" * 400), "--simulate-link"), (dict(gpu_memory="9" * 400), "--gpu-memory"),
+    (dict(predictor="/no/such/file"), "/no/such/file"), (dict(predictor="/no/such/file", policy="lru"), "/no/such/file")])
+def test_bad_options(options, flag, tiny):
+    with pytest.raises(UserError, match=re.escape(flag)):
+        load(tiny, **options)
+
+
+@pytest.mark.parametrize("device", ("cuda", "cuda:99", "tpu", "meta", "gpu0"))
+def test_bad_devices(device, tiny):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="--device"):
+        Engine.from_pretrained(tiny, device=device)
+
+
+@pytest.mark.parametrize("options, flag", [
+    (dict(max_new_tokens=0), "--max-new-tokens"), (dict(temperature=-1), "--temperature"), (dict(top_p=0), "--top-p"),
+    (dict(temperature=math.nan), "--temperature"), (dict(temperature=math.inf), "--temperature"), (dict(top_p=1.1), "--top-p"),
+    (dict(top_p=math.nan), "--top-p"), (dict(top_k=0), "--top-k"), (dict(seed=2**70), "--seed"), (dict(seed=-2**70), "--seed")])
+def test_bad_sampling(options, flag, tiny):
+    with pytest.raises(UserError, match=flag):
+        load(tiny).generate(SHORT, **{"max_new_tokens": 2} | options)
+
+
+@pytest.mark.parametrize("prompt", ("", "  \n", [], [320], [-1]))
+def test_bad_prompts(prompt, tiny):
+    engine = load(tiny)
+    with pytest.raises(UserError, match="prompt|token id"):
+        engine.generate(prompt)
+    assert engine.generate(SHORT, max_new_tokens=2).token_ids

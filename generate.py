@@ -17,7 +17,7 @@ def parse_args():
     prompt.add_argument("--prompt-file", metavar="F", help="a file, or - for standard input")
     add("--model", default=str(WEIGHTS / "demo"), help="a packed or Hugging Face directory (default: weights/demo)")
     add("--max-new-tokens", type=int, default=128, metavar="N")
-    add("--context", type=int, metavar="N", help="prompt and new tokens; sizes the KV cache (default: up to 4096)")
+    add("--context", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, default=0.95, metavar="P")
@@ -51,6 +51,15 @@ def read_prompt(args) -> str:
         raise UserError(f"--prompt-file {args.prompt_file}: is not UTF-8 text") from None
 
 
+def needed_context(directory: Path, prompt: str, new_tokens: int) -> int:
+    """Prompt and new tokens, as far as the model goes: what the KV cache has to hold."""
+    from duoserve.config import MixtralConfig
+    from duoserve.tokenizer import Tokenizer
+    c = MixtralConfig.read(directory)
+    tokens = len(Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids).encode(prompt))
+    return min(c.max_position_embeddings, max(2, tokens + new_tokens))
+
+
 def closing_line(result) -> str:
     s = result.stats
     speed = f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
@@ -65,16 +74,19 @@ def main() -> int:
     args = parse_args()
     prompt = read_prompt(args)
     from duoserve import timeline
-    from duoserve.checkpoint import Progress
+    from duoserve.checkpoint import Progress, ensure_packed
     from duoserve.engine import Engine, check_sampling
     from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
         timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept
-    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     if args.trace_dir:
         make_directory(args.trace_dir)
+    directory = ensure_packed(args.model, WEIGHTS)
+    if args.context is None:
+        args.context = needed_context(directory, prompt, args.max_new_tokens)
     engine = Engine.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
+        directory, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
         gpu_memory=args.gpu_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
         compile=args.compile, progress=Progress)
     if args.trace_dir:

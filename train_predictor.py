@@ -35,6 +35,9 @@ def main() -> int:
     args = parser.parse_args()
     began = time.perf_counter()
     model = PackedModel(args.model)
+    out = args.out or model.directory / "predictor.safetensors"
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: its directory does not exist")
     k, experts = model.config.num_experts_per_tok, model.config.num_local_experts
     traces = decoded(args.traces, model.fingerprint)
     order = np.random.RandomState(0).permutation(len(traces))
@@ -52,9 +55,6 @@ def main() -> int:
     scores = {"popularity": np.broadcast_to(y.mean(0), chosen.shape), "previous": previous, "affinity": group(2),
               "lookahead": group(0), "history": predictor.scores("history", x), "full": predictor.scores("full", x)}
     recall = {name: mean_recall(score, chosen, k) for name, score in scores.items()}
-    out = args.out or model.directory / "predictor.safetensors"
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: its directory does not exist")
     predictor.save(out)
     seconds = time.perf_counter() - began
     if args.json:

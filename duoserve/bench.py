@@ -147,7 +147,7 @@ def row(traces: list[Trace], top_k: int, policy: str, slots: int, costs: Costs, 
             "misses": total("misses"),
             "needed_transfers_per_token": (total("misses") + total("prefetched_used")) / steps,
             "moved_transfers_per_token": total("decode_bytes") / costs.chunks / steps,
-            "link_busy": sum(r.cache.lane.busy for r in runs) / decode_s,
+            "link_busy": min(1.0, sum(r.cache.lane.busy for r in runs) / decode_s) if decode_s else 0.0,
             "floor_ms": sum(r.floor for r in runs) / steps}
 
 
@@ -222,9 +222,9 @@ def schedule(args) -> dict:
     if transfer is None:                    # replayed routing stands for Mixtral-8x7B's unless a link is named
         rate = parse_rate(args.link or "25GB/s", "--link")
         transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / rate
-    for flag, value in (("--attention-ms", args.attention_ms), ("--expert-ms", args.expert_ms),
-                        ("--predict-ms", args.predict_ms)):
-        check_range(flag, value, 0, 1e6)
+    for flag in ("attention_ms", "expert_ms", "predict_ms", "prefill_attention_ms", "prefill_expert_ms"):
+        if getattr(args, flag) is not None:
+            check_range("--" + flag.replace("_", "-"), getattr(args, flag), 0, 1e6)
     check_range("--expert-transfer-ms (or the time --link gives)", transfer, 0, 1e6, least_open=True)
     check_range("--chunks", args.chunks, 1, 10_000)
     costs = Costs(args.attention_ms, args.expert_ms, transfer, args.chunks, args.predict_ms, args.prefill_attention_ms,
@@ -281,8 +281,9 @@ def print_schedule(result: dict) -> None:
           f"{'moved':>8}{'/Belady':>9}{'link':>6}")
     for r in result["rows"]:
         ideal = result["belady_transfers_per_token"][str(r["cache_experts"])]
-        print(f"{r['policy']:15}{r['cache_experts']:6}{r['ttft_ms']:9.1f}{r['tpot_ms']:9.2f}{1e3 / r['tpot_ms']:7.1f}"
-              f"{r['floor_ms']:9.2f}{r['tpot_ms'] / r['floor_ms']:8.3f}{r['needed_transfers_per_token']:8.2f}"
+        speed, over = (1e3 / r["tpot_ms"], r["tpot_ms"] / r["floor_ms"]) if r["floor_ms"] else (float("inf"), 1)
+        print(f"{r['policy']:15}{r['cache_experts']:6}{r['ttft_ms']:9.1f}{r['tpot_ms']:9.2f}{speed:7.1f}"
+              f"{r['floor_ms']:9.2f}{over:8.3f}{r['needed_transfers_per_token']:8.2f}"
               f"{r['moved_transfers_per_token']:8.2f}{r['needed_transfers_per_token'] / ideal if ideal else 1:9.2f}"
               f"{100 * r['link_busy']:5.0f}%")
 

@@ -76,7 +76,10 @@ class GPUExpertCache:
             if transfer.slot < 0:
                 transfer.predicted = self.decoding
             if transfer.slot < 0 and not self._take(transfer):
-                break                       # no slot is worth less: it waits until one is, or until the plan changes
+                # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on meanwhile.
+                transfer = next((begun for begun in self.queue if begun.slot >= 0), None)
+                if transfer is None:
+                    break
             try:
                 self._send(transfer, min(self.lane.chunk, transfer.size - transfer.sent))
             except LinkError:
@@ -84,7 +87,7 @@ class GPUExpertCache:
                 self._drop(transfer)        # if the router wants it, it will be demanded
                 continue
             if transfer.sent == transfer.size:
-                self.queue.pop(0)
+                self.queue.remove(transfer)
 
     def demand(self, key: Key) -> bool:
         """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it yet."""
@@ -98,7 +101,7 @@ class GPUExpertCache:
             transfer.predicted = False
             if not self._take(transfer, urgent=True):
                 return False
-            self.where[key].missed = True
+            self.where[key].missed = self.decoding
         if guess:
             self.queue.remove(guess)
         begun, transfer.urgent, transfer.asked = transfer.sent > 0, True, self.lane.now()
@@ -106,7 +109,9 @@ class GPUExpertCache:
             self._send(transfer, transfer.size - transfer.sent)
         except LinkError:
             self._drop(transfer)
-            return begun and self.demand(key)       # a prefetch that fails is tried again as a demand
+            if not begun:
+                raise
+            return self.demand(key)         # a prefetch that fails is tried again as a demand
         return True
 
     def acquire(self, key: Key) -> int:
@@ -145,11 +150,11 @@ class GPUExpertCache:
                 self._evict(slot)
 
     def _send(self, transfer: Transfer, nbytes: int) -> None:
-        if transfer.sent == 0 and self.log is not None:
-            self.log.append(transfer)
-        if transfer.sent == 0 and transfer.predicted:
-            self.counts.prefetched += 1
         self.lane.send(transfer, nbytes)
+        if transfer.sent == nbytes:         # its first
+            self.counts.prefetched += transfer.predicted
+            if self.log is not None:
+                self.log.append(transfer)
         if transfer.sent == transfer.size:
             self.sent += 1
             transfer.order = self.sent

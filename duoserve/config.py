@@ -59,7 +59,7 @@ class MixtralConfig:
         rope = (raw.get("rope_parameters") if rope is None else rope)
         rope = {} if rope is None else rope
         if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{name}: rope_parameters must be an object that turns all of a head's dimensions")
+            raise UserError(f"{name}: rope_parameters must be an object, with partial_rotary_factor 1")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type != "default":
             raise UserError(f"{name}: RoPE scaling {rope_type!r} is not implemented (only 'default')")

@@ -95,7 +95,8 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
     plan = MemoryPlan(resident, kv, unpacked + prompt + block, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
-        raise UserError(f"--gpu-memory {human(budget)} is too small: {human(plan.total)} is the least that works ("
+        least = f"{-(-plan.total // 2**20)}MiB" if plan.total > 2**28 else f"{-(-plan.total // 2**10)}KiB"
+        raise UserError(f"--gpu-memory {human(budget)} is too small: {least} is the least that works ("
                         f"{human(resident)} resident weights, {human(kv)} KV cache for --context {context}, "
                         f"{human(plan.workspace)} workspace, two experts of {human(plan.expert)})")
     fit = total if budget is None else 2 + (budget - plan.total) // plan.expert
@@ -122,7 +123,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
         return logits.argmax()
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
-    ranked, ids = (logits / temperature).sort(descending=True)
+    ranked, ids = ((logits - logits.max()) / temperature).sort(descending=True)
     p = ranked.softmax(-1)
     p[p.cumsum(-1) - p >= top_p] = 0        # keep the smallest set that reaches top_p
     return ids[torch.multinomial(p, 1, generator=generator)[0]]
@@ -269,10 +270,12 @@ class Engine:
 
     def _load_predictor(self, named: str | Path | None) -> Predictor | None:
         path = self.packed.directory / "predictor.safetensors" if named is None else named
-        if self.policy != "duo" or path == "none":
+        if path == "none":
             return None
         if named is None and not path.exists():
-            print(f"note: no {path}; predicting by lookahead alone (train_predictor.py makes one)", file=sys.stderr)
+            if self.policy == "duo":
+                print(f"note: no {path}; predicting by lookahead alone (train_predictor.py makes one)",
+                      file=sys.stderr)
             return None
         c = self.config
         return Predictor.read(path, self.packed.fingerprint, c.num_hidden_layers, c.num_local_experts)
@@ -323,7 +326,7 @@ class Engine:
         Raises `UserError` for a bad prompt or option.
         """
         self.result = None
-        check_sampling(max_new_tokens, temperature, top_k, top_p)
+        check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty; give some text")
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -428,7 +431,7 @@ def check_budget(gpu_memory: int | str | None, model_bytes: int, device: torch.d
     return parse_size(gpu_memory, "--gpu-memory") if isinstance(gpu_memory, str) else int(gpu_memory)
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: at least 1")
     if not 0 <= temperature < float("inf"):
@@ -437,3 +440,5 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise UserError(f"--top-p {top_p}: above 0, at most 1")
     if top_k is not None and top_k < 1:
         raise UserError(f"--top-k {top_k}: at least 1")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: a number from 0 to 2^64 - 1")

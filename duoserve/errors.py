@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 def parse_size(text: str, flag: str = "size") -> int:
     """`4GiB`, `500MB`, `1.5G` or plain bytes -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if not match or match[2] == "I" or float(match[1]) <= 0:
+    if not match or match[2] == "I" or not 0 < float(match[1]) < 1e18:
         raise UserError(f"{flag}: '{text}' is not a size; write it like 4GiB, 500MB or 25GB/s")
     return int(float(match[1]) * SIZES[match[2]])
 

@@ -50,7 +50,7 @@ class LookaheadLru(ExpertScheduler):
 
     def guess(self, layer: int, lookahead: list[float] | None) -> None:
         best = sorted(range(self.experts_a_layer), key=lambda e: -lookahead[e]) if lookahead else []
-        self.cache.plan([(layer, e) for e in best[:len(self.history.ids[-1])]])
+        self.cache.plan([(layer, e) for e in best[:self.history.top_k]])
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         share = max(1, len(self.cache.slots) // self.layers)

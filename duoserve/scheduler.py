@@ -15,7 +15,7 @@ from .predictor import Forecast
 from .trace import History
 
 RING = 4                                    # slots that prefill streams through; the others keep what decode will want
-LIKELY = 0.4                                # chance from which on a guess is worth the link's time
+LIKELY = 0.5                                # chance from which on a guess is worth the link's time
 PATIENCE = 0.6                              # what an expert in a slot is worth if its use is a token away
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
@@ -161,8 +161,10 @@ class DecodeScheduler(ExpertScheduler):
             self.chance[0] = self.forecast.next_layer(0, lookahead)
         self.replan()
 
+    def spoken(self, layer: int, routing: Routing) -> None:
+        self.chance[layer] = self.forecast.next_visit(layer)        # before the demands choose their victims
+
     def planning(self, layer: int, routing: Routing) -> None:
-        self.chance[layer] = self.forecast.next_visit(layer)
         if routing.lookahead is not None:
             self.chance[layer + 1] = self.forecast.next_layer(layer + 1, routing.lookahead)
         self.replan()

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from duoserve.errors import Parser, UserError, human, run_main
+from duoserve.errors import Parser, UserError, check_sampling, human, run_main
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -75,7 +75,7 @@ def main() -> int:
     prompt = read_prompt(args)
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
-    from duoserve.engine import Engine, check_sampling
+    from duoserve.engine import Engine
     from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
         timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept

@@ -1,7 +1,6 @@
 """traces/ -> <model>/predictor.safetensors, with a report of what each hint is worth on sequences it never saw."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from duoserve.errors import Parser, UserError, run_main
 from duoserve.packed import PackedModel
-from duoserve.predictor import NETS, Predictor, mean_recall, measure_affinity, trace_features, train_nets
+from duoserve.predictor import Predictor, mean_recall, measure_affinity, trace_features, train_nets
 from duoserve.trace import Trace, read_traces
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"

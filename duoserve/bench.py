@@ -16,7 +16,7 @@ import numpy as np
 
 from .cache import Counts, GPUExpertCache
 from .config import MixtralConfig
-from .errors import Parser, UserError, human, parse_rate, parse_size, run_main
+from .errors import Parser, UserError, check_budget, human, parse_rate, run_main
 from .link import SimulatedLane, VirtualClock
 from .model import Routing
 from .policies import POLICIES, schedulers
@@ -256,7 +256,7 @@ def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
 
     import torch
 
-    from .engine import check_budget, plan_memory
+    from .engine import plan_memory
     from .packed import resident_shapes
     from .quant import ExpertLayout, group_size
     shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))

@@ -1,4 +1,4 @@
-"""What a user can get wrong, and sizes as people write them."""
+"""What a user can get wrong: the error itself, sizes as people write them, and the checks of common options."""
 
 import argparse
 import re
@@ -39,6 +39,64 @@ def human(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def check_device(device):
+    """`--device` -> torch.device; by default a GPU if there is one."""
+    import torch                            # here, so that a mistake on the command line is answered at once
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {device}: write cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise UserError(f"--device {device}: no such GPU here; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: only cpu and cuda are supported")
+    return device
+
+
+def check_dtype(dtype, device):
+    """`--dtype` -> torch.dtype; by default float32 on the CPU, bfloat16 on CUDA (float16 below capability 8.0)."""
+    import torch
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if str(dtype).removeprefix("torch.") not in known:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(known)}")
+    return known[str(dtype).removeprefix("torch.")]
+
+
+def check_budget(gpu_memory: int | str | None, model_bytes: int, device, cache_experts: int | None) -> int | None:
+    """-> bytes, or None for no bound but the number of slots. A percentage is of the whole packed model."""
+    if gpu_memory is None:
+        if device.type == "cpu" or cache_experts is not None:
+            return None
+        import torch
+        return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
+    if isinstance(gpu_memory, str) and gpu_memory.strip().endswith("%"):
+        try:
+            share = float(gpu_memory.strip()[:-1])
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1e6:
+            raise UserError(f"--gpu-memory {gpu_memory}: not a percentage; write it like 15%")
+        return int(model_bytes * share / 100)
+    return parse_size(gpu_memory, "--gpu-memory") if isinstance(gpu_memory, str) else int(gpu_memory)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"--temperature {temperature}: 0 (greedy) or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: above 0, at most 1")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k {top_k}: at least 1")
+    if not 0 <= seed < 2**64:
+        raise UserError(f"--seed {seed}: a number from 0 to 2^64 - 1")
 
 
 def run_main(main) -> None:

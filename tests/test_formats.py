@@ -13,7 +13,7 @@ import torch
 from models import tokenizer_model, write_hf
 from safetensors.torch import load_file, save_file
 
-from duoserve import formats
+from duoserve.checkpoint import formats
 from duoserve.checkpoint import convert, ensure_packed, open_source, to_hf
 from duoserve.errors import UserError
 from duoserve.packed import PackedModel

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from .config import MixtralConfig
-from .errors import UserError
-from .packed import Header
-from .quant import pack, quantize
+from ..config import MixtralConfig
+from ..errors import UserError
+from ..packed import Header
+from ..quant import pack, quantize
 
 BLOCK = 16 * 2**20              # weights packed or unpacked at a time: each fp32 temporary stays below 64 MB
 SAMPLE = 2**16                  # bytes of each source tensor that its fingerprint hashes

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import MixtralConfig
-from .errors import Parser, UserError, human, run_main
+from ..config import MixtralConfig
+from ..errors import Parser, UserError, human
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
-from .packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, tensor_files
-from .quant import ExpertLayout, dequantize, group_size as group_of
+from ..packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, tensor_files
+from ..quant import ExpertLayout, dequantize, group_size as group_of
 
 FIELDS = ("q", "scale", "zero")
 
@@ -349,7 +349,3 @@ def main() -> None:
         to_hf(arguments.src, arguments.dst)
     else:
         convert(arguments.src, arguments.dst, arguments.group_size)
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,0 +1,6 @@
+"""python -m duoserve.checkpoint"""
+
+from ..errors import run_main
+from . import main
+
+run_main(main)

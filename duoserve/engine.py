@@ -208,6 +208,8 @@ class Engine:
             raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
         engine = cls()
         engine.device = device = check_device(device)
+        if device.type == "cuda":           # events are recorded on the current device's streams
+            torch.cuda.set_device(device)
         engine.dtype = dtype = check_dtype(dtype, device)
         packed = PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights"))
         engine.packed, engine.config, engine.policy = packed, packed.config, policy

@@ -53,7 +53,7 @@ class ExpertScheduler:
         planned = False
         try:
             while remaining:
-                for key in remaining:       # as many as there are slots, before any guess
+                for key in self.due(remaining):     # as many as there are slots, before any guess
                     cache.demand(key)
                 if not planned:
                     self.planning(layer, routing)
@@ -77,6 +77,10 @@ class ExpertScheduler:
 
     def planning(self, layer: int, routing: Routing) -> None:
         """The demands are enqueued: plan what the lane shall do after them."""
+
+    def due(self, remaining: list[Key]) -> list[Key]:
+        """Which of the experts that the router asked for and that are not computed yet to ask the lane for now."""
+        return remaining
 
     def computed(self, key: Key) -> None:
         """An expert has been computed and its slot released."""
@@ -115,6 +119,12 @@ class PrefillScheduler(ExpertScheduler):
             self.order[i:i + self.experts_a_layer] = sorted(
                 self.order[i:i + self.experts_a_layer], key=lambda key: -routing.lookahead[key[1]])
         self.run_ahead()
+
+    def due(self, remaining: list[Key]) -> list[Key]:
+        """No more than the ring holds: asking for all eight at once would only push out what decode will want."""
+        here = [key for key in remaining if key in self.cache.where]
+        absent = [key for key in remaining if key not in self.cache.where]
+        return here + absent[:max(0, RING - len(here))]
 
     def computed(self, key: Key) -> None:
         self.passed.add(key)

@@ -71,6 +71,7 @@ def closing_line(result) -> str:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")    # a terminal that knows no UTF-8 still shows the rest
     args = parse_args()
     prompt = read_prompt(args)
     from duoserve import timeline

@@ -15,9 +15,10 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 LEAST = 8                                   # sequences: six to train on, two to test
 
 
-def decoded(directory: str, model: str, least: int = LEAST) -> list[Trace]:
+def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trace]:
     """The traces of a directory that hold decoded tokens; `UserError` if there are too few."""
-    traces = [t for t in read_traces(directory, model) if len(t.logits) > t.prompt]
+    traces = [t for t in read_traces(directory, model.fingerprint, (model.config.num_hidden_layers,
+                                                                    model.config.num_local_experts)) if len(t.logits) > t.prompt]
     if len(traces) < least:
         raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few to train on and to test; "
                         f"at least {least} are needed, a hundred are better")
@@ -38,11 +39,11 @@ def main() -> int:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: its directory does not exist")
     k, experts = model.config.num_experts_per_tok, model.config.num_local_experts
-    traces = decoded(args.traces, model.fingerprint)
+    traces = decoded(args.traces, model)
     order = np.random.RandomState(0).permutation(len(traces))
     held = 0 if args.test else max(2, round(0.2 * len(traces)))    # split by sequence: tokens of one are too alike
     test, train = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
-    test = decoded(args.test, model.fingerprint, 1) if args.test else test
+    test = decoded(args.test, model, 1) if args.test else test
     affinity = measure_affinity(train, k)
     x, y = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in train)))
     weights = train_nets(x, y)

@@ -157,7 +157,7 @@ def synthetic_traces(config: MixtralConfig, persistence: float, recall: float, s
     the lookahead finds a chosen expert with chance `recall`; otherwise uniform, the least favourable to caching."""
     layers, experts, k = config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok
     rng = np.random.default_rng(0)
-    keep = max(0.0, (persistence - k / experts) / (1 - k / experts))
+    keep = max(0.0, (persistence - k / experts) / (1 - k / experts)) if k < experts else 1.0
 
     def choose(kept):                       # fill up to k distinct experts
         others = [e for e in rng.permutation(experts).tolist() if e not in kept]
@@ -200,13 +200,14 @@ def schedule(args) -> dict:
     from .quant import ExpertLayout
     layout = packed.layout if packed else ExpertLayout.of(config)
     if args.traces:
-        traces = read_traces(args.traces, packed.fingerprint if packed else None)
-        if traces[0].logits.shape[1:] != (config.num_hidden_layers, config.num_local_experts):
-            raise UserError(f"{args.traces}: its traces are of a model of another shape than the configuration's")
+        traces = read_traces(args.traces, packed.fingerprint if packed else None,
+                             (config.num_hidden_layers, config.num_local_experts))
         traces = [trace for trace in traces if len(trace.logits) > trace.prompt]
         if not traces:
             raise UserError(f"{args.traces}: no trace has a decode step; record some with more --max-new-tokens")
     elif args.model_config:
+        check_range("--persistence", args.persistence, 0, 1)
+        check_range("--lookahead-recall", args.lookahead_recall, 0, 1)
         traces = synthetic_traces(config, args.persistence, args.lookahead_recall)
         print(f"note: synthetic routing (persistence {args.persistence}, lookahead recall {args.lookahead_recall}, "
               "otherwise uniform): a plan, not a measurement", file=sys.stderr)
@@ -227,6 +228,7 @@ def schedule(args) -> dict:
             check_range("--" + flag.replace("_", "-"), getattr(args, flag), 0, 1e6)
     check_range("--expert-transfer-ms (or the time --link gives)", transfer, 0, 1e6, least_open=True)
     check_range("--chunks", args.chunks, 1, 10_000)
+    check_range("--context", args.context, 2, 1e9)
     costs = Costs(args.attention_ms, args.expert_ms, transfer, args.chunks, args.predict_ms, args.prefill_attention_ms,
                   args.prefill_expert_ms)
     if args.gpu_memory:
@@ -295,6 +297,8 @@ def run(args) -> dict:
     for policy in policies:
         if policy not in POLICIES:
             raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}")
+    if args.cache_experts and len(args.cache_experts) > 1:
+        raise UserError(f"--cache-experts {args.cache_experts}: bench run takes one size at a time")
     check_range("--rounds", args.rounds, 1, 1000)
     check_range("--max-new-tokens", args.max_new_tokens, 2, 1e6)
     engine = Engine.from_pretrained(args.model, device=args.device, gpu_memory=args.gpu_memory,
@@ -307,6 +311,8 @@ def run(args) -> dict:
             for key in list(engine.cache.where):
                 engine.cache.drop(key)      # every run starts with an empty cache
             one[engine.policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
+        if any(stats.tpot_s is None for stats in one.values()):
+            raise UserError("--prompt: the model stops after a single token; give another prompt")
         rounds.append(one)
     reference = policies[0]
     rows = []

@@ -65,7 +65,8 @@ class MixtralConfig:
             raise UserError(f"{name}: RoPE scaling {rope_type!r} is not implemented (only 'default')")
 
         def number(key, kind, value, least):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 2**31 \
+            most = 1024 if key in ("num_hidden_layers", "num_local_experts") else 2**31 - 1
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most \
                     or value != kind(value):
                 raise UserError(f"{name}: {key} is {value!r}, which is not a sensible {kind.__name__}")
             return kind(value)

@@ -126,7 +126,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     ranked, ids = ((logits - logits.max()) / temperature).sort(descending=True)
     p = ranked.softmax(-1)
     p[p.cumsum(-1) - p >= top_p] = 0        # keep the smallest set that reaches top_p
-    return ids[torch.multinomial(p, 1, generator=generator)[0]]
+    return ids.gather(0, torch.multinomial(p, 1, generator=generator))
 
 
 class StreamedExperts:
@@ -190,6 +190,9 @@ class StreamedExperts:
 class Engine:
     """A loaded model. One request at a time; the cache stays warm between requests."""
 
+    result: Generation | None = None        # of the last `stream` or `generate`, also if it was interrupted
+    request = 0                             # how many have begun
+
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
                         dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
@@ -230,6 +233,9 @@ class Engine:
         compiled = (device.type == "cuda" if compile is None else compile) and can_compile(device)
         budget = check_budget(gpu_memory, packed.nbytes, device, cache_experts)
         engine.plan = plan_memory(packed, dtype, engine.context, compiled, budget, cache_experts)
+        if device.type == "cuda" and engine.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
+            raise UserError(f"--gpu-memory: {human(engine.plan.total)} are planned and {human(free)} are free on {device}; "
+                            "ask for less (--gpu-memory, --cache-experts or --context)")
         engine.tokenizer = Tokenizer(packed.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
         engine.predictor = engine._load_predictor(predictor)
         if isinstance(simulate_link, str):
@@ -265,8 +271,8 @@ class Engine:
         engine.source = StreamedExperts(slots, engine.cache, c.num_experts_per_tok)
         engine.load_s = 0.0
         if compiled:                        # compiling counts as loading, never as time to first token
-            engine.generate([c.bos_token_id] * min(8, engine.context - 2), max_new_tokens=2, temperature=0)
-            engine.logits([c.bos_token_id])
+            engine.generate([c.bos_token_id], max_new_tokens=1, temperature=0)
+            engine.logits([c.bos_token_id] * min(8, engine.context))
         engine.load_s = time.perf_counter() - began
         return engine
 
@@ -299,6 +305,8 @@ class Engine:
             return self.model(tokens[None], self.source, self.kv, start)[0]
         except BaseException as error:
             self.cache.abandon()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
             if isinstance(error, LinkError):
                 raise UserError(f"an expert could not be copied to {self.device} ({error}); the request is dropped, "
                                 "the engine can be used again") from error
@@ -307,6 +315,7 @@ class Engine:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
+        self.request += 1
         ids = self._check_ids(token_ids, self.context)
         self._begin(len(ids))
         hidden = self._pass(ids, 0)
@@ -327,7 +336,8 @@ class Engine:
         Text gets BOS, ids are taken as they are. Stops at EOS, at `max_new_tokens`, or where the context is full.
         Raises `UserError` for a bad prompt or option.
         """
-        self.result = None
+        self.result, self.request = None, self.request + 1
+        request = self.request
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty; give some text")
@@ -339,7 +349,7 @@ class Engine:
         began = first = last = time.perf_counter()
 
         def result() -> Generation:
-            wall, counts = max(last - began, 1e-9), self.cache.counts
+            wall, counts = max(last - began, first - began, 1e-9), self.cache.counts
             tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
             return Generation(text, out, n, reason, Stats(
                 self.load_s, first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
@@ -349,17 +359,20 @@ class Engine:
         try:
             token = ids
             while True:
+                if self.request != request:
+                    raise UserError("this stream was overtaken by another request; an engine takes one at a time")
                 hidden = self._pass(token, position)
                 position += len(token)
                 token = sample(self.model.head(hidden[-1:])[0].float(), temperature, top_k, top_p, generator).view(1)
                 if position == n:           # prefill is over: what it left in the cache is decode's to use
                     self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()
-                tid = int(token)
-                last = time.perf_counter()
-                first = last if position == n else first
+                tid = int(self.cache.lane.read(token.float(), self.cache.pump)[0])      # exact: ids stay below 2^24
+                now = time.perf_counter()
+                first = now if position == n else first
                 if tid in self.tokenizer.eos:
                     reason = "stop"
                     break
+                last = now
                 out.append(tid)
                 if new := piece.push(tid):
                     text += new
@@ -371,10 +384,11 @@ class Engine:
                 text += new
                 yield new
         finally:                            # also when the consumer stops early, or on Ctrl-C
-            self.cache.plan([])
-            self.cache.lane.finish()
-            self.passed = (prompt_ids + out)[:position]             # what went through the model, for traces
-            self.result = result()
+            if self.request == request:     # not overtaken by another, whose state this now is
+                self.cache.plan([])
+                self.cache.lane.finish()
+                self.passed = (prompt_ids + out)[:position]             # what went through the model, for traces
+                self.result = result()
 
     def peak_bytes(self) -> int:
         """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""

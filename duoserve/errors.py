@@ -43,13 +43,14 @@ def human(n: float) -> str:
 
 def check_device(device):
     """`--device` -> torch.device; by default a GPU if there is one."""
+    asked = device or "cuda"
     import torch                            # here, so that a mistake on the command line is answered at once
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {device}: write cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= (torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        raise UserError(f"--device {device}: no such GPU here; use --device cpu")
+    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
+        raise UserError(f"--device {asked}: no such GPU here; use --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     return device
@@ -108,6 +109,8 @@ def run_main(main) -> None:
     except BrokenPipeError:                 # `generate.py ... | head`: not a mistake at all
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:                # a name too long, a device that is full
+        message = f"{error.filename or 'standard output'}: {error.strerror}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

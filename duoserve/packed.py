@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 
 from .config import MixtralConfig
 from .errors import UserError
-from .quant import ALIGN, ExpertLayout
+from .quant import ALIGN, ExpertLayout, group_size
 
 MANIFEST = "manifest.json"
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -43,7 +43,8 @@ def atomic(path: Path, mode: str = "wb"):
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); what was complete before stays") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 class Header:
@@ -182,7 +183,6 @@ class PackedModel:
     """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the file."""
 
     def __init__(self, directory: str | Path):
-        from .quant import group_size
         self.directory = directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such model directory")
@@ -194,7 +194,7 @@ class PackedModel:
         except FileNotFoundError:
             raise UserError(f"{directory}: no {MANIFEST}, so this is not a (complete) packed model; "
                             "convert one with python -m duoserve.checkpoint") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({error!r}); convert the model again") from None
         if version != 1 or self.largest_group not in (32, 64, 128):
             raise UserError(f"{path}: version {version}, group size {self.largest_group}: not made by this duoserve; "

@@ -3,9 +3,9 @@
 The strongest hint needs no training: the *lookahead*, layer l's router applied to the residual stream as it is before
 layer l-1's experts have run. Beside it stand the routing just seen, the same layer's for the last token, what this
 sequence has used so far, and which experts follow which (affinity, from the traces). Each hint votes for its experts
-with one weight a layer, and a small MLP corrects the sum: so little data goes a long way. A second such net, without what only this token can tell, says how likely each expert is at its layer's next
-visit: eviction ranks by that. (DuoServe-MoE, arXiv 2509.07379, has the history; the lookahead is
-mixtral-offloading's, arXiv 2312.17238.)
+with one weight a layer, and a small MLP corrects the sum: so little data goes a long way. A second such net, without
+what only this token can tell, says how likely each expert is at its layer's next visit: eviction ranks by that.
+(DuoServe-MoE, arXiv 2509.07379, has the history; the lookahead is mixtral-offloading's, arXiv 2312.17238.)
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def margin(logits: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def soft(z: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-z))
+    return 0.5 * (1 + np.tanh(z / 2))       # the logistic function, without overflow
 
 
 class Predictor:
@@ -76,7 +76,7 @@ class Predictor:
                 meta = file.metadata() or {}
                 weights = {net: tuple(file.get_tensor(f"{net}.{i}") for i in range(5)) for net in USED}
                 affinity = file.get_tensor("affinity")
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a predictor, or damaged ({error}); "
                             "train it again with train_predictor.py") from None
         if meta.get("model") != model or meta.get("version") != "1":

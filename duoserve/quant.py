@@ -101,6 +101,7 @@ def kernels(compiled: bool):
     """`one_row` and `many_rows`, as they stand or fused by torch.compile (shapes fixed: there are few)."""
     if not compiled:
         return one_row, many_rows
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)    # four shapes a model
     return torch.compile(one_row, dynamic=False), torch.compile(many_rows, dynamic=True)
 
 

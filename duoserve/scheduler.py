@@ -8,6 +8,8 @@ arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 
 from typing import Iterator
 
+import numpy as np
+
 from .cache import GPUExpertCache, Slot
 from .link import Key
 from .model import Routing
@@ -163,7 +165,8 @@ class DecodeScheduler(ExpertScheduler):
         super().__init__(cache, history)
         self.forecast = forecast
         # [layers][experts]: the chance of use at the layer's next visit, as far as is known by now
-        self.chance = [forecast.next_visit(layer) for layer in range(self.layers)]
+        self.chance = np.array([forecast.next_visit(layer) for layer in range(self.layers)])
+        self.appraise()
 
     def begin_step(self, lookahead: list[float] | None) -> None:
         self.layer = -1
@@ -172,7 +175,8 @@ class DecodeScheduler(ExpertScheduler):
         self.replan()
 
     def spoken(self, layer: int, routing: Routing) -> None:
-        self.chance[layer] = self.forecast.next_visit(layer)        # before the demands choose their victims
+        self.chance[layer] = self.forecast.next_visit(layer)
+        self.appraise()                     # before the demands choose their victims
 
     def planning(self, layer: int, routing: Routing) -> None:
         if routing.lookahead is not None:
@@ -181,8 +185,9 @@ class DecodeScheduler(ExpertScheduler):
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then, while slots are empty, at the likeliest absent ones."""
+        self.appraise()
         cache, layer = self.cache, (self.layer + 1) % self.layers
-        chance = self.chance[layer]
+        chance = self.chance[layer].tolist()
         best = sorted(range(self.experts_a_layer), key=lambda e: -chance[e])
         wanted = [(layer, e) for e in best if chance[e] >= LIKELY]
         if len(cache.where) < len(cache.slots):
@@ -191,16 +196,19 @@ class DecodeScheduler(ExpertScheduler):
             wanted += sorted(absent, key=self.worth, reverse=True)[:len(cache.slots) - len(cache.where)]
         cache.plan(wanted)
 
-    def worth(self, key: Key) -> float:
-        """The expected discount of an expert's next use: 1 if it is now, PATIENCE if it is a token away.
+    def appraise(self) -> None:
+        """Every expert's worth: the expected discount of its next use, 1 if it is now, PATIENCE if it is a token away.
 
         With chance p the use comes at the layer's next visit, a part d of a token away; else it comes a token later
         with chance q, this sequence's rate, or the token after that, and so on: a geometric series.
         """
-        layer, e = key
-        p, q = self.chance[layer][e], self.history.rate(layer, e)
+        p, q = self.chance, self.history.rates()
         later = q * PATIENCE / (1 - PATIENCE * (1 - q))
-        return PATIENCE ** (self.distance(layer) / self.layers) * (p + (1 - p) * later)
+        away = np.array([[self.distance(layer) / self.layers] for layer in range(self.layers)])
+        self.value = (PATIENCE ** away * (p + (1 - p) * later)).tolist()
+
+    def worth(self, key: Key) -> float:
+        return self.value[key[0]][key[1]]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         least = min(candidates, key=lambda slot: self.worth(slot.key))

@@ -24,13 +24,14 @@ class ExpertStore:
 
     def __init__(self, model: PackedModel, pin: bool = False, progress=None, threads: int = 8):
         layers, experts, nbytes = model.config.num_hidden_layers, model.config.num_local_experts, model.layout.nbytes
-        total = layers * experts * nbytes
+        stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE        # whole pages: no block straddles two registrations
+        total = layers * experts * stride
         available = available_memory()
         if available is not None and total > available:
             raise UserError(f"{model.directory}: its experts take {human(total)} of host memory and {human(available)} "
                             "are available; free some or use a machine with more")
         self.memory = mmap.mmap(-1, total)
-        self.bytes = np.frombuffer(self.memory, np.uint8).reshape(layers, experts, nbytes)
+        self.bytes = np.frombuffer(self.memory, np.uint8).reshape(layers, experts, stride)[..., :nbytes]
         self.tensor = torch.from_numpy(self.bytes)
 
         def load(key):
@@ -44,7 +45,7 @@ class ExpertStore:
                 pass                        # the first corrupted expert ends the loading
         finally:
             pool.shutdown(cancel_futures=True)
-        self.pinned = pin and self._register(total)
+        self.pinned = pin and self._register(total, max(1, REGION // stride) * stride)
 
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """uint8 [nbytes], on the host."""
@@ -72,14 +73,14 @@ class ExpertStore:
                 ring.reverse()
         return staged
 
-    def _register(self, total: int) -> bool:
+    def _register(self, total: int, region: int) -> bool:
         """Pin our pages, region by region; on failure undo it and say what that costs."""
         runtime, base, done = torch.cuda.cudart(), self.bytes.ctypes.data, []
-        for start in range(0, total, REGION):
-            code = runtime.cudaHostRegister(base + start, min(REGION, total - start), 0)
+        for start in range(0, total, region):
+            code = runtime.cudaHostRegister(base + start, min(region, total - start), 0)
             if int(code) != 0:
-                for region in done:
-                    runtime.cudaHostUnregister(region)
+                for address in done:
+                    runtime.cudaHostUnregister(address)
                 clear_cuda_error()
                 print(f"note: the driver will not pin {human(total)} of host memory (cudaHostRegister: {code}); "
                       "transfers go through a small pinned buffer: slower, with hardly any overlap", file=sys.stderr)
@@ -88,8 +89,8 @@ class ExpertStore:
 
         def release(memory, regions=done):  # holding the map: it must outlive its registration
             torch.cuda.synchronize()
-            for region in regions:
-                runtime.cudaHostUnregister(region)
+            for address in regions:
+                runtime.cudaHostUnregister(address)
 
         self.close = weakref.finalize(self, release, self.memory)      # also at interpreter exit
         return True

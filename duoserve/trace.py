@@ -46,9 +46,9 @@ class History:
         self.ids[layer] = routing.ids
         self.top_k = len(routing.ids)
 
-    def rate(self, layer: int, e: int) -> float:
-        """How often this request's tokens choose an expert; a few tokens say little, so four even ones are added."""
-        return (self.counts[layer, e] + 4 * self.top_k / self.experts) / (self.tokens[layer] + 4)
+    def rates(self) -> np.ndarray:
+        """How often this request's tokens choose each expert; a few tokens say little, so four even ones are added."""
+        return (self.counts + 4 * self.top_k / self.experts) / (np.array(self.tokens)[:, None] + 4)
 
 
 def make_directory(directory: str | Path) -> Path:
@@ -97,10 +97,10 @@ class Trace:
                             file.get_tensor("lookahead_logits").astype(np.float32), int(meta["prompt_tokens"]),
                             meta["model"])
                 tokens = len(file.get_tensor("token_ids"))
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a trace, or truncated ({error}); delete it or record it again") from None
         if trace.logits.ndim != 3 or trace.lookahead.shape != trace.logits.shape or tokens != len(trace.logits) \
-                or not 1 <= trace.prompt <= tokens or not np.isfinite(trace.logits).all():
+                or not 1 <= trace.prompt <= tokens or not (np.isfinite(trace.logits).all() and np.isfinite(trace.lookahead).all()):
             raise UserError(f"{path}: its tensors do not fit together; delete it or record it again")
         return trace
 
@@ -109,8 +109,9 @@ class Trace:
         return np.argsort(-self.logits, axis=-1, kind="stable")[..., :k]
 
 
-def read_traces(directory: str | Path, model: str | None = None) -> list[Trace]:
-    """Every trace of a directory, in the order of their names; all of one model (that with fingerprint `model`)."""
+def read_traces(directory: str | Path, model: str | None = None, shape: tuple[int, int] | None = None) -> list[Trace]:
+    """Every trace of a directory, in the order of their names; all of one model: that with fingerprint `model` and
+    `shape` (layers, experts), where they are given."""
     directory = Path(directory)
     paths = sorted(directory.glob("*.safetensors")) if directory.is_dir() else None
     if not paths:
@@ -118,7 +119,10 @@ def read_traces(directory: str | Path, model: str | None = None) -> list[Trace]:
                         "record some with generate.py --trace-dir")
     traces = [Trace.read(path) for path in paths]
     for path, trace in zip(paths, traces):
-        if trace.model != (model or traces[0].model) or trace.logits.shape[1:] != traces[0].logits.shape[1:]:
+        if trace.logits.shape[1:] != (shape or traces[0].logits.shape[1:]):
+            raise UserError(f"{path}: a trace of {trace.logits.shape[1]} layers of {trace.logits.shape[2]} experts, of "
+                            "another shape than the others' or the model's")
+        if trace.model != (model or traces[0].model):
             raise UserError(f"{path}: a trace of model {trace.model}, not of {model or traces[0].model}; "
                             "keep each model's traces in a directory of their own")
     return traces

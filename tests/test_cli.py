@@ -179,9 +179,19 @@ def test_a_mistake_is_one_line(arguments, name, ask):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu(cli, tiny):
-    status, out, err = cli("generate", "--model", tiny, "--prompt", "a", "--device", "cuda")
-    assert (status, out) == (2, "")
-    a_line(err, "--device cuda")
+    for device in ("cuda", "cuda:1", "cuda:99999"):
+        status, out, err = cli("generate", "--model", tiny, "--prompt", "a", "--device", device)
+        assert (status, out) == (2, "")
+        a_line(err, f"--device {device}")
+
+
+@pytest.mark.parametrize("flag", ("--model", "--predictor", "--timeline", "--prompt-file"))
+def test_a_name_too_long_for_any_file(cli, tiny, flag):
+    name = "x" * 300 + ".json"
+    prompt = () if flag == "--prompt-file" else ("--prompt", "a")
+    status, _, err = cli("generate", "--model", tiny, *prompt, "--max-new-tokens", 2, flag, name)
+    assert status == 2
+    a_line(err.splitlines()[-1] + "\n", "x" * 300)
 
 
 def test_a_prompt_that_is_no_text(ask, tmp_path):

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import sys
+import time
 import tracemalloc
 from collections import deque
 
@@ -13,6 +14,7 @@ import torch
 from models import packed
 
 from duoserve import Engine
+from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
 from duoserve.engine import sample
 from duoserve.errors import UserError
@@ -555,3 +557,42 @@ def test_bad_prompts(prompt, tiny):
     with pytest.raises(UserError, match="prompt|token id"):
         engine.generate(prompt)
     assert engine.generate(SHORT, max_new_tokens=2).token_ids
+
+
+def test_a_stream_overtaken_by_another_says_so(tiny):
+    engine = load(tiny, cache_experts=4)
+    first = engine.stream(SHORT, max_new_tokens=20)
+    next(first)
+    expected = load(tiny, cache_experts=4).generate(LONG, max_new_tokens=6, temperature=0).token_ids
+    assert engine.generate(LONG, max_new_tokens=6, temperature=0).token_ids == expected
+    with pytest.raises(UserError, match="one at a time"):
+        list(first)
+    assert engine.result.token_ids == expected
+
+
+def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
+    engine, steps = load(tiny, cache_experts=24), []
+    sample = engine_module.sample
+    eos = min(engine.tokenizer.eos)
+
+    def slow(logits, *rest):
+        steps.append(1)
+        time.sleep(0.03 if len(steps) < 4 else 0.5)
+        return torch.tensor(eos) if len(steps) == 4 else sample(logits, *rest)
+    monkeypatch.setattr(engine_module, "sample", slow)
+    result = engine.generate(SHORT, max_new_tokens=20, temperature=0)
+    assert result.finish_reason == "stop" and len(result.token_ids) == 3 and 0.03 <= result.stats.tpot_s < 0.2
+
+
+def test_compiled_with_the_smallest_context(tiny):
+    engine = load(tiny, cache_experts=4, context=2, compile=True)
+    assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1
+
+
+@pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))
+def test_a_damaged_manifest_is_named(tiny, tmp_path, damage):
+    for path in tiny.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "manifest.json").write_bytes(damage)
+    with pytest.raises(UserError, match="manifest.json"):
+        load(tmp_path)

@@ -53,7 +53,7 @@ def check_device(device):
         raise UserError(f"--device {asked}: no such GPU here; use --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def check_dtype(dtype, device):

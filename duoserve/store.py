@@ -24,7 +24,7 @@ class ExpertStore:
 
     def __init__(self, model: PackedModel, pin: bool = False, progress=None, threads: int = 8):
         layers, experts, nbytes = model.config.num_hidden_layers, model.config.num_local_experts, model.layout.nbytes
-        stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE        # whole pages: CUDA refuses to copy across two registrations
+        stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE        # pages: no copy may cross two registrations
         total = layers * experts * stride
         available = available_memory()
         if available is not None and total > available:

@@ -82,10 +82,11 @@ def test_both_event_waits_matter(directory, delays, monkeypatch):
 def test_one_read_a_layer_and_nothing_else(directory):
     e = engine(directory)
     e.generate(PROMPT, max_new_tokens=2)
+    token = torch.tensor([5], device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        e._pass(torch.tensor([5], device="cuda"), len(PROMPT) + 1)
+        e._pass(token, len(PROMPT) + 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -103,9 +104,9 @@ def test_registration_that_fails_goes_on_through_a_staging_ring(directory, monke
     runtime = torch.cuda.cudart()
 
     class Refusing:
-        cudaHostRegister = staticmethod(lambda *a: 1)
-        cudaHostUnregister = staticmethod(runtime.cudaHostUnregister)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Refusing)
+        def __getattr__(self, name):
+            return (lambda *a: 1) if name == "cudaHostRegister" else getattr(runtime, name)
+    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
     e = engine(directory)
     assert not e.store.pinned and "pinned buffer" in capsys.readouterr().err
     assert tokens(e) == expected

@@ -17,8 +17,8 @@ LEAST = 8                                   # sequences: six to train on, two to
 
 def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trace]:
     """The traces of a directory that hold decoded tokens; `UserError` if there are too few."""
-    traces = [t for t in read_traces(directory, model.fingerprint, (model.config.num_hidden_layers,
-                                                                    model.config.num_local_experts)) if len(t.logits) > t.prompt]
+    shape = model.config.num_hidden_layers, model.config.num_local_experts
+    traces = [t for t in read_traces(directory, model.fingerprint, shape) if len(t.logits) > t.prompt]
     if len(traces) < least:
         raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few to train on and to test; "
                         f"at least {least} are needed, a hundred are better")

@@ -11,16 +11,20 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 from .cache import Counts, GPUExpertCache
 from .config import MixtralConfig
 from .errors import Parser, UserError, check_budget, human, parse_rate, run_main
 from .link import SimulatedLane, VirtualClock
 from .model import Routing
+from .packed import PackedModel, resident_shapes
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
+from .quant import ExpertLayout, group_size
 from .trace import History, Trace, read_traces
 
 DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo"
@@ -189,7 +193,6 @@ def check_range(flag: str, value: float, low: float, high: float, least_open: bo
 
 def schedule(args) -> dict:
     """`bench schedule`: -> the table as plain data."""
-    from .packed import PackedModel
     packed = predictor = None
     if args.model_config:
         config = MixtralConfig.read(args.model_config)
@@ -197,7 +200,6 @@ def schedule(args) -> dict:
         packed = PackedModel(args.model)
         config = packed.config
     k, total = config.num_experts_per_tok, config.num_hidden_layers * config.num_local_experts
-    from .quant import ExpertLayout
     layout = packed.layout if packed else ExpertLayout.of(config)
     if args.traces:
         traces = read_traces(args.traces, packed.fingerprint if packed else None,
@@ -254,13 +256,7 @@ def schedule(args) -> dict:
 
 def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
     """How many experts fit beside weights, KV cache and workspace: the engine's own plan, without its files."""
-    from types import SimpleNamespace
-
-    import torch
-
     from .engine import plan_memory
-    from .packed import resident_shapes
-    from .quant import ExpertLayout, group_size
     shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))
     layout, size = ExpertLayout.of(config), {"16": 2, "u8": 1, "f16": 2}
     resident = sum(torch.Size(shape).numel() * size[kind] for kind, shape in shapes.values())

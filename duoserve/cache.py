@@ -73,8 +73,6 @@ class GPUExpertCache:
         """Send the chunks of speculation that are due."""
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
-            if transfer.slot < 0:
-                transfer.predicted = self.decoding
             if transfer.slot < 0 and not self._take(transfer):
                 # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on meanwhile.
                 transfer = next((begun for begun in self.queue if begun.slot >= 0), None)
@@ -98,7 +96,6 @@ class GPUExpertCache:
         guess = next((transfer for transfer in self.queue if transfer.key == key), None)
         transfer = guess or Transfer(key, self.expert_bytes, self.lane.now(), True)
         if slot is None:
-            transfer.predicted = False
             if not self._take(transfer, urgent=True):
                 return False
             self.where[key].missed = self.decoding
@@ -177,6 +174,7 @@ class GPUExpertCache:
             return False
         if slot.key is not None:
             self._evict(slot)
+        transfer.predicted = self.decoding and not urgent
         slot.key, slot.transfer, slot.fresh = transfer.key, transfer, transfer.predicted
         transfer.slot = slot.index
         self.where[transfer.key] = slot

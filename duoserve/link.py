@@ -31,7 +31,7 @@ class Transfer:
     size: int
     asked: float                            # when, on the lane's clock
     urgent: bool
-    predicted: bool = False                 # asked for on a prediction, in decode
+    predicted: bool = False                 # moved on a prediction, in decode
     slot: int = -1
     sent: int = 0
     loaded: Any = None                      # the lane's mark for "all of it is there": an event, or a time

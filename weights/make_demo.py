@@ -218,7 +218,7 @@ def main() -> None:
     model.to(torch.bfloat16), source.to(torch.bfloat16)
     matrix = [p.dim() == 2 and not any(k in n for k in ("embed", "head", "router")) for n, p in everything]
     optimizers = [torch.optim.Muon([m for m, is_matrix in zip(masters, matrix) if is_matrix], lr=args.muon_lr,
-                                   weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+                                   weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW([m for m, is_matrix in zip(masters, matrix) if not is_matrix], lr=args.lr,
                                     betas=(0.9, 0.95), weight_decay=0.01)]
     peak = [o.param_groups[0]["lr"] for o in optimizers]

@@ -263,7 +263,8 @@ def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
     nbytes = resident + config.num_hidden_layers * config.num_local_experts * layout.nbytes
     stand_in = SimpleNamespace(config=config, shapes=shapes, layout=layout)
     budget = check_budget(gpu_memory, nbytes, torch.device("cpu"), None)
-    plan = plan_memory(stand_in, torch.bfloat16, min(context, config.max_position_embeddings), True, budget, None)
+    plan = plan_memory(stand_in, torch.bfloat16, min(context, config.max_position_embeddings), True, True, budget,
+                       None)
     print(f"note: 4-bit model {human(nbytes)} ({human(nbytes - resident)} of experts in host memory); of "
           f"{human(budget)} on the GPU, {human(plan.resident)} resident weights, {human(plan.kv)} KV cache for {context} tokens, "
           f"{human(plan.workspace)} workspace, {plan.slots} slots of {human(plan.expert)}; the CUDA context is on top",

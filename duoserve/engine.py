@@ -6,7 +6,7 @@ that reads the router's choice, tells the scheduler, and yields slots as the sch
 
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +18,18 @@ from torch import Tensor
 from .cache import Counts, GPUExpertCache
 from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_rate
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
-from .model import EXPERT_ROWS, Expert, Mixtral, Routing
+from .model import ATTENTION_ROWS, EXPERT_ROWS, Expert, Mixtral, Routing
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
 from .quant import UNPACK, PackedLinear
+from .step import DecodeStep
 from .store import ExpertStore
-from .tokenizer import TextStream, Tokenizer
+from .tokenizer import TextStream
 from .trace import History, TraceRecorder
 
-LOGIT_ROWS = 256                            # rows of logits made at a time when all are wanted
+LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
+LIBRARIES = 96 * 2**20                      # what cuBLAS takes for itself, in torch's memory, and rounding
 
 
 @dataclass
@@ -79,7 +81,7 @@ class MemoryPlan:
         return self.resident + self.kv + self.workspace + self.slots * self.expert
 
 
-def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, budget: int | None,
+def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
                 cache_experts: int | None) -> MemoryPlan:
     """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
     c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
@@ -89,11 +91,14 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
     resident = numel["16"] * size + numel["u8"] + 2 * numel["f16"]
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * size
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
-    # prompt's hidden states and per-rank answers, one row block's activations, and a row block of logits.
+    # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
     unpacked = min(UNPACK, 2 * c.intermediate_size * c.hidden_size) * (size if compiled else size + 9)
     prompt = context * c.hidden_size * (6 + 2 * c.num_experts_per_tok) * size
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
-    plan = MemoryPlan(resident, kv, unpacked + prompt + block, packed.layout.nbytes, 2)
+    shared = c.num_attention_heads // c.num_key_value_heads
+    mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
+    workspace = unpacked + prompt + block + mask + (LIBRARIES if cuda else 0)
+    plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
         least = f"{-(-plan.total // 2**20)}MiB" if plan.total > 2**28 else f"{-(-plan.total // 2**10)}KiB"
         raise UserError(f"--gpu-memory {human(budget)} is too small: {least} is the least that works ("
@@ -104,6 +109,11 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
         raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {human(budget)} leaves room for {fit}")
     plan.slots = min(total, fit if cache_experts is None else cache_experts)
     return plan
+
+
+def check_policy(policy: str) -> None:
+    if policy not in POLICIES:
+        raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
 
 
 def can_compile(device: torch.device) -> bool:
@@ -153,27 +163,38 @@ class StreamedExperts:
 
     def read(self, layer, logits, ids, weights, lookahead) -> Routing:
         self._record("router", layer, logits)
-        counts = torch.zeros(logits.shape[1], device=logits.device)
-        counts.scatter_add_(0, ids.flatten(), torch.ones_like(ids, dtype=counts.dtype).flatten())
-        parts = [counts, ids[-1], weights[-1], logits[-1]]
         if lookahead is not None:
             self._record("lookahead", layer + 1, lookahead)
-            parts.append(lookahead[-1])
-        values = self.lane.read(torch.cat([part.float() for part in parts]), self.cache.pump)
+        return self._hear(layer, Routing.pack(logits, ids, weights, lookahead))
+
+    def hear(self, layer: int, numbers: Tensor) -> Routing:
+        """One token's routing, packed on the device: what `DecodeStep` has instead of `read`."""
+        if self.recorder is not None:
+            logits, *ahead = numbers[self.history.experts + 2 * self.top_k:].split(self.history.experts)
+            self._record("router", layer, logits)
+            for row in ahead:
+                self._record("lookahead", layer + 1, row)
+        return self._hear(layer, numbers)
+
+    def _hear(self, layer: int, numbers: Tensor) -> Routing:
+        routing = Routing.unpack(self.lane.read(numbers, self.cache.pump), self.history.experts, self.top_k)
         self._span("attention", layer)
-        E, K = logits.shape[1], self.top_k
-        routing = Routing([int(n) for n in values[:E]], [int(e) for e in values[E:E + K]], values[E + K:E + 2 * K],
-                          values[E + 2 * K:2 * E + 2 * K], values[2 * E + 2 * K:] or None)
         self.history.observe(layer, routing)
         return routing
 
-    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Expert]]:
+    def ready(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
+        """(expert, slot) of every expert with a token, as the scheduler has it ready."""
         with closing(self.scheduler.experts(layer, routing)) as ready:
             for e, slot in ready:
                 if self.spans is not None:
                     self.mark = self.lane.mark()
-                yield e, self.slots[slot]
+                yield e, slot
                 self._span(f"expert {e}", layer)
+
+    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Expert]]:
+        with closing(self.ready(layer, routing)) as ready:
+            for e, slot in ready:
+                yield e, self.slots[slot]
 
     def end_layer(self, layer: int) -> None:
         self.scheduler.end_layer(layer)
@@ -192,6 +213,7 @@ class Engine:
 
     result: Generation | None = None        # of the last `stream` or `generate`, also if it was interrupted
     request = 0                             # how many have begun
+    load_s = 0.0
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
@@ -206,21 +228,28 @@ class Engine:
         `progress(total, label)`: makes a progress display. Raises `UserError` for whatever a user can mend.
         """
         from .checkpoint import ensure_packed
+        check_policy(policy)                # before a conversion that takes its time
+        device = check_device(device)
+        check_dtype(dtype, device)
+        packed = PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights"))
+        return cls(packed, device=device, dtype=dtype, policy=policy, cache_experts=cache_experts, gpu_memory=gpu_memory,
+                   context=context, predictor=predictor, simulate_link=simulate_link, compile=compile, progress=progress)
+
+    def __init__(self, packed: PackedModel, *, device=None, dtype=None, policy="duo", cache_experts=None, gpu_memory=None,
+                 context=None, predictor=None, simulate_link=None, compile=None, progress=None):
+        """As `from_pretrained`, of a packed model that is open already."""
         began = time.perf_counter()
-        if policy not in POLICIES:
-            raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
-        engine = cls()
-        engine.device = device = check_device(device)
+        check_policy(policy)
+        self.device = device = check_device(device)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
-        engine.dtype = dtype = check_dtype(dtype, device)
-        packed = PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights"))
-        engine.packed, engine.config, engine.policy = packed, packed.config, policy
+        self.dtype = dtype = check_dtype(dtype, device)
+        self.packed, self.config, self.policy = packed, packed.config, policy
         c = packed.config
         limit = c.max_position_embeddings
         if context is not None and not 2 <= context <= limit:
             raise UserError(f"--context {context}: this model takes from 2 to {limit} tokens")
-        engine.context = context or min(limit, 4096)
+        self.context = context or min(limit, 4096)
         total = c.num_hidden_layers * c.num_local_experts
         if cache_experts is not None and cache_experts < 2:
             raise UserError(f"--cache-experts {cache_experts}: two is the least that works")
@@ -232,49 +261,57 @@ class Engine:
             cache_experts = max(2, total // 4)
         compiled = (device.type == "cuda" if compile is None else compile) and can_compile(device)
         budget = check_budget(gpu_memory, packed.nbytes, device, cache_experts)
-        engine.plan = plan_memory(packed, dtype, engine.context, compiled, budget, cache_experts)
-        if device.type == "cuda" and engine.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
-            raise UserError(f"--gpu-memory: {human(engine.plan.total)} are planned and {human(free)} are free on {device}; "
+        self.plan = plan_memory(packed, dtype, self.context, compiled, device.type == "cuda", budget, cache_experts)
+        if device.type == "cuda" and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
+            raise UserError(f"--gpu-memory: {human(self.plan.total)} are planned and {human(free)} are free on {device}; "
                             "ask for less (--gpu-memory, --cache-experts or --context)")
-        engine.tokenizer = Tokenizer(packed.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
-        engine.predictor = engine._load_predictor(predictor)
+        self.tokenizer = packed.tokenizer()
+        self.predictor = self._load_predictor(predictor)
         if isinstance(simulate_link, str):
             simulate_link = parse_rate(simulate_link, "--simulate-link")
         if simulate_link is not None and not 0 < simulate_link < 1e15:
             raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
 
         # All that the device will hold, taken once, the largest first.
-        experts = torch.empty(engine.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
-        engine.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, engine.context, c.head_dim, dtype=dtype,
+        experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
+        self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, self.context, c.head_dim, dtype=dtype,
                                 device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compiled=compiled)
         with torch.device("meta"):
-            engine.model = Mixtral(c, linear)
-            slots = [Expert(c, linear) for _ in range(engine.plan.slots)]
+            self.model = Mixtral(c, linear)
+            slots = [Expert(c, linear) for _ in range(self.plan.slots)]
         state = {name: tensor.to(device, dtype if packed.shapes[name][0] == "16" else None)
                  for name, tensor in packed.resident().items()}
         if c.tie_word_embeddings:
             state["head.weight"] = state["embed.weight"]
-        engine.model.load_state_dict(state, assign=True)
-        engine.model.requires_grad_(False)
+        self.model.load_state_dict(state, assign=True)
+        self.model.requires_grad_(False)
         for slot, block in zip(slots, experts):
             packed.layout.bind(slot, block)
         bar = progress(total * packed.layout.nbytes, "loading") if progress else None
-        engine.store = ExpertStore(packed, pin=device.type == "cuda", progress=bar)
+        self.store = ExpertStore(packed, pin=device.type == "cuda", progress=bar)
         if bar:
             bar.close()
         chunk = chunk_size(packed.layout.nbytes)
-        copy = engine.store.copier(experts, chunk)
-        lane = CudaLane(device, chunk, engine.plan.slots, copy) if device.type == "cuda" and not simulate_link else \
+        copy = self.store.copier(experts, chunk)
+        lane = CudaLane(device, chunk, self.plan.slots, copy) if device.type == "cuda" and not simulate_link else \
             SimulatedLane(WallClock(), simulate_link or 0, chunk, copy)
-        engine.cache = GPUExpertCache(engine.plan.slots, packed.layout.nbytes, lane)
-        engine.source = StreamedExperts(slots, engine.cache, c.num_experts_per_tok)
-        engine.load_s = 0.0
-        if compiled:                        # compiling counts as loading, never as time to first token
-            engine.generate([c.bos_token_id], max_new_tokens=1, temperature=0)
-            engine.logits([c.bos_token_id] * min(8, engine.context))
-        engine.load_s = time.perf_counter() - began
-        return engine
+        self.cache = GPUExpertCache(self.plan.slots, packed.layout.nbytes, lane)
+        self.source = StreamedExperts(slots, self.cache, c.num_experts_per_tok)
+        with torch.inference_mode():
+            self.step = DecodeStep(self.model, slots, self.kv, compiled)
+            if compiled:                    # compiling counts as loading, never as time to first token
+                self._warm_up(slots[0])
+        self.load_s = time.perf_counter() - began
+
+    def _warm_up(self, expert: Expert) -> None:
+        """Run once what a prompt runs: each matrix by one row and by several; then a request, with its sampling."""
+        c, attention = self.config, self.model.layers[0].attention
+        for rows in (1, 2):
+            for module, columns in ((expert, c.hidden_size), (attention.qkv, c.hidden_size),
+                                    (attention.o, c.num_attention_heads * c.head_dim)):
+                module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
+        self.generate([c.bos_token_id] * min(8, self.context - 1), max_new_tokens=2)
 
     def _load_predictor(self, named: str | Path | None) -> Predictor | None:
         path = self.packed.directory / "predictor.safetensors" if named is None else named
@@ -297,12 +334,12 @@ class Engine:
         self.cache.lane.busy = 0.0
         self.scheduler, self.make_decode_scheduler = schedulers(self.policy, self.cache, self.history, tokens, forecast)
 
-    @torch.inference_mode()
-    def _pass(self, tokens: Tensor, start: int) -> Tensor:
-        """tokens [T] at positions start.. -> hidden states [T, D]. After any failure the engine can be used again."""
+    @contextmanager
+    def _running(self, position: int, tokens: int):
+        """Around each pass, over these positions. After any failure the engine can be used again."""
         try:
-            self.source.begin(self.scheduler, self.history, start, len(tokens))
-            return self.model(tokens[None], self.source, self.kv, start)[0]
+            self.source.begin(self.scheduler, self.history, position, tokens)
+            yield
         except BaseException as error:
             self.cache.abandon()
             if isinstance(error, torch.OutOfMemoryError):
@@ -312,13 +349,23 @@ class Engine:
                                 "the engine can be used again") from error
             raise
 
+    def _prefill(self, tokens: Tensor, start: int) -> Tensor:
+        """tokens [T] at positions start.. -> hidden states [T, D]."""
+        with self._running(start, len(tokens)):
+            return self.model(tokens[None], self.source, self.kv, start)[0]
+
+    def _decode(self, token: Tensor, position: int) -> Tensor:
+        """token [1] at `position` -> logits [vocab] of the next."""
+        with self._running(position, 1):
+            return self.step(token, position, self.source)
+
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
         self.request += 1
         ids = self._check_ids(token_ids, self.context)
         self._begin(len(ids))
-        hidden = self._pass(ids, 0)
+        hidden = self._prefill(ids, 0)
         self.cache.plan([])
         return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
 
@@ -357,15 +404,11 @@ class Engine:
                 min(1.0, self.cache.lane.busy / wall)))
 
         try:
-            token = ids
+            logits = self.model.head(self._prefill(ids, 0)[-1:])[0].float()
+            position = n
+            self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()    # what prefill left is decode's
             while True:
-                if self.request != request:
-                    raise UserError("this stream was overtaken by another request; an engine takes one at a time")
-                hidden = self._pass(token, position)
-                position += len(token)
-                token = sample(self.model.head(hidden[-1:])[0].float(), temperature, top_k, top_p, generator).view(1)
-                if position == n:           # prefill is over: what it left in the cache is decode's to use
-                    self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()
+                token = sample(logits, temperature, top_k, top_p, generator).view(1)
                 tid = int(self.cache.lane.read(token.float(), self.cache.pump)[0])      # exact: ids stay below 2^24
                 now = time.perf_counter()
                 first = now if position == n else first
@@ -380,6 +423,10 @@ class Engine:
                 if len(out) >= max_new_tokens or n + len(out) >= self.context:
                     reason = "length"
                     break
+                if self.request != request:
+                    raise UserError("this stream was overtaken by another request; an engine takes one at a time")
+                logits = self._decode(token, position)
+                position += 1
             if new := piece.close():
                 text += new
                 yield new

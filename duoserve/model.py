@@ -41,6 +41,19 @@ class Routing:
     logits: list[float]
     lookahead: list[float] | None
 
+    @staticmethod
+    def pack(logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Tensor:
+        """logits, lookahead [T, E], ids, weights [T, K] -> one row of numbers in fp32, to be read by the host at once."""
+        counts = (ids.flatten()[:, None] == torch.arange(logits.shape[1], device=ids.device)).sum(0)
+        last = [part[-1] for part in (ids, weights, logits, lookahead) if part is not None]
+        return torch.cat([part.float() for part in (counts, *last)])
+
+    @classmethod
+    def unpack(cls, values: list[float], experts: int, top_k: int) -> "Routing":
+        ends = list(accumulate((experts, top_k, top_k, experts)))
+        counts, ids, weights, logits, lookahead = (values[a:b] for a, b in zip((0, *ends), (*ends, None)))
+        return cls([int(n) for n in counts], [int(e) for e in ids], weights, logits, lookahead or None)
+
 
 class ExpertSource(Protocol):
     """What the model asks of whoever holds the experts."""
@@ -95,24 +108,41 @@ class Attention(nn.Module):
         self.qkv = linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, bias=False)
         self.o = linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] -> turned queries [B, H, T, A] and keys, and values [B, G, T, A]."""
+        c, (B, T, _) = self.config, x.shape
+        H, G = c.num_attention_heads, c.num_key_value_heads
+        q, k, v = self.qkv(x).view(B, T, H + 2 * G, c.head_dim).transpose(1, 2).split((H, G, G), 1)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def seen(self, query: Tensor, keys: int) -> Tensor:
+        """Which of the first `keys` positions a query at these positions [T] sees: [T, keys]."""
+        key = torch.arange(keys, device=query.device)
+        seen = key <= query[:, None]
+        return seen if self.config.sliding_window is None else seen & (key > query[:, None] - self.config.sliding_window)
+
     def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
         """x [B, T, D] at positions start.. -> [B, T, D]; kv [2, G, C, A] is this layer's cache, written in place."""
-        c, (B, T, _) = self.config, x.shape
-        H, G, A = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q, k, v = self.qkv(x).view(B, T, H + 2 * G, A).transpose(1, 2).split((H, G, G), 1)
-        q, k = rotate(q, rope), rotate(k, rope)
+        B, T, _ = x.shape
+        q, k, v = self.project(x, rope)
         if kv is not None:
             kv[0, :, start:start + T], kv[1, :, start:start + T] = k[0], v[0]
             k, v = kv[:, None, :, :start + T]
-        mask, causal = None, start == 0 and c.sliding_window is None
-        if not causal and (T > 1 or c.sliding_window is not None):  # (one query without a window sees every key)
-            query = torch.arange(start, start + T, device=x.device)[:, None]
-            key = torch.arange(k.shape[2], device=x.device)
-            mask = key <= query
-            if c.sliding_window is not None:
-                mask &= key > query - c.sliding_window
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != G)
-        return self.o(y.transpose(1, 2).reshape(B, T, H * A))
+        G, A = k.shape[1], k.shape[3]
+        if start == 0 and self.config.sliding_window is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != G)
+        else:                               # heads that share keys as more rows: no backend has to copy the keys
+            mask = self.seen(torch.arange(start, start + T, device=x.device), k.shape[2]).repeat(q.shape[1] // G, 1)
+            y = F.scaled_dot_product_attention(q.reshape(B, G, -1, A), k, v, attn_mask=mask).view_as(q)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+
+    def step(self, x: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """One token, x [1, D] at `position` [1], a tensor: no shape tells how far the sequence is. k, v [G, C, A]."""
+        q, new_k, new_v = self.project(x[None], rope)
+        k.index_copy_(1, position, new_k[0]), v.index_copy_(1, position, new_v[0])
+        score = (q.view(len(k), -1, k.shape[2]) @ k.mT).float() * k.shape[2] ** -0.5         # [G, H / G, C]
+        share = score.masked_fill(~self.seen(position, k.shape[1]), -torch.inf).softmax(-1)
+        return self.o((share.to(v.dtype) @ v).view(1, -1))
 
 
 class Expert(nn.Module):
@@ -126,6 +156,14 @@ class Expert(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
+
+
+def add_answers(h: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
+    """h [T, D], weights [T, K], what the experts of each rank answer [T, K, D] -> [T, D], summed in rank order, whatever
+    order they came in."""
+    for rank, answer in enumerate(answers.unbind(1)):
+        h = h + weights[:, rank, None].to(h.dtype) * answer
+    return h
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -148,6 +186,15 @@ class Layer(nn.Module):
         return torch.cat([
             block + self.attention(self.attention_norm(block), rope[:, i * rows:(i + 1) * rows], kv, start + i * rows)
             for i, block in enumerate(h.split(rows, 1))], 1)
+
+    def step(self, h: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor, top_k: int, following: "Layer | None"):
+        """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights [1, K], and
+        what the host must know."""
+        h = h + self.attention.step(self.attention_norm(h), rope, k, v, position)
+        x = self.ffn_norm(h)
+        logits = self.router(x)
+        ids, weights = route(logits, top_k)
+        return h, x, weights, Routing.pack(logits, ids, weights, following.gate(h) if following else None)
 
     def gate(self, h: Tensor) -> Tensor:
         """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one before."""
@@ -198,6 +245,4 @@ class Mixtral(nn.Module):
             for e, expert in ready:
                 for pairs in order[ends[e] - routing.counts[e]:ends[e]].split(EXPERT_ROWS):
                     y[pairs] = expert(x[pairs // K])
-        for rank, answer in enumerate(y.view(T, K, D).unbind(1)):   # in rank order, whatever order they came in
-            h = h + weights[:, rank, None].to(h.dtype) * answer
-        return h
+        return add_answers(h, weights, y.view(T, K, D))

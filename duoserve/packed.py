@@ -21,6 +21,7 @@ import torch
 from .config import MixtralConfig
 from .errors import UserError
 from .quant import ALIGN, ExpertLayout, group_size
+from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -237,6 +238,9 @@ class PackedModel:
         if crc != self.crc[header.path.name, inside]:
             raise UserError(f"{header.path}: {inside.replace('.', ' ')} is corrupted (its CRC-32 does not match); "
                             "get the file again or convert the model again")
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.directory / "tokenizer.model", self.config.bos_token_id, self.config.eos_token_ids)
 
     def resident(self) -> dict[str, torch.Tensor]:
         """All that stays on the device, by the names of `Mixtral`'s state_dict, on the host, checked."""

@@ -16,7 +16,7 @@ from .config import MixtralConfig
 from .errors import UserError
 
 ALIGN = 256                     # bytes; every field of an expert's block and the block itself
-UNPACK = 32 * 2**20             # weights unpacked at a time for a product of several rows: bounds the workspace
+UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows: bounds the workspace
 
 
 def group_size(columns: int, largest: int = 128, name: str = "matrix") -> int:
@@ -78,11 +78,6 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((unpack(q, group) - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
 
 
-def many_rows(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x [T, columns] times the matrix's transpose, unpacking it once -> [T, N]."""
-    return x @ dequantize(q, scale, zero).to(x.dtype).T
-
-
 def one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x [1, columns] -> [1, N] in one pass over the bytes.
 
@@ -96,13 +91,18 @@ def one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return y.to(x.dtype)[None]
 
 
+def unpack_to(q: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize(q, scale, zero).to(dtype)
+
+
 @cache
 def kernels(compiled: bool):
-    """`one_row` and `many_rows`, as they stand or fused by torch.compile (shapes fixed: there are few)."""
+    """`one_row` and `unpack_to`, as they stand or fused by torch.compile: their shapes are the matrices', a few a model,
+    and never those of a prompt."""
     if not compiled:
-        return one_row, many_rows
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)    # four shapes a model
-    return torch.compile(one_row, dynamic=False), torch.compile(many_rows, dynamic=True)
+        return one_row, unpack_to
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(one_row, dynamic=False), torch.compile(unpack_to, dynamic=False)
 
 
 class PackedLinear(nn.Module):
@@ -112,7 +112,7 @@ class PackedLinear(nn.Module):
                  device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.one_row, self.many_rows = kernels(compiled)
+        self.one_row, self.unpack_to = kernels(compiled)
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
         self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
@@ -122,9 +122,12 @@ class PackedLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) == 1:
             return self.one_row(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
-        step = max(1, UNPACK // flat.shape[1])
-        parts = [self.many_rows(flat, *part) for part in zip(*(t.split(step) for t in (self.q, self.scale, self.zero)))]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).view(*x.shape[:-1], -1)
+        y = x.new_empty(len(flat), len(self.q))
+        rows = -(-len(self.q) // -(-y.shape[1] * flat.shape[1] // UNPACK))          # equal parts: one shape to compile
+        for i in range(0, len(self.q), rows):
+            part = slice(i, i + rows)       # (its unpacked weights are given back before the next part's are made)
+            torch.mm(flat, self.unpack_to(self.q[part], self.scale[part], self.zero[part], x.dtype).T, out=y[:, part])
+        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

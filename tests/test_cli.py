@@ -253,11 +253,11 @@ def test_a_trace_of_an_answer_that_ended_by_itself(cli, tiny, tmp_path):
     """Its last row is that of the last token: the EOS never went through the model."""
     shutil.copytree(tiny, tmp_path / "model")
     run = ("generate", "--model", tmp_path / "model", "--device", "cpu", "--predictor", "none", "--temperature", 0, "--json")
-    from duoserve import engine
+    from duoserve.tokenizer import Tokenizer
     answer = json.loads(cli(*run, "--prompt", "the quick", "--max-new-tokens", 6)[1])
     with pytest.MonkeyPatch.context() as patch:
-        init = engine.Tokenizer.__init__
-        patch.setattr(engine.Tokenizer, "__init__", lambda self, path, bos, eos: init(self, path, bos, (answer["token_ids"][3],)))
+        init = Tokenizer.__init__
+        patch.setattr(Tokenizer, "__init__", lambda self, path, bos, eos: init(self, path, bos, (answer["token_ids"][3],)))
         stopped = json.loads(cli(*run, "--prompt", "the quick", "--trace-dir", tmp_path / "t")[1])
     assert stopped["finish_reason"] == "stop" and 0 < stopped["new_tokens"] <= 3
     tensors = load_file(next((tmp_path / "t").iterdir()))

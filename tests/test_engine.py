@@ -70,17 +70,17 @@ class LateLane(SimulatedLane):
 
 def hostile(engine, seed=0):
     """Lets time pass and the plan change to random guesses while an expert is being computed."""
-    experts, rng, cache = engine.source.experts, random.Random(seed), engine.cache
+    ready, rng, cache = engine.source.ready, random.Random(seed), engine.cache
     keys = [(layer, e) for layer in range(engine.config.num_hidden_layers) for e in range(engine.config.num_local_experts)]
 
     def disturbed(layer, routing):
-        for item in experts(layer, routing):
+        for item in ready(layer, routing):
             cache.plan(rng.sample(keys, 5))
             for _ in range(rng.randrange(4)):
                 cache.lane.clock.advance(0.5)
                 cache.pump()
             yield item
-    engine.source.experts = disturbed
+    engine.source.ready = disturbed
 
 
 def answers(engine):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duoserve.errors import UserError
-from duoserve.quant import PackedLinear, dequantize, group_size, many_rows, one_row, pack, quantize, unpack
+from duoserve.quant import PackedLinear, dequantize, group_size, one_row, pack, quantize, unpack
 
 GROUPS = (128, 64, 32)
 
@@ -99,7 +99,9 @@ def test_columns_that_no_group_divides_are_refused_by_name():
 def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance):
     w, x = quantize(gaussian(80, 256), group), gaussian(5, 256, seed=3).to(dtype)
     exact = x.double() @ dequantize(*w).double().T
-    for y in (many_rows(x, *w), torch.cat([one_row(row[None], *w) for row in x])):
+    linear = PackedLinear(256, 80)
+    linear.q, linear.scale, linear.zero = w
+    for y in (linear(x), torch.cat([one_row(row[None], *w) for row in x])):
         assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 

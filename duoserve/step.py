@@ -1,0 +1,116 @@
+"""One token through the model, in pieces of fixed shape: each piece is one CUDA graph where there is CUDA.
+
+A decode step is some thirty small kernels a layer, and launching them costs the host more than running them costs the
+GPU. But the host must speak in between: it reads what the router chose, and only then knows which slots to compute with.
+So the step is cut where the host speaks, and each piece is captured once and replayed as a whole: one piece a layer, up
+to the router's choice, and one for each slot and rank, since a graph's addresses are fixed. What passes from piece to
+piece lies in buffers of its own, and all that changes from token to token is read from the device.
+"""
+
+from contextlib import closing
+from functools import partial
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from .model import Expert, Mixtral, Routing, add_answers, rope_table
+
+PADDING = 64                                # keys are read in multiples of this
+
+
+class DecodeStep:
+    """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A] is the cache, `slots` the experts.
+
+    Eager, a piece is run as it stands; `compiled` it is fused by torch.compile, and captured if the device is CUDA.
+    """
+
+    def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compiled: bool):
+        c, device = model.config, kv.device
+        self.model, self.slots, self.kv = model, slots, kv
+        D, K = c.hidden_size, c.num_experts_per_tok
+        new = partial(torch.zeros, device=device, dtype=kv.dtype)
+        self.token, self.position = new(1, dtype=torch.long), new(1, dtype=torch.long)
+        self.rope = new(2, 1, c.head_dim, dtype=torch.float32)
+        self.h, self.x, self.answers = new(1, D), new(1, D), new(1, K, D)
+        self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
+        self.lookahead = new(c.num_local_experts, dtype=torch.float32)              # of layer 0
+        self.numbers = [new(3 * c.num_local_experts + 2 * K, dtype=torch.float32),  # what the host reads of a layer,
+                        new(2 * c.num_local_experts + 2 * K, dtype=torch.float32)]  # ... and of the last one
+        self.keys = self.context = kv.shape[3]
+        self.capturing = compiled and device.type == "cuda"
+        self.whole = compiled               # compiled code reads the whole context: one shape, whatever the position
+        fuse = partial(torch.compile, dynamic=False) if compiled else lambda function: function
+        self.run_layer, self.run_expert = fuse(run_layer), fuse(run_expert)
+        if self.capturing:
+            self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.begin = self.capture(self._begin)
+        self.layers = [self.capture(partial(self._layer, i)) for i in range(c.num_hidden_layers)]
+        self.experts = [[self.capture(partial(self._expert, slot, rank)) for rank in range(K)] for slot in slots]
+        self.end = self.capture(self._end)
+
+    def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
+        """A piece -> what runs it. Nothing else may use the device meanwhile: this is part of loading."""
+        if not self.capturing:
+            return piece
+        self.stream.wait_stream(torch.cuda.current_stream(self.kv.device))
+        with torch.cuda.stream(self.stream):
+            piece()                         # compiles, and whatever a library does when it is first called
+            graph = torch.cuda.CUDAGraph()  # (torch.cuda.graph would empty the allocator's cache for each of hundreds)
+            graph.capture_begin(pool=self.pool)
+            try:
+                piece()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream(self.kv.device).wait_stream(self.stream)
+        return graph.replay
+
+    def __call__(self, token: Tensor, position: int, source) -> Tensor:
+        """token [1] on the device, at `position` -> logits [vocab] in fp32, overwritten by the next call."""
+        self.token.copy_(token)
+        self.position.fill_(position)
+        self.keys = self.context if self.whole else min(self.context, position + PADDING - position % PADDING)
+        self.begin()
+        source.begin_step(self.lookahead[None])
+        for i, run in enumerate(self.layers):
+            source.begin_layer(i)
+            run()
+            routing = source.hear(i, self.numbers[i + 1 == len(self.layers)])
+            with closing(source.ready(i, routing)) as ready:
+                for e, slot in ready:
+                    self.experts[slot][routing.ids.index(e)]()
+            source.end_layer(i)
+        self.end()
+        return self.logits
+
+    def _begin(self) -> None:
+        h = self.model.embed(self.token)
+        self.h.copy_(h)
+        self.lookahead.copy_(self.model.layers[0].gate(h)[0])
+        self.rope.copy_(rope_table(self.model.config, self.position))
+        self.weights.zero_(), self.answers.zero_()                  # layer 0 comes after no experts
+
+    def _layer(self, i: int) -> None:
+        layers, (k, v) = self.model.layers, self.kv[i, :, :, :self.keys]
+        following = layers[i + 1] if i + 1 < len(layers) else None
+        h, x, weights, numbers = self.run_layer(layers[i], following, self.h, self.weights, self.answers, self.rope, k, v,
+                                                self.position)
+        self.h.copy_(h), self.x.copy_(x), self.weights.copy_(weights)
+        self.numbers[following is None].copy_(numbers)
+
+    def _expert(self, slot: Expert, rank: int) -> None:
+        self.answers[:, rank].copy_(self.run_expert(slot, self.x))
+
+    def _end(self) -> None:
+        h = self.model.norm(add_answers(self.h, self.weights, self.answers))
+        self.logits.copy_(self.model.head(h)[0])
+
+
+def run_layer(layer, following, h, weights, answers, rope, k, v, position):
+    """The experts' answers of the layer before, then this one up to its router's choice."""
+    h = add_answers(h, weights, answers)
+    return layer.step(h, rope, k, v, position, weights.shape[1], following)
+
+
+def run_expert(expert, x):
+    return expert(x)

@@ -28,8 +28,8 @@ USED = ("full", "next")                     # "history" is for the report alone
 
 def margin(logits: np.ndarray, top_k: int) -> np.ndarray:
     """How far each logit lies above the middle between the last that is in the top_k and the first that is not."""
-    ranked = np.sort(logits, -1)[..., ::-1]
-    return logits - ranked[..., top_k - 1:top_k + 1].mean(-1, keepdims=True)
+    ranked = np.sort(logits, -1)            # (with as many experts as top_k there is no line: take the last)
+    return logits - (ranked[..., -top_k, None] + ranked[..., max(-top_k - 1, -ranked.shape[-1]), None]) / 2
 
 
 def soft(z: np.ndarray) -> np.ndarray:

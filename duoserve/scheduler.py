@@ -164,32 +164,38 @@ class DecodeScheduler(ExpertScheduler):
     def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast):
         super().__init__(cache, history)
         self.forecast = forecast
-        # [layers][experts]: the chance of use at the layer's next visit, as far as is known by now
-        self.chance = np.array([forecast.next_visit(layer) for layer in range(self.layers)])
-        self.appraise()
+        # [layers, experts]: the chance of use at the layer's next visit. What has been heard since and not yet been
+        # thought about: a layer's lookahead, or None once its router has spoken. Where nothing has to be guessed or
+        # evicted, nobody asks, and the host goes straight on.
+        self.chance = np.zeros((self.layers, self.experts_a_layer))
+        self.heard: dict[int, list[float] | None] = dict.fromkeys(range(self.layers))
+        self.value: list[list[float]] | None = None
+        steps = np.arange(1, self.layers + 1) / self.layers
+        self.discount = np.tile(PATIENCE ** steps, 2)[:, None]      # of a use so many layers away, twice around
 
     def begin_step(self, lookahead: list[float] | None) -> None:
         self.layer = -1
         if lookahead is not None:
-            self.chance[0] = self.forecast.next_layer(0, lookahead)
+            self.heard[0] = lookahead
         self.replan()
 
     def spoken(self, layer: int, routing: Routing) -> None:
-        self.chance[layer] = self.forecast.next_visit(layer)
-        self.appraise()                     # before the demands choose their victims
+        self.heard[layer] = self.value = None
 
     def planning(self, layer: int, routing: Routing) -> None:
         if routing.lookahead is not None:
-            self.chance[layer + 1] = self.forecast.next_layer(layer + 1, routing.lookahead)
+            self.heard[layer + 1] = routing.lookahead
         self.replan()
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then, while slots are empty, at the likeliest absent ones."""
-        self.appraise()
-        cache, layer = self.cache, (self.layer + 1) % self.layers
-        chance = self.chance[layer].tolist()
-        best = sorted(range(self.experts_a_layer), key=lambda e: -chance[e])
-        wanted = [(layer, e) for e in best if chance[e] >= LIKELY]
+        cache, layer, wanted = self.cache, (self.layer + 1) % self.layers, []
+        self.value = None
+        if not all(cache.resident((layer, e)) for e in range(self.experts_a_layer)):
+            self.appraise()
+            chance = self.chance[layer].tolist()
+            best = sorted(range(self.experts_a_layer), key=lambda e: -chance[e])
+            wanted = [(layer, e) for e in best if chance[e] >= LIKELY]
         if len(cache.where) < len(cache.slots):
             absent = [(m, e) for m in range(self.layers) for e in range(self.experts_a_layer)
                       if not cache.resident((m, e)) and (m, e) not in wanted]
@@ -202,12 +208,18 @@ class DecodeScheduler(ExpertScheduler):
         With chance p the use comes at the layer's next visit, a part d of a token away; else it comes a token later
         with chance q, this sequence's rate, or the token after that, and so on: a geometric series.
         """
+        for layer, lookahead in self.heard.items():
+            self.chance[layer] = self.forecast.next_visit(layer) if lookahead is None else \
+                self.forecast.next_layer(layer, lookahead)
+        self.heard.clear()
         p, q = self.chance, self.history.rates()
         later = q * PATIENCE / (1 - PATIENCE * (1 - q))
-        away = np.array([[self.distance(layer) / self.layers] for layer in range(self.layers)])
-        self.value = (PATIENCE ** away * (p + (1 - p) * later)).tolist()
+        first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
+        self.value = (self.discount[first:first + self.layers] * (p + (1 - p) * later)).tolist()
 
     def worth(self, key: Key) -> float:
+        if self.value is None:
+            self.appraise()
         return self.value[key[0]][key[1]]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:

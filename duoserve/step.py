@@ -8,7 +8,7 @@ piece lies in buffers of its own, and all that changes from token to token is re
 """
 
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from typing import Callable
 
 import torch
@@ -40,8 +40,7 @@ class DecodeStep:
         self.keys = self.context = kv.shape[3]
         self.capturing = compiled and device.type == "cuda"
         self.whole = compiled               # compiled code reads the whole context: one shape, whatever the position
-        fuse = partial(torch.compile, dynamic=False) if compiled else lambda function: function
-        self.run_layer, self.run_expert = fuse(run_layer), fuse(run_expert)
+        self.run_layer, self.run_expert = (fused(run_layer), fused(run_expert)) if compiled else (run_layer, run_expert)
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.begin = self.capture(self._begin)
@@ -104,6 +103,12 @@ class DecodeStep:
     def _end(self) -> None:
         h = self.model.norm(add_answers(self.h, self.weights, self.answers))
         self.logits.copy_(self.model.head(h)[0])
+
+
+@cache
+def fused(function):
+    """Compiled once a process: engines share it."""
+    return torch.compile(function, dynamic=False)
 
 
 def run_layer(layer, following, h, weights, answers, rope, k, v, position):

@@ -86,7 +86,7 @@ def test_one_read_a_layer_and_nothing_else(directory):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        e._pass(token, len(PROMPT) + 1)
+        e._decode(token, len(PROMPT) + 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -522,6 +522,7 @@ def test_duo_gives_up_what_is_least_likely_and_nothing_for_a_guess_worth_less():
     s.decode()
     for layer in range(3):
         use(s.cache, (layer, 0))
+    s.scheduler.heard.clear()
     s.scheduler.layer, s.scheduler.chance = 0, np.array([[0.9] * 8, [0.2] + [0.9] * 7, [0.9] * 8])
     s.scheduler.appraise()
     victim = lambda key, urgent: getattr(s.scheduler.victim(key, s.cache.slots, urgent), "key", None)

@@ -1,11 +1,12 @@
-"""python -m duoserve.bench schedule | run: what a schedule is worth, on the virtual clock and for real.
+"""python -m duoserve.bench schedule | run | gpu: what a schedule is worth, on the virtual clock and for real.
 
 `schedule` replays recorded routing through the real schedulers, cache and lane, without a model: transfers and
 arithmetic cost what you say they do, so it is deterministic to the last digit. It is also how to plan: given only a
 config.json it says whether a model fits and about how fast it will be, before 90 GB are downloaded.
-`run` runs the engine itself, policies in turn.
+`run` runs the engine itself, policies in turn; `gpu` does so at Mixtral's real shapes with random weights (bench_gpu.py).
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -364,8 +365,29 @@ def main() -> int:
             add("--rounds", type=int, default=3)
             add("--device")
             add("--simulate-link", metavar="SIZE/s")
+    add = commands.add_parser("gpu").add_argument
+    add("--shape", default="mixtral-8x7b", help="mixtral-8x7b, mixtral-8x22b or tiny (which runs anywhere)")
+    add("--gpu-memory", nargs="+", metavar="SIZE|PERCENT", help="default 15%%; several run in ascending order")
+    add("--policies", nargs="+", default=list(POLICIES), metavar="P")
+    add("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS", help="decode follows the middle one")
+    add("--new-tokens", type=int, default=64, help="decoded by each policy (layer-prefetch: 8)")
+    add("--rounds", type=int, default=3)
+    add("--persistence", type=float, nargs="+", default=[0.36])
+    add("--lookahead-recall", type=float, nargs="+", default=[0.8])
+    add("--predictor", action=argparse.BooleanOptionalAction, default=True, help="train duo's on routing made up alike")
+    add("--resident", action=argparse.BooleanOptionalAction, default=True,
+        help="at the end, all experts on the device: what the floors are taken from")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None)
+    add("--device")
+    add("--simulate-link", metavar="SIZE/s")
+    add("--append", metavar="FILE", help="also write each row there as it is measured, a line of JSON each")
+    add("--json", action="store_true")
     args = parser.parse_args()
-    result = {"schedule": schedule, "run": run}[args.command](args)
+    if args.command == "gpu":
+        from .bench_gpu import gpu
+        result = gpu(args)
+    else:
+        result = {"schedule": schedule, "run": run}[args.command](args)
     if args.json:
         print(json.dumps(result))
     return 0

@@ -236,8 +236,8 @@ class Engine:
                    context=context, predictor=predictor, simulate_link=simulate_link, compile=compile, progress=progress)
 
     def __init__(self, packed: PackedModel, *, device=None, dtype=None, policy="duo", cache_experts=None, gpu_memory=None,
-                 context=None, predictor=None, simulate_link=None, compile=None, progress=None):
-        """As `from_pretrained`, of a packed model that is open already."""
+                 context=None, predictor=None, simulate_link=None, compile=None, progress=None, store: ExpertStore | None = None):
+        """As `from_pretrained`, of a packed model that is open already; `store` is a former engine's of the same model."""
         began = time.perf_counter()
         check_policy(policy)
         self.device = device = check_device(device)
@@ -273,7 +273,7 @@ class Engine:
             raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
 
         # All that the device will hold, taken once, the largest first.
-        experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
+        self.slots_memory = experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
         self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, self.context, c.head_dim, dtype=dtype,
                                 device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compiled=compiled)
@@ -289,7 +289,7 @@ class Engine:
         for slot, block in zip(slots, experts):
             packed.layout.bind(slot, block)
         bar = progress(total * packed.layout.nbytes, "loading") if progress else None
-        self.store = ExpertStore(packed, pin=device.type == "cuda", progress=bar)
+        self.store = store or ExpertStore(packed, pin=device.type == "cuda", progress=bar)
         if bar:
             bar.close()
         chunk = chunk_size(packed.layout.nbytes)

@@ -45,7 +45,8 @@ class ExpertStore:
                 pass                        # the first corrupted expert ends the loading
         finally:
             pool.shutdown(cancel_futures=True)
-        self.pinned = pin and self._register(total, max(1, REGION // stride) * stride)
+        self.region = max(1, REGION // stride) * stride             # bytes: no copy may cross a multiple of it
+        self.pinned = pin and self._register(total, self.region)
 
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """uint8 [nbytes], on the host."""

@@ -1,0 +1,361 @@
+"""python -m duoserve.bench gpu: the engine at Mixtral's real shapes, on a real link, without Mixtral's weights.
+
+The experts are random 4-bit bytes, different for each and really pinned; attention, router and head are random too, and
+run. Only the routing of decode is made up, since random weights route like no language model: the next token chooses an
+expert again with chance `--persistence`, and the lookahead finds a chosen expert with chance `--lookahead-recall`
+(0.36 and 0.8 are near what is published for Mixtral). Every policy sees the same routing, and must give the same tokens.
+
+Peak memory is `max_memory_reserved` since the process began; so sizes run in ascending order, and the run with
+all experts resident, which the floors are taken from, comes last.
+"""
+
+import gc
+import json
+import queue
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from .bench import check_range, synthetic_traces
+from .config import MixtralConfig
+from .engine import Engine, StreamedExperts
+from .errors import UserError, check_budget, check_device
+from .model import Routing
+from .packed import resident_shapes
+from .policies import POLICIES
+from .predictor import Predictor, measure_affinity, trace_features, train_nets
+from .quant import ExpertLayout, group_size
+from .store import ExpertStore
+
+SHAPES = {
+    "mixtral-8x7b": MixtralConfig(),
+    "mixtral-8x22b": MixtralConfig(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+                                   num_attention_heads=48, max_position_embeddings=65536),
+    "tiny": MixtralConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096),
+}
+
+
+class RandomModel:
+    """Stands in for a `PackedModel`: its shapes, and random bytes that keep activations finite."""
+
+    largest_group, fingerprint, directory = 128, "random", Path("random weights")
+
+    def __init__(self, config: MixtralConfig, device: torch.device):
+        self.config, self.device, self.layout = config, device, ExpertLayout.of(config)
+        self.shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))
+        size = {"16": 2, "u8": 1, "f16": 2}
+        self.resident_bytes = sum(torch.Size(shape).numel() * size[kind] for kind, shape in self.shapes.values())
+        self.nbytes = self.resident_bytes + config.num_hidden_layers * config.num_local_experts * self.layout.nbytes
+        self.blocks: queue.Queue = queue.Queue()
+
+    def tokenizer(self):
+        """No text, no end: every id is a token that says nothing."""
+        return SimpleNamespace(eos=(), sp=SimpleNamespace(vocab_size=lambda: 0))
+
+    def _fill(self, name: str, tensor: torch.Tensor, columns: int) -> None:
+        if tensor.dtype == torch.uint8:
+            tensor.random_()
+        elif name.endswith(".scale"):       # a nibble spreads by 4.6; what writes to the residual stream writes little
+            writes = ".o." in name or name.startswith("w2.")
+            each = 1 / (4.6 * columns ** 0.5 * ((2 * self.config.num_hidden_layers) ** 0.5 if writes else 1))
+            tensor.uniform_(0.8 * each, 1.2 * each)
+        elif name.endswith(".zero"):
+            tensor.uniform_(7, 8)
+        elif "norm" in name:
+            tensor.fill_(1)
+        else:
+            tensor.normal_(0, 1 if "embed" in name else tensor.shape[-1] ** -0.5)
+
+    def resident(self) -> dict[str, torch.Tensor]:
+        """Made on the device: nothing crosses the link."""
+        dtypes, out = {"16": torch.bfloat16, "u8": torch.uint8, "f16": torch.float16}, {}
+        for name, (kind, shape) in self.shapes.items():
+            out[name] = torch.empty(shape, dtype=dtypes[kind], device=self.device)
+            self._fill(name, out[name], shape[-1] * (1 if kind == "16" else 128))
+        return out
+
+    def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
+        """Made on the device and copied down; two at a time, so that no more memory is taken than is planned."""
+        try:
+            block, stream = self.blocks.get_nowait()
+        except queue.Empty:
+            block = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device)
+            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            for name, view in self.layout.views(block).items():
+                self._fill(name, view, self.config.hidden_size if name.startswith("w13") else
+                           self.config.intermediate_size)
+            torch.from_numpy(into).copy_(block)
+        self.blocks.put((block, stream))
+
+
+class SyntheticExperts(StreamedExperts):
+    """Decode's routing is a made-up trace's; the link's and the compute's part of it are real.
+
+    `needed` collects how many experts had to cross the link at each layer visit of decode: misses and used prefetches;
+    `used` counts prefill's experts with a token.
+    """
+
+    def follow(self, trace) -> None:
+        self.trace, self.t, self.needed, self.before, self.used = trace, trace.prompt - 1, [], 0, 0
+        self.top, self.prefill_busy = trace.top(self.top_k), None
+
+    def begin_step(self, lookahead) -> None:
+        if not self.cache.decoding:
+            return super().begin_step(lookahead)
+        if self.prefill_busy is None:       # what the lane had done when decode began
+            self.lane.room(0.0)             # (takes note of what has arrived)
+            self.prefill_busy, self.before = self.lane.busy, self._crossed()
+        self.t += 1
+        self.lane.read(lookahead[-1], self.cache.pump)              # its cost is real, its content is the trace's
+        self.scheduler.begin_step(self.trace.lookahead[self.t, 0].tolist())
+
+    def _hear(self, layer, numbers):
+        if not self.cache.decoding:
+            routing = super()._hear(layer, numbers)
+            self.used += sum(n > 0 for n in routing.counts)
+            return routing
+        real = Routing.unpack(self.lane.read(numbers, self.cache.pump), self.history.experts, self.top_k)
+        ids, following = self.top[self.t, layer].tolist(), layer + 1 < self.history.layers
+        routing = Routing([int(e in ids) for e in range(self.history.experts)], ids, real.weights,
+                          self.trace.logits[self.t, layer].tolist(),
+                          self.trace.lookahead[self.t, layer + 1].tolist() if following else None)
+        self.history.observe(layer, routing)
+        return routing
+
+    def _crossed(self) -> int:
+        return self.cache.counts.misses + self.cache.counts.prefetched_used
+
+    def end_layer(self, layer) -> None:
+        super().end_layer(layer)
+        if self.cache.decoding:
+            crossed = self._crossed()
+            self.needed.append(crossed - self.before)
+            self.before = crossed
+
+
+def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engine:
+    """An engine with synthetic routing in decode; a later one takes over the first one's host memory."""
+    engine = Engine(model, device=args.device, context=args.context, predictor="none", compile=args.compile, store=store,
+                    simulate_link=args.simulate_link, **memory)
+    source = engine.source
+    engine.source = SyntheticExperts(source.slots, source.cache, source.top_k)
+    model.blocks = queue.Queue()            # the memory in which experts were made
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return engine
+
+
+def bandwidth(engine: Engine, copies: int = 10) -> float:
+    """Bytes a second from pinned memory into the slots: the best of ten copies of up to 1 GiB. Empties the cache."""
+    host = torch.from_numpy(np.frombuffer(engine.store.memory, np.uint8))
+    slots = engine.slots_memory.view(-1)
+    n = min(len(slots), engine.store.region)
+    best = 0.0
+    for _ in range(copies):
+        wait(engine.device)
+        began = time.perf_counter()
+        slots[:n].copy_(host[:n], non_blocking=True)
+        wait(engine.device)
+        best = max(best, n / (time.perf_counter() - began))
+    return best
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def empty(engine: Engine) -> None:
+    for key in list(engine.cache.where):
+        engine.cache.drop(key)
+
+
+def request(engine: Engine, policy: str, tokens: int, new: int, trace, seed: int = 0):
+    """-> (Generation, seconds of the lane in prefill and in decode): from an empty cache, greedy."""
+    engine.policy = policy
+    engine.source.follow(trace)
+    ids = np.random.default_rng(seed).integers(3, engine.config.vocab_size, tokens).tolist()
+    result = engine.generate(ids, max_new_tokens=new, temperature=0)
+    prefill = engine.source.prefill_busy
+    busy = engine.cache.lane.busy
+    return result, busy if prefill is None else prefill, 0.0 if prefill is None else busy - prefill
+
+
+def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool = True) -> dict:
+    """One policy once: TTFT at each prompt length, then `--new-tokens` after the last one timed."""
+    row: dict = {"policy": policy, "round": round_, "cache_experts": engine.plan.slots, "ttft_ms": {},
+                 "prefill_experts": {}}
+    trace = traces[round_ % len(traces)]
+    new = min(args.new_tokens, 8) if policy == "layer-prefetch" else args.new_tokens
+    for tokens in args.prompts:
+        if cold:
+            empty(engine)
+        last = tokens == args.decode_after
+        result, prefill, decode = request(engine, policy, tokens, new if last else 1, trace, round_)
+        row["ttft_ms"][str(tokens)] = 1e3 * result.stats.ttft_s
+        row["prefill_experts"][str(tokens)] = engine.source.used if cold else 0
+        if last:
+            stats, steps = result.stats, len(result.token_ids) - 1
+            logits = engine.step.logits
+            if not torch.isfinite(logits).all():
+                raise UserError(f"{policy}: the logits are not finite; this run measures nothing")
+            row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,
+                    "prefetched_used": stats.prefetched_used, "misses": stats.misses,
+                    "needed_per_token": sum(engine.source.needed) / steps,
+                    "moved_per_token": engine.cache.counts.decode_bytes / engine.plan.expert / steps,
+                    "prefill_link_busy": min(1.0, prefill / stats.ttft_s),
+                    "decode_link_busy": min(1.0, decode / (stats.tpot_s * steps)), "tokens": result.token_ids,
+                    "needed": engine.source.needed,
+                    "end_to_end_ms": 1e3 * (stats.ttft_s + stats.tpot_s * steps)}
+    if engine.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(engine.device)
+        row |= {"peak_bytes": engine.peak_bytes(), "device_used_bytes": total - free}
+    return row | {"planned_bytes": engine.plan.total}
+
+
+def kernels(engine: Engine) -> dict:
+    """Microseconds of the pieces of a decode step, run by themselves, and their share of the memory's bandwidth."""
+    def timed(pieces, rounds: int = 5) -> float:
+        for piece in pieces:
+            piece()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(rounds):
+            for piece in pieces:
+                piece()
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / rounds / len(pieces)
+
+    c, step = engine.config, engine.step
+    out = {"layer_us": timed(step.layers), "end_us": timed([step.end]),
+           "expert_us": timed([ranks[0] for ranks in step.experts[:64]])}
+    out["expert_TB_s"] = engine.plan.expert / out["expert_us"] / 1e6
+    matrices = ((2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size))
+    total, spread = 0.0, max(2, 2**28 // engine.plan.expert)        # more than the caches hold
+    for rows, columns in matrices:          # torch's own product on the same shapes (group 128, bf16 scale and zero)
+        packs = [torch.ops.aten._convert_weight_to_int4pack(
+            torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=engine.device), 8) for _ in range(spread)]
+        scales = torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16, device=engine.device)
+        x = torch.randn(1, columns, dtype=torch.bfloat16, device=engine.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for pack in packs:
+                torch.ops.aten._weight_int4pack_mm(x, pack, 128, scales)
+        total += timed([graph.replay]) / spread
+    return out | {"int4pack_mm_expert_us": total, "int4pack_mm_TB_s": engine.plan.expert / total / 1e6}
+
+
+def floors(rows: list[dict], layers: int, expert_s: float, resident: dict | None) -> None:
+    """Fill in what each row could have been: the link's time for what had to cross it, or the compute, layer by layer."""
+    layer_s = resident["tpot_ms"] / 1e3 / layers if resident else 0.0
+    for row in rows:
+        row["ttft_over_floor"] = {}
+        for tokens, used in row["prefill_experts"].items():
+            compute = resident["ttft_ms"][tokens] if resident else 0.0
+            row["ttft_over_floor"][tokens] = row["ttft_ms"][tokens] / max(compute, 1e3 * used * expert_s)
+        steps = len(row["needed"]) / layers
+        row["tpot_floor_ms"] = 1e3 * sum(max(layer_s, n * expert_s) for n in row.pop("needed")) / steps
+        row["tpot_over_floor"] = row["tpot_ms"] / row["tpot_floor_ms"]
+
+
+def gpu(args) -> dict:
+    """`bench gpu`: -> all rows as plain data. Each is also appended to --append as it is measured, as a line of JSON."""
+    if args.shape not in SHAPES:
+        raise UserError(f"--shape {args.shape}: choose one of {', '.join(SHAPES)}")
+    device = args.device = check_device(args.device)
+    if device.type == "cpu" and args.shape != "tiny":
+        raise UserError(f"--shape {args.shape}: needs a GPU; --shape tiny runs anywhere")
+    for policy in args.policies:
+        if policy not in POLICIES:
+            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}")
+    for value in (*args.persistence, *args.lookahead_recall):
+        check_range("--persistence and --lookahead-recall", value, 0, 1)
+    check_range("--rounds", args.rounds, 1, 1000)
+    check_range("--new-tokens", args.new_tokens, 2, 1e6)
+    config = SHAPES[args.shape]
+    args.decode_after = args.prompts[len(args.prompts) // 2]
+    args.context = max(max(args.prompts), args.decode_after + args.new_tokens) + 8
+    model = RandomModel(config, device)
+    layers, experts = config.num_hidden_layers, config.num_local_experts
+    said = print if not args.json else partial(print, file=__import__("sys").stderr)
+
+    result: dict = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                    "torch": torch.__version__, "model_bytes": model.nbytes, "expert_bytes": model.layout.nbytes, "rows": []}
+
+    def keep(row: dict) -> None:
+        result["rows"].append(row)
+        if args.append:
+            with open(args.append, "a") as file:
+                file.write(json.dumps({key: v for key, v in row.items() if key not in ("tokens", "needed")}) + "\n")
+        said("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
+                       if key not in ("tokens", "needed")), flush=True)
+
+    engine = store = None
+    sizes = sorted(args.gpu_memory or ["15%"], key=lambda size: check_budget(size, model.nbytes, device, None))
+    for size in sizes:
+        engine = None                       # the device holds one at a time, the host's memory goes from one to the next
+        gc.collect()
+        engine = build(model, args, store, gpu_memory=size)
+        if store is None:
+            store = engine.store
+            rate = bandwidth(engine)
+            engine.cache.abandon()
+            empty(engine)
+            keep({"load_s": engine.load_s, "link_GB_s": rate / 1e9, "pinned": store.pinned,
+                  "expert_transfer_ms": 1e3 * model.layout.nbytes / rate, "gpu_memory": size, "slots": engine.plan.slots})
+        for persistence in args.persistence:
+            for recall in args.lookahead_recall:
+                decode = synthetic_traces(config, persistence, recall, args.rounds + 3, 2, args.new_tokens)
+                traces, learnt = decode[:args.rounds], decode[args.rounds:]
+                if args.predictor:
+                    affinity = measure_affinity(learnt, config.num_experts_per_tok)
+                    x, y = map(np.concatenate, zip(*(trace_features(t, config.num_experts_per_tok, affinity)
+                                                     for t in learnt)))
+                    engine.predictor = Predictor(train_nets(x, y), affinity, "random")
+                for round_ in range(args.rounds):
+                    said_by: dict = {}
+                    for policy in args.policies:
+                        row = measure(engine, policy, args, traces, round_)
+                        row |= {"gpu_memory": size, "persistence": persistence, "lookahead_recall": recall}
+                        keep(row)
+                        for other, tokens in said_by.items():
+                            n = min(len(tokens), len(row["tokens"]))
+                            if tokens[:n] != row["tokens"][:n]:
+                                raise UserError(f"{policy} and {other} gave different tokens: one of them is broken")
+                        said_by[policy] = row["tokens"]
+    resident = None
+    if args.resident:
+        engine = None
+        gc.collect()
+        engine = build(model, args, store, cache_experts=layers * experts)
+        measure(engine, "cache", args, traces, 0)                   # fills the slots
+        fill(engine)
+        runs = [measure(engine, "duo", args, traces, i, cold=False) for i in range(3)]
+        resident = runs[0] | {"policy": "resident", "tpot_ms": statistics.median(run["tpot_ms"] for run in runs),
+                              "ttft_ms": {n: statistics.median(run["ttft_ms"][n] for run in runs)
+                                          for n in runs[0]["ttft_ms"]}}
+        keep(resident)
+        if device.type == "cuda":
+            keep({"policy": "kernels"} | kernels(engine))
+    floors([row for row in result["rows"] if "needed" in row], layers,
+           result["rows"][0]["expert_transfer_ms"] / 1e3, resident)
+    for row in result["rows"]:
+        row.pop("tokens", None)
+    return result
+
+
+def fill(engine: Engine) -> None:
+    """Bring every expert into its slot."""
+    cache = engine.cache
+    for layer in range(engine.config.num_hidden_layers):
+        for e in range(engine.config.num_local_experts):
+            cache.demand((layer, e))
+    cache.lane.finish()

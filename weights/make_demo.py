@@ -356,7 +356,8 @@ def main() -> None:
     trainer = Trainer(model, source, optimizer, train, args.batch)
     if args.compile:
         torch._dynamo.config.suppress_errors = True             # (it runs as it is where it cannot be compiled)
-        source.swiglu = torch.compile(swiglu, dynamic=False)
+        fused = torch.compile(swiglu, dynamic=False)            # (and once only: measuring has other shapes)
+        source.swiglu = lambda *x: (fused if torch.is_grad_enabled() else swiglu)(*x)
 
     def dense_logits(window):
         with torch.no_grad():

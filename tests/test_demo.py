@@ -1,6 +1,10 @@
-"""The demo in weights/demo is what its README says: small, whole, trained, with a predictor of its own."""
+"""The demo in weights/demo is what its README says: small, whole, trained, with a predictor of its own.
+
+And what trains it on a GPU does what the plain way of training would.
+"""
 
 import math
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 
 from duoserve import Engine
 from duoserve.bench import Costs, belady, row
+from duoserve.config import MixtralConfig
 from duoserve.policies import POLICIES
 from duoserve.trace import read_traces
 
@@ -61,3 +66,52 @@ def test_what_the_readme_says_of_the_schedule(engine, transfer_ms, near):
         assert duo["needed_transfers_per_token"] < over_belady * ideal
         assert duo["moved_transfers_per_token"] < 1.25 * duo["needed_transfers_per_token"]
         assert duo["ttft_ms"] < 1.05 * 48 * transfer_ms
+
+
+@pytest.fixture(scope="module")
+def make_demo():
+    pytest.importorskip("sentencepiece")
+    return runpy.run_path(str(DEMO.with_name("make_demo.py")))
+
+
+@pytest.fixture
+def trainee(make_demo):
+    torch.manual_seed(0)
+    config = MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    modules = make_demo["Trainee"](config), make_demo["DenseExperts"](config)
+    for module in modules:
+        make_demo["init_weights"](module, 2)
+    return modules
+
+
+def test_training_all_experts_at_once_changes_nothing(trainee):
+    model, source = trainee
+    tokens, answers = torch.randint(64, (2, 24)), []
+    for model.dense in (False, True):
+        logits = model.head(model(tokens, source))
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten()) + source.balance
+        answers.append((logits.detach(), *torch.autograd.grad(loss, [*model.parameters(), *source.parameters()])))
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimizer_is_muon_and_adamw(make_demo, trainee):
+    named = [(name, p) for module in trainee for name, p in module.named_parameters()]
+    ours = make_demo["Optimizer"](named, muon_lr=3e-3, lr=1e-3, weight_decay=0.1)
+    ours.rate.fill_(0.5)
+    copies = [p.detach().clone() for _, p in named]
+    hidden = [p.dim() > 1 and not any(k in n for k in ("embed", "head", "router")) for n, p in named]
+    matrices = [[m for m in c.view(-1, *c.shape[-2:])] if h else [] for c, h in zip(copies, hidden)]
+    muon = torch.optim.Muon(sum(matrices, []), lr=1.5e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([c for c, h in zip(copies, hidden) if not h], lr=5e-4, betas=(0.9, 0.95))
+    for _ in range(3):
+        grads = {p: torch.randn_like(p) for _, p in named}
+        ours.step([grads[p] for p in ours.params])
+        for (_, p), copy, parts in zip(named, copies, matrices):
+            for part, grad in zip(parts or [copy], grads[p].view(-1, *p.shape[-2:]) if parts else [grads[p]]):
+                part.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(sum(matrices, []) + adamw.param_groups[0]["params"], 1.0)
+        muon.step(), adamw.step()
+    for (_, p), copy, is_matrix in zip(named, copies, hidden):
+        torch.testing.assert_close(p.detach(), copy, rtol=0, atol=2e-4 if is_matrix else 1e-6)   # (its Muon is in bf16)

@@ -2,9 +2,10 @@
 
     python weights/make_demo.py BOOKS_DIR weights/demo --minutes 60
 
-It trains `duoserve/model.py` itself, handed dense experts. The tokenizer is sentencepiece BPE in Mistral's
-manner (byte fallback, BOS 1, EOS 2, EOS only at the end of a book). Hidden matrices are trained by Muon, the
-rest by AdamW. Books by the authors named in --hold-out are never trained on; they measure the result.
+It trains `duoserve/model.py` itself, handed dense experts; on a GPU the whole step is one CUDA graph. The tokenizer
+is sentencepiece BPE in Mistral's manner (byte fallback, BOS 1, EOS 2, EOS only at the end of a book). Hidden matrices
+are trained by Muon, the rest by AdamW. Books by the authors named in --hold-out are never trained on; they measure
+the result.
 """
 
 import argparse
@@ -27,69 +28,199 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from duoserve import Engine
 from duoserve.checkpoint import convert
 from duoserve.config import MixtralConfig
-from duoserve.model import Expert, Mixtral, Routing
+from duoserve.model import Mixtral, RMSNorm, Routing, route
 from duoserve.trace import TraceRecorder
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up [T, E * F], each expert's part times its weight, of weights [T, E]."""
+    return ((F.silu(gate) * up).unflatten(1, (weights.shape[1], -1)) * weights[:, :, None]).flatten(1)
+
+
 class DenseExperts(nn.Module):
-    """An `ExpertSource` whose experts are all here; it also gathers the load-balancing loss."""
+    """An `ExpertSource` whose experts are all here, as two stacks; it also gathers the load-balancing loss."""
 
     def __init__(self, config: MixtralConfig):
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
-                                    for _ in range(config.num_hidden_layers))
-        self.reset()
+        stack = config.num_hidden_layers, config.num_local_experts
+        self.w13 = nn.Parameter(torch.empty(*stack, 2 * config.intermediate_size, config.hidden_size))
+        self.w2 = nn.Parameter(torch.empty(*stack, config.intermediate_size, config.hidden_size))     # transposed
+        self.swiglu = swiglu
 
-    def reset(self):
+    def begin_step(self, lookahead):
         self.balance, self.load = 0.0, []
-
-    def begin_step(self, lookahead): ...
+        self.layers = list(zip(self.w13.unbind(), self.w2.unbind()))    # (the gradient of w13[i] is as large as w13)
 
     def begin_layer(self, layer): ...
 
+    def note(self, logits, ids):
+        share = torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids, 1.0).mean(0) / ids.shape[1]
+        self.balance = self.balance + logits.shape[1] * (share * logits.float().softmax(-1).mean(0)).sum()
+        self.load.append(share)                                         # (of tokens, that an expert gets)
+
     def read(self, layer, logits, ids, weights, lookahead):
-        share = F.one_hot(ids, logits.shape[-1]).float().mean((0, 1))               # tokens an expert gets
-        self.balance = self.balance + logits.shape[-1] * (share * logits.float().softmax(-1).mean(0)).sum()
-        self.load.append(share.detach())
+        self.note(logits, ids)
         return Routing(ids.flatten().bincount(minlength=logits.shape[-1]).tolist(), [], [], [], None)
 
     def experts(self, layer, routing):
-        for e, count in enumerate(routing.counts):
+        for e, (count, w13, w2) in enumerate(zip(routing.counts, *(w.unbind() for w in self.layers[layer]))):
             if count:
-                yield e, self.layers[layer][e]
+                yield e, lambda x: (F.silu(F.linear(x, w13[:len(w13) // 2])) * F.linear(x, w13[len(w13) // 2:])) @ w2
 
     def end_layer(self, layer): ...
 
-
-def read_books(folder: Path) -> dict[str, str]:
-    """Every .txt or .md file below the folder, without trailing blanks or repeated empty lines."""
-    books = {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".md")):
-        text = "\n".join(line.rstrip() for line in path.read_text("utf-8", "replace").splitlines())
-        books[path.stem] = re.sub(r"\n{3,}", "\n\n", text).strip()
-    return books
+    def all(self, layer, x, weights):
+        """x [T, D] -> the sum of all experts' answers, each times its weight, of weights [T, E]: 0 if not chosen."""
+        w13, w2 = self.layers[layer]
+        w1, w3 = w13.unflatten(1, (2, -1)).unbind(1)
+        return self.swiglu(F.linear(x, w1.flatten(0, 1)), F.linear(x, w3.flatten(0, 1)), weights) @ w2.flatten(0, 1)
 
 
-def train_tokenizer(books: dict[str, str], vocab: int, out: Path) -> None:
-    lines = [line for text in books.values() for line in text.splitlines() if line]
-    random.Random(0).shuffle(lines)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines[:150_000]), model_prefix=str(out / "tokenizer"), vocab_size=vocab,
-        model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, character_coverage=0.9999, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-        max_sentence_length=100_000, minloglevel=2)
-    (out / "tokenizer.vocab").unlink()
+class FusedNorm(RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps) if x.is_cuda else super().forward(x)
 
 
-def tokenize(books: dict[str, str], sp) -> np.ndarray:
-    """BOS, book, EOS, and so on, as one uint16 array."""
-    return np.concatenate([np.array([1, *sp.encode(text), 2], np.uint16) for text in books.values()])
+class Trainee(Mixtral):
+    """`Mixtral`, which if `dense` runs all experts on all tokens: four times the work, but in three large products
+    of fixed shapes, about which the host need know nothing."""
+
+    dense = False
+
+    def __init__(self, config: MixtralConfig):
+        super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.__class__ = FusedNorm
+
+    def mix(self, i, h, source):
+        if not self.dense:
+            return super().mix(i, h, source)
+        x = self.layers[i].ffn_norm(h)
+        logits = self.layers[i].router(x)
+        ids, weights = route(logits, self.config.num_experts_per_tok)
+        source.note(logits, ids)
+        return h + source.all(i, x, torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype)))
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrix, roughly, to each of x [n, rows, cols], by Newton and Schulz: Muon's update."""
+    y = x.mT if x.shape[1] > x.shape[2] else x
+    y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    y = y.to(torch.bfloat16 if x.is_cuda else x.dtype)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return (y.mT if x.shape[1] > x.shape[2] else y).to(x.dtype)
+
+
+class Optimizer:
+    """Muon for the hidden matrices, a stack for each shape, and AdamW for the rest, on fp32 masters of the weights
+    that lie in one flat tensor. Its whole state is on the device, so that a CUDA graph can hold a step."""
+
+    def __init__(self, named: list, muon_lr: float, lr: float, weight_decay: float):
+        self.muon_lr, self.lr, self.weight_decay, shapes = muon_lr, lr, weight_decay, {}
+        for name, p in named:
+            matrix = p.dim() > 1 and not any(k in name for k in ("embed", "head", "router"))
+            shapes.setdefault(p.shape[-2:] if matrix else None, []).append(p)
+        self.params = [p for group in shapes.values() for p in group]
+        self.master = torch.cat([p.detach().flatten().float() for p in self.params])
+        self.grad, momentum, second = (torch.zeros_like(self.master) for _ in range(3))
+        sizes = [sum(p.numel() for p in group) for group in shapes.values()]
+        self.groups = list(zip(shapes, *(t.split(sizes) for t in (self.master, self.grad, momentum, second))))
+        self.rate, self.count = self.master.new_zeros(()), self.master.new_zeros(())   # of the peak rates; of steps
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [v.view_as(p) for v, p in zip(flat.split([p.numel() for p in self.params]), self.params)]
+
+    @torch.no_grad()
+    def step(self, grads) -> None:
+        torch._foreach_copy_(self.views(self.grad), list(grads))
+        self.grad.mul_((1 / (self.grad.norm() + 1e-6)).clamp(max=1))                # clipped at a norm of 1
+        self.count.add_(1)
+        for shape, master, grad, momentum, second in self.groups:
+            if shape:
+                momentum.lerp_(grad, 0.05)
+                update = orthogonal(grad.lerp(momentum, 0.95).view(-1, *shape)).flatten()
+                lr, decay = self.rate * self.muon_lr, self.weight_decay
+                scale = 0.2 * math.sqrt(max(shape))                                 # updates as large as AdamW's
+            else:
+                momentum.lerp_(grad, 0.1)
+                second.lerp_(grad.square(), 0.05)
+                deviation = (second / (1 - torch.pow(0.95, self.count))).sqrt_().add_(1e-8)
+                update = momentum / (1 - torch.pow(0.9, self.count)) / deviation
+                lr, decay, scale = self.rate * self.lr, 0.01, 1.0
+            master.mul_(1 - lr * decay).sub_(update.mul_(lr * scale))
+        torch._foreach_copy_(self.params, self.views(self.master))
+
+
+def windows(tokens: int, length: int, seed: int):
+    """Where to begin, without end: each pass over the text is cut up from another place, and shuffled."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.permutation(np.arange(rng.integers(length), tokens - length, length))
+
+
+class Trainer:
+    """Steps of training. On a GPU the fourth and later ones of a sequence length replay one CUDA graph."""
+
+    def __init__(self, model: Trainee, source: DenseExperts, optimizer: Optimizer, text: np.ndarray, batch: int):
+        device = optimizer.master.device
+        self.model, self.source, self.optimizer, self.batch, self.length = model, source, optimizer, batch, 0
+        self.text = torch.from_numpy(text.astype(np.int32)).to(device)
+        self.report = torch.zeros(3, device=device)                     # loss, smallest and largest load of an expert
+        self.cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.cuda else None
+
+    def step(self) -> None:
+        """All of it on the device, from `starts` and the optimizer's `rate` to the weights and `report`."""
+        place = torch.arange(self.length + 1, device=self.text.device)
+        tokens = self.text[self.starts[:, None] + place].long()
+        logits = self.model.head(self.model(tokens[:, :-1], self.source))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        self.optimizer.step(torch.autograd.grad(loss + 0.01 * self.source.balance, self.optimizer.params))
+        self.report.copy_(torch.stack((loss.detach(), *torch.stack(self.source.load).aminmax())))
+        self.source.layers, self.source.balance = [], 0.0               # (nothing of this step's graph stays)
+
+    def advance(self, length: int, rate: float) -> bool:
+        """One step. True: it was a slow one, which made ready for those that follow."""
+        with torch.cuda.stream(self.stream):
+            if length != self.length:
+                if self.cuda:
+                    torch.cuda.synchronize()
+                self.length, self.age, self.run = length, 0, self.step  # (here an earlier graph is freed)
+                self.next = windows(len(self.text), length, seed=length)
+                self.starts = torch.zeros(max(1, self.batch // length), dtype=torch.int64, device=self.text.device)
+            starts = torch.tensor([next(self.next) for _ in range(len(self.starts))], pin_memory=self.cuda)
+            self.starts.copy_(starts, non_blocking=True)
+            self.optimizer.rate.fill_(rate)
+            self.run()
+        self.age += 1
+        if self.cuda and self.age == 3:
+            self.record()
+        return self.cuda and self.age <= 3
+
+    def read(self) -> list[float]:
+        """`report`, once every step so far is done."""
+        with torch.cuda.stream(self.stream):
+            return self.report.tolist()
+
+    def record(self) -> None:
+        """From here on `run` replays `step`, recorded (not run) on the stream that the steps before it ran on."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.step()
+            self.run = graph.replay
+        except RuntimeError as error:
+            torch.cuda.set_stream(torch.cuda.default_stream())
+            print(f"no CUDA graph, so training goes on without: {str(error).splitlines()[0]}", flush=True)
 
 
 def init_weights(module: nn.Module, layers: int) -> None:
     for name, p in module.named_parameters():
-        if p.dim() == 2:
-            std = 0.02 if "embed" in name or "router" in name else p.shape[1] ** -0.5
+        if p.dim() >= 2:
+            std = 0.02 if "embed" in name or "router" in name else p.shape[-2 if "w2" in name else -1] ** -0.5
             nn.init.normal_(p, std=std / math.sqrt(2 * layers) if ".o." in name or "w2" in name else std)
     # (residual writers start smaller: GPT-2's rule)
 
@@ -101,8 +232,10 @@ def bits_per_byte(logits_of, tokens: np.ndarray, bytes_a_token: float, length: i
     `logits_of(window [B, length])` -> logits [B, length, vocab].
     """
     rows = torch.from_numpy(tokens[:len(tokens) // length * length].astype(np.int64)).view(-1, length)
-    nll = sum(F.cross_entropy(logits_of(window)[:, :-1].flatten(0, 1).float().cpu(), window[:, 1:].flatten(),
-                              reduction="sum").item() for window in rows.split(batch))
+    nll = 0.0
+    for window in rows.split(batch):
+        logits = logits_of(window)[:, :-1].flatten(0, 1).float()
+        nll += F.cross_entropy(logits, window[:, 1:].flatten().to(logits.device), reduction="sum").item()
     return nll / math.log(2) / (len(rows) * (length - 1) * bytes_a_token)
 
 
@@ -118,10 +251,10 @@ def hf_state(model: Mixtral, source: DenseExperts) -> dict[str, torch.Tensor]:
                 p + "input_layernorm.weight": layer.attention_norm.weight,
                 p + "post_attention_layernorm.weight": layer.ffn_norm.weight,
                 p + "block_sparse_moe.gate.weight": layer.router.weight}
-        for e, expert in enumerate(source.layers[i]):
-            w1, w3 = expert.w13.weight.chunk(2)
+        for e, (w13, w2) in enumerate(zip(source.w13[i], source.w2[i])):
+            w1, w3 = w13.chunk(2)
             name = p + f"block_sparse_moe.experts.{e}."
-            out |= {name + "w1.weight": w1, name + "w3.weight": w3, name + "w2.weight": expert.w2.weight}
+            out |= {name + "w1.weight": w1, name + "w3.weight": w3, name + "w2.weight": w2.T}
     return {k: v.detach() for k, v in out.items()}
 
 
@@ -163,7 +296,7 @@ def main() -> None:
     parser.add_argument("--hf", type=Path, help="where the 16-bit model goes (default OUT-hf)")
     parser.add_argument("--resume", action="store_true", help="begin with the weights in --hf, left by an earlier run")
     parser.add_argument("--hold-out", nargs="*", default=["Oscar_Wilde", "Robert_Louis_Stevenson", "Kenneth_Grahame"])
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--minutes", type=float, default=60, help="of training")
     parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock (0: only pack)")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="record the demo's routing in DIR/train and DIR/test")
     parser.add_argument("--hidden", type=int, default=384)
@@ -173,6 +306,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence; twice that in the last quarter")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices that Muon trains")
+    parser.add_argument("--eval-every", type=float, default=10, metavar="MINUTES", help="save and measure this often")
+    parser.add_argument("--compile", action="store_true", help="fuse the experts' activation (needs Triton)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device, hf = torch.device(args.device), args.hf or args.out.with_name(args.out.name + "-hf")
@@ -200,68 +336,54 @@ def main() -> None:
     heads = args.hidden // 64
     raw = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 4096,
            "hidden_size": args.hidden, "intermediate_size": args.ffn, "num_hidden_layers": args.layers,
-           "num_attention_heads": heads, "num_key_value_heads": heads // 3 if heads % 3 == 0 else heads // 2,
+           "num_attention_heads": heads, "num_key_value_heads": heads // 3 if heads % 3 == 0 else (heads + 1) // 2,
            "head_dim": 64, "hidden_act": "silu",
            "num_local_experts": 8, "num_experts_per_tok": 2,
            "max_position_embeddings": 2 * args.length,
            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2,
            "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     config = MixtralConfig.from_dict(raw)
-    model, source = Mixtral(config).to(device), DenseExperts(config).to(device)
+    model, source = Trainee(config).to(device), DenseExperts(config).to(device)
+    model.dense = device.type == "cuda"                     # (a CPU had better not do the work of idle experts)
     init_weights(model, args.layers), init_weights(source, args.layers)
     if args.resume:
         load_hf(model, source, hf / "model.safetensors")
     everything = [(n, p) for m in (model, source) for n, p in m.named_parameters()]
     print(f"{sum(p.numel() for _, p in everything) / 1e6:.1f} M parameters on {device}", flush=True)
     # The model runs in bf16, as it will when it is used; the optimizers see fp32 masters of its weights.
-    masters = [p.detach().clone() for _, p in everything]
+    optimizer = Optimizer(everything, args.muon_lr, args.lr, args.weight_decay)
     model.to(torch.bfloat16), source.to(torch.bfloat16)
-    matrix = [p.dim() == 2 and not any(k in n for k in ("embed", "head", "router")) for n, p in everything]
-    optimizers = [torch.optim.Muon([m for m, is_matrix in zip(masters, matrix) if is_matrix], lr=args.muon_lr,
-                                   weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW([m for m, is_matrix in zip(masters, matrix) if not is_matrix], lr=args.lr,
-                                    betas=(0.9, 0.95), weight_decay=0.01)]
-    peak = [o.param_groups[0]["lr"] for o in optimizers]
+    trainer = Trainer(model, source, optimizer, train, args.batch)
+    if args.compile:
+        torch._dynamo.config.suppress_errors = True             # (it runs as it is where it cannot be compiled)
+        fused = torch.compile(swiglu, dynamic=False)            # (and once only: measuring has other shapes)
+        source.swiglu = lambda *x: (fused if torch.is_grad_enabled() else swiglu)(*x)
 
     def dense_logits(window):
         with torch.no_grad():
-            source.reset()
             return model.head(model(window.to(device), source))
 
-    rng, began, saved, step, done = np.random.default_rng(0), time.time(), time.time(), 0, float(args.steps == 0)
+    step, slow, done = 0, 0, float(args.steps == 0)
+    began = saved = time.time()
     while done < 1:
         done = (step + 1) / args.steps if args.steps else (time.time() - began) / (args.minutes * 60)
         done = min(done, 1)
         rate = min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
-        for optimizer, lr in zip(optimizers, peak):
-            optimizer.param_groups[0]["lr"] = lr * rate
-        length = args.length * (2 if done > 0.75 else 1)
-        starts = rng.integers(0, len(train) - length - 1, args.batch // length)
-        batch = torch.from_numpy(np.stack([train[s:s + length + 1] for s in starts]).astype(np.int64)).to(device)
-        source.reset()
-        logits = model.head(model(batch[:, :-1], source))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-        (loss + 0.01 * source.balance).backward()
-        for (_, p), master in zip(everything, masters):
-            master.grad = torch.zeros_like(master) if p.grad is None else p.grad.float()
-            p.grad = None
-        nn.utils.clip_grad_norm_(masters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            for (_, p), master in zip(everything, masters):
-                p.copy_(master)
+        before = time.time()
+        if trainer.advance(args.length * (2 if done > 0.75 else 1), rate):
+            slow, began = slow + 1, began + time.time() - before
         step += 1
         if step % 20 == 0 or done >= 1:
-            load = torch.stack(source.load)
-            speed = step * args.batch / (time.time() - began)
-            print(f"step {step}  {100 * done:.1f} %  loss {loss.item():.3f}  {speed:.0f} tokens/s  "
-                  f"expert load {100 * load.min():.1f} .. {100 * load.max():.1f} %", flush=True)
-        if time.time() - saved > 600 or done >= 1:
-            saved = time.time()
-            save_hf(model, source, raw, hf)
-            bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test), 2 * args.length)
-            print(f"held out: {bpb:.4f} bits per byte after {step * args.batch / 1e6:.1f} M tokens", flush=True)
+            loss, least, most = trainer.read()                  # (the host is never further ahead than this)
+            speed = (step - slow) * args.batch / (time.time() - began)
+            print(f"step {step}  {100 * done:.1f} %  loss {loss:.3f}  {speed:.0f} tokens/s  "
+                  f"expert load {100 * least:.1f} .. {100 * most:.1f} %", flush=True)
+            if time.time() - saved > 60 * args.eval_every or done >= 1:
+                before = time.time()
+                save_hf(model, source, raw, hf)
+                bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test), 2 * args.length)
+                print(f"held out: {bpb:.4f} bits per byte after {step * args.batch / 1e6:.1f} M tokens", flush=True)
+                saved, began = time.time(), began + time.time() - before
 
     convert(hf, args.out)
     engine, part = Engine.from_pretrained(args.out, device=args.device, policy="cache"), test[:len(test) // 2]

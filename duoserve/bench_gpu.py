@@ -13,6 +13,7 @@ import gc
 import json
 import queue
 import statistics
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from .bench import check_range, synthetic_traces
 from .config import MixtralConfig
 from .engine import Engine, StreamedExperts
-from .errors import UserError, check_budget, check_device
+from .errors import UserError, check_budget, check_device, parse_rate
 from .model import Routing
 from .packed import resident_shapes
 from .policies import POLICIES
@@ -285,7 +286,7 @@ def gpu(args) -> dict:
     args.context = max(max(args.prompts), args.decode_after + args.new_tokens) + 8
     model = RandomModel(config, device)
     layers, experts = config.num_hidden_layers, config.num_local_experts
-    said = print if not args.json else partial(print, file=__import__("sys").stderr)
+    said = print if not args.json else partial(print, file=sys.stderr)
 
     result: dict = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                     "torch": torch.__version__, "model_bytes": model.nbytes, "expert_bytes": model.layout.nbytes, "rows": []}
@@ -306,7 +307,7 @@ def gpu(args) -> dict:
         engine = build(model, args, store, gpu_memory=size)
         if store is None:
             store = engine.store
-            rate = bandwidth(engine)
+            rate = parse_rate(args.simulate_link, "--simulate-link") if args.simulate_link else bandwidth(engine)
             engine.cache.abandon()
             empty(engine)
             keep({"load_s": engine.load_s, "link_GB_s": rate / 1e9, "pinned": store.pinned,

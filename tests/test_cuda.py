@@ -13,11 +13,20 @@ PROMPT = [1, *range(40, 70)]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("cuda"))
+    return packed(tmp_path_factory.mktemp("cuda"), max_position_embeddings=1024)
+
+
+@pytest.fixture(params=(False, True), ids=("eager", "graphs"), autouse=True)
+def compiled(request):
+    """Everything below holds with plain kernels, and with compiled ones replayed from CUDA graphs."""
+    global COMPILE
+    COMPILE = request.param
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield request.param
 
 
 def engine(directory, **options):
-    return Engine.from_pretrained(directory, device="cuda", **{"compile": False, "predictor": "none", **options})
+    return Engine.from_pretrained(directory, device="cuda", **{"compile": COMPILE, "predictor": "none", **options})
 
 
 def tokens(e):
@@ -27,6 +36,45 @@ def tokens(e):
 def test_same_tokens_for_every_policy_and_cache_size(directory):
     runs = {(p, n): tokens(engine(directory, policy=p, cache_experts=n)) for p in POLICIES for n in (2, 5, 24)}
     assert len({tuple(run) for run in runs.values()}) == 1
+
+
+def test_nothing_is_compiled_after_loading(directory, compiled):
+    e = engine(directory, context=700)
+    assert e.step.capturing == compiled
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (1, 2, 9, 31, 600):
+            e.generate([1, *range(n - 1)], max_new_tokens=4)
+        e.logits([1, *range(40)])
+
+
+def test_slots_poisoned_when_they_change_hands(directory):
+    """Whoever reads a slot before its load is there, or after it was given away, reads NaN."""
+    expected = tokens(engine(directory, cache_experts=4))
+    e = engine(directory, cache_experts=4)
+    send, slots = e.cache.lane.send, e.slots_memory
+
+    def poison(transfer, nbytes):
+        lane = e.cache.lane
+        if transfer.sent == 0:
+            with torch.cuda.stream(lane.stream):
+                if lane.last_use[transfer.slot] is not None:
+                    lane.stream.wait_event(lane.last_use[transfer.slot])
+                slots[transfer.slot].fill_(0xFF)
+        send(transfer, nbytes)
+    e.cache.lane.send = poison
+    assert tokens(e) == expected
+
+
+def test_a_last_chunk_withheld_shows(directory):
+    expected, e = tokens(engine(directory, cache_experts=3)), engine(directory, cache_experts=3)
+    copy = e.cache.lane.copy
+    e.cache.lane.copy = lambda transfer, start, stop: stop < transfer.size and copy(transfer, start, stop)
+    e.slots_memory.fill_(0xFF)
+    try:
+        wrong = tokens(e)
+    except Exception:
+        wrong = None
+    assert wrong != expected
 
 
 def test_close_to_the_cpu(directory):
@@ -92,10 +140,10 @@ def test_one_read_a_layer_and_nothing_else(directory):
 
 
 def test_no_allocation_growth(directory):
-    e = engine(directory, context=256)
+    e = engine(directory, context=1024)
     e.generate(PROMPT, max_new_tokens=20)
     before = torch.cuda.memory_reserved()
-    e.generate(PROMPT, max_new_tokens=200)
+    e.generate(PROMPT, max_new_tokens=500)
     assert torch.cuda.memory_reserved() == before
 
 

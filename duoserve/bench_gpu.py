@@ -143,6 +143,9 @@ class SyntheticExperts(StreamedExperts):
 
 def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engine:
     """An engine with synthetic routing in decode; a later one takes over the first one's host memory."""
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
     engine = Engine(model, device=args.device, context=args.context, predictor="none", compile=args.compile, store=store,
                     simulate_link=args.simulate_link, **memory)
     source = engine.source
@@ -303,7 +306,6 @@ def gpu(args) -> dict:
     sizes = sorted(args.gpu_memory or ["15%"], key=lambda size: check_budget(size, model.nbytes, device, None))
     for size in sizes:
         engine = None                       # the device holds one at a time, the host's memory goes from one to the next
-        gc.collect()
         engine = build(model, args, store, gpu_memory=size)
         if store is None:
             store = engine.store
@@ -312,6 +314,9 @@ def gpu(args) -> dict:
             empty(engine)
             keep({"load_s": engine.load_s, "link_GB_s": rate / 1e9, "pinned": store.pinned,
                   "expert_transfer_ms": 1e3 * model.layout.nbytes / rate, "gpu_memory": size, "slots": engine.plan.slots})
+        warm = synthetic_traces(config, 0.5, 0.5, 1, 2, 8)[0]       # each length once: libraries choose, memory is taken
+        for tokens in args.prompts:
+            request(engine, args.policies[0], tokens, 4, warm)
         for persistence in args.persistence:
             for recall in args.lookahead_recall:
                 decode = synthetic_traces(config, persistence, recall, args.rounds + 3, 2, args.new_tokens)
@@ -335,7 +340,6 @@ def gpu(args) -> dict:
     resident = None
     if args.resident:
         engine = None
-        gc.collect()
         engine = build(model, args, store, cache_experts=layers * experts)
         measure(engine, "cache", args, traces, 0)                   # fills the slots
         fill(engine)

@@ -4,6 +4,7 @@ What a token passes through: `Engine.stream` runs the model; the model asks `Str
 that reads the router's choice, tells the scheduler, and yields slots as the scheduler finds them ready.
 """
 
+import os
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -22,14 +23,14 @@ from .model import ATTENTION_ROWS, EXPERT_ROWS, Expert, Mixtral, Routing
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
-from .quant import UNPACK, PackedLinear
+from .quant import PackedLinear, part_rows
 from .step import DecodeStep
 from .store import ExpertStore
 from .tokenizer import TextStream
 from .trace import History, TraceRecorder
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
-LIBRARIES = 96 * 2**20                      # what cuBLAS takes for itself, in torch's memory, and rounding
+LIBRARIES = 128 * 2**20                     # what cuBLAS takes of torch's memory, graphs, and what is lost to rounding
 
 
 @dataclass
@@ -92,8 +93,9 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * size
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
     # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
-    unpacked = min(UNPACK, 2 * c.intermediate_size * c.hidden_size) * (size if compiled else size + 9)
-    prompt = context * c.hidden_size * (6 + 2 * c.num_experts_per_tok) * size
+    unpacked = max(part_rows(rows, columns) * columns for rows, columns in (
+        (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size))) * (size if compiled else size + 9)
+    prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
     shared = c.num_attention_heads // c.num_key_value_heads
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
@@ -243,6 +245,8 @@ class Engine:
         self.device = device = check_device(device)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")    # 8 MiB a stream, not Hopper's 32
+            os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")            # (in KiB)
         self.dtype = dtype = check_dtype(dtype, device)
         self.packed, self.config, self.policy = packed, packed.config, policy
         c = packed.config

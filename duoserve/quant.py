@@ -95,6 +95,11 @@ def unpack_to(q: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Ten
     return dequantize(q, scale, zero).to(dtype)
 
 
+def part_rows(rows: int, columns: int) -> int:
+    """How many rows of a matrix are unpacked at a time: in equal parts, which is one shape to compile."""
+    return -(-rows // -(-rows * columns // UNPACK))
+
+
 @cache
 def kernels(compiled: bool):
     """`one_row` and `unpack_to`, as they stand or fused by torch.compile: their shapes are the matrices', a few a model,
@@ -123,7 +128,7 @@ class PackedLinear(nn.Module):
         if len(flat) == 1:
             return self.one_row(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
         y = x.new_empty(len(flat), len(self.q))
-        rows = -(-len(self.q) // -(-y.shape[1] * flat.shape[1] // UNPACK))          # equal parts: one shape to compile
+        rows = part_rows(len(self.q), flat.shape[1])
         for i in range(0, len(self.q), rows):
             part = slice(i, i + rows)       # (its unpacked weights are given back before the next part's are made)
             torch.mm(flat, self.unpack_to(self.q[part], self.scale[part], self.zero[part], x.dtype).T, out=y[:, part])

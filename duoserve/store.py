@@ -58,8 +58,11 @@ class ExpertStore:
         On the current stream. Unpinned memory goes through two pinned buffers: a direct copy would block the host.
         """
         if self.pinned or slots.device.type == "cpu":
+            rows, blocks = slots.unbind(), [layer.unbind() for layer in self.tensor]        # made once: this is hot
+
             def copy(transfer, start, stop):
-                slots[transfer.slot, start:stop].copy_(self.block(*transfer.key)[start:stop], non_blocking=True)
+                layer, expert = transfer.key
+                rows[transfer.slot][start:stop].copy_(blocks[layer][expert][start:stop], non_blocking=True)
             return copy
         ring = [(torch.empty(chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 

@@ -14,6 +14,7 @@ import json
 import queue
 import statistics
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -53,7 +54,9 @@ class RandomModel:
         size = {"16": 2, "u8": 1, "f16": 2}
         self.resident_bytes = sum(torch.Size(shape).numel() * size[kind] for kind, shape in self.shapes.values())
         self.nbytes = self.resident_bytes + config.num_hidden_layers * config.num_local_experts * self.layout.nbytes
-        self.blocks: queue.Queue = queue.Queue()
+        self.blocks: queue.Queue | None = None                      # memory on the device in which to make experts
+        self.lock = threading.Lock()
+        self.left = config.num_hidden_layers * config.num_local_experts
 
     def tokenizer(self):
         """No text, no end: every id is a token that says nothing."""
@@ -83,17 +86,26 @@ class RandomModel:
 
     def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
         """Made on the device and copied down; two at a time, so that no more memory is taken than is planned."""
-        try:
-            block, stream = self.blocks.get_nowait()
-        except queue.Empty:
-            block = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device)
-            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with self.lock:
+            if self.blocks is None:
+                self.blocks = queue.Queue()
+                for _ in range(2):
+                    self.blocks.put((torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device),
+                                     torch.cuda.Stream(self.device) if self.device.type == "cuda" else None))
+        block, stream = self.blocks.get()
         with torch.cuda.stream(stream):
             for name, view in self.layout.views(block).items():
                 self._fill(name, view, self.config.hidden_size if name.startswith("w13") else
                            self.config.intermediate_size)
             torch.from_numpy(into).copy_(block)
         self.blocks.put((block, stream))
+        with self.lock:
+            self.left -= 1
+            if not self.left:               # all are made: give the memory back before anything else wants it
+                del block
+                self.blocks = None
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 class SyntheticExperts(StreamedExperts):
@@ -150,9 +162,6 @@ def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engi
                     simulate_link=args.simulate_link, **memory)
     source = engine.source
     engine.source = SyntheticExperts(source.slots, source.cache, source.top_k)
-    model.blocks = queue.Queue()            # the memory in which experts were made
-    if engine.device.type == "cuda":
-        torch.cuda.empty_cache()
     return engine
 
 

@@ -280,7 +280,7 @@ class Engine:
         self.slots_memory = experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
         self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, self.context, c.head_dim, dtype=dtype,
                                 device=device)
-        linear = partial(PackedLinear, largest_group=packed.largest_group, compiled=compiled)
+        linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
             self.model = Mixtral(c, linear)
             slots = [Expert(c, linear) for _ in range(self.plan.slots)]

@@ -101,23 +101,32 @@ def part_rows(rows: int, columns: int) -> int:
 
 
 @cache
-def kernels(compiled: bool):
-    """`one_row` and `unpack_to`, as they stand or fused by torch.compile: their shapes are the matrices', a few a model,
-    and never those of a prompt."""
-    if not compiled:
-        return one_row, unpack_to
+def compiled(function):
+    """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a prompt."""
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(one_row, dynamic=False), torch.compile(unpack_to, dynamic=False)
+    return torch.compile(function, dynamic=False)
+
+
+@torch.library.custom_op("duoserve::one_row", mutates_args=())
+def fused_one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`one_row`, compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into
+    the product and do it again for every row of the matrix (a SwiGLU for each weight: half the speed)."""
+    return compiled(one_row)(x, q, scale, zero)
+
+
+@fused_one_row.register_fake
+def _(x, q, scale, zero):
+    return x.new_empty(1, len(q))
 
 
 class PackedLinear(nn.Module):
     """A linear layer without bias on packed weights. Its three tensors may be views of a slot's bytes."""
 
-    def __init__(self, columns: int, rows: int, bias: bool = False, largest_group: int = 128, compiled: bool = False,
+    def __init__(self, columns: int, rows: int, bias: bool = False, largest_group: int = 128, compile: bool = False,
                  device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.one_row, self.unpack_to = kernels(compiled)
+        self.one_row, self.unpack_to = (fused_one_row, compiled(unpack_to)) if compile else (one_row, unpack_to)
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
         self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16, device=device))

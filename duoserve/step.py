@@ -8,13 +8,14 @@ piece lies in buffers of its own, and all that changes from token to token is re
 """
 
 from contextlib import closing
-from functools import cache, partial
+from functools import partial
 from typing import Callable
 
 import torch
 from torch import Tensor
 
-from .model import Expert, Mixtral, Routing, add_answers, rope_table
+from .model import Expert, Mixtral, add_answers, rope_table
+from .quant import compiled
 
 PADDING = 64                                # keys are read in multiples of this
 
@@ -22,10 +23,10 @@ PADDING = 64                                # keys are read in multiples of this
 class DecodeStep:
     """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A] is the cache, `slots` the experts.
 
-    Eager, a piece is run as it stands; `compiled` it is fused by torch.compile, and captured if the device is CUDA.
+    Eager, a piece is run as it stands; with `compile` it is fused by torch.compile, and captured if the device is CUDA.
     """
 
-    def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compiled: bool):
+    def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compile: bool):
         c, device = model.config, kv.device
         self.model, self.slots, self.kv = model, slots, kv
         D, K = c.hidden_size, c.num_experts_per_tok
@@ -38,9 +39,9 @@ class DecodeStep:
         self.numbers = [new(3 * c.num_local_experts + 2 * K, dtype=torch.float32),  # what the host reads of a layer,
                         new(2 * c.num_local_experts + 2 * K, dtype=torch.float32)]  # ... and of the last one
         self.keys = self.context = kv.shape[3]
-        self.capturing = compiled and device.type == "cuda"
-        self.whole = compiled               # compiled code reads the whole context: one shape, whatever the position
-        self.run_layer, self.run_expert = (fused(run_layer), fused(run_expert)) if compiled else (run_layer, run_expert)
+        self.capturing = compile and device.type == "cuda"
+        self.whole = compile                # compiled code reads the whole context: one shape, whatever the position
+        self.run_layer, self.run_expert = map(compiled if compile else lambda f: f, (run_layer, run_expert))
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.begin = self.capture(self._begin)
@@ -103,12 +104,6 @@ class DecodeStep:
     def _end(self) -> None:
         h = self.model.norm(add_answers(self.h, self.weights, self.answers))
         self.logits.copy_(self.model.head(h)[0])
-
-
-@cache
-def fused(function):
-    """Compiled once a process: engines share it."""
-    return torch.compile(function, dynamic=False)
 
 
 def run_layer(layer, following, h, weights, answers, rope, k, v, position):

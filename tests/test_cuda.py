@@ -29,8 +29,13 @@ def engine(directory, **options):
     return Engine.from_pretrained(directory, device="cuda", **{"compile": COMPILE, "predictor": "none", **options})
 
 
-def tokens(e):
-    return e.generate(PROMPT, max_new_tokens=24, temperature=0.8).token_ids
+def tokens(e, temperature=0.8):
+    return e.generate(PROMPT, max_new_tokens=24, temperature=temperature).token_ids
+
+
+def greedy(e):
+    """Of what is broken on purpose: sampling from NaN would end the process."""
+    return tokens(e, temperature=0)
 
 
 def test_same_tokens_for_every_policy_and_cache_size(directory):
@@ -66,15 +71,11 @@ def test_slots_poisoned_when_they_change_hands(directory):
 
 
 def test_a_last_chunk_withheld_shows(directory):
-    expected, e = tokens(engine(directory, cache_experts=3)), engine(directory, cache_experts=3)
+    expected, e = greedy(engine(directory, cache_experts=3)), engine(directory, cache_experts=3)
     copy = e.cache.lane.copy
     e.cache.lane.copy = lambda transfer, start, stop: stop < transfer.size and copy(transfer, start, stop)
     e.slots_memory.fill_(0xFF)
-    try:
-        wrong = tokens(e)
-    except Exception:
-        wrong = None
-    assert wrong != expected
+    assert greedy(e) != expected
 
 
 def test_close_to_the_cpu(directory):
@@ -110,21 +111,17 @@ class Slow:
 
 @pytest.mark.parametrize("delays", ({"copies": 2_000_000}, {"computes": 2_000_000}))
 def test_both_event_waits_matter(directory, delays, monkeypatch):
-    expected = tokens(engine(directory, cache_experts=3))
+    expected = greedy(engine(directory, cache_experts=3))
     slow = engine(directory, cache_experts=3)
     Slow(slow, **delays)
-    assert tokens(slow) == expected
+    assert greedy(slow) == expected
     broken = engine(directory, cache_experts=3)
     if "copies" in delays:
         monkeypatch.setattr(broken.cache.lane, "wait", lambda transfer: None)
     else:
         monkeypatch.setattr(broken.cache.lane, "used", lambda slot: None)
     Slow(broken, **delays)
-    try:
-        wrong = tokens(broken)
-    except Exception:
-        wrong = None                        # non-finite probabilities are as good a sign
-    assert wrong != expected
+    assert greedy(broken) != expected
 
 
 def test_one_read_a_layer_and_nothing_else(directory):

@@ -149,7 +149,7 @@ class Optimizer:
                 second.lerp_(grad.square(), 0.05)
                 deviation = (second / (1 - torch.pow(0.95, self.count))).sqrt_().add_(1e-8)
                 update = momentum / (1 - torch.pow(0.9, self.count)) / deviation
-                lr, decay, scale = self.rate * self.lr, 0.01, 1.0
+                lr, decay, scale = self.rate * self.lr, self.weight_decay / 10, 1.0
             master.mul_(1 - lr * decay).sub_(update.mul_(lr * scale))
         torch._foreach_copy_(self.params, self.views(self.master))
 

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -284,6 +286,18 @@ def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
         assert (tmp_path / f"{i}.safetensors").read_bytes() == predictor.read_bytes()
     status, out, err = cli("generate", "--model", model, "--device", "cpu", "--prompt", "the", "--max-new-tokens", 3)
     assert status == 0 and "predictor" not in err
+
+
+def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, monkeypatch):
+    """With rate and time left, in one line that is wiped; and nothing of it where standard error is no terminal."""
+    clock = (i / 16 for i in count())
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    run = ("train", traces, "--model", tiny, "--out", tmp_path / "p")
+    assert cli(*run)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = cli(*run)[2]
+    assert shown.startswith("\rtraining steps: 32 of 1,200, 16/s, 1:13 left") and "\n" not in shown
+    assert shown.endswith("0:00 left\033[K\r\033[K")
 
 
 def spoil(path: Path, **changes) -> None:

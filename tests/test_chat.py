@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import packed, tokenizer_model, write_hf
+from models import TEXT, packed, tokenizer_model, write_hf
 from test_cli import a_line, cli, program
 from test_engine import LONG, SHORT, InterruptAt, LateLane, load, put_lane
 
@@ -255,6 +255,11 @@ def test_the_first_turn_may_be_given(tiny, session, prompts, tmp_path):
     session(tiny, ["brown"], "--prompt", "the quick")
     session(tiny, ["brown"], "--prompt-file", tmp_path / "p")
     assert len(prompts) == 4 and prompts[:2] == prompts[2:]
+
+
+def test_a_turn_for_which_nothing_had_to_come(tiny, session):
+    err = session(tiny, [TEXT, "", ""], "--cache-experts", 24, "--simulate-link", "10MB/s")[2].splitlines()
+    assert "for the first time" in err[0] and "computing set the speed, not the link" in err[-1]
 
 
 def test_nothing_typed_at_all(tiny, session):

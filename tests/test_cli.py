@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +87,25 @@ def test_without_json_the_continuation_is_alone_on_standard_output(ask):
     assert (status, out) == (0, text + "\n")
     closing = err.strip().splitlines()[-1]
     assert "6 tokens" in closing and "length" in closing and text not in err
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--simulate-link", "1MB/s", "--cache-experts", 4), r"busy (8|9|10)\d* % of the time: more --gpu-memory is what would help"),
+    (("--simulate-link", "1MB/s", "--policy", "on-demand"), r"busy (8|9|10)\d* % of the time: --policy duo is what would help"),
+    (("--simulate-link", "1MB/s", "--cache-experts", 24), r"busy \d+ % of the time, .*first time: all fit"),
+    (("--simulate-link", "900GB/s"), r"busy [0-4]?\d % of the time: computing set the speed"),
+    ((), "no link to wait for here: computing set the speed")], ids=("slow", "keeps nothing", "all fit", "fast", "none"))
+def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
+    assert re.search(words, ask("--prompt", "the quick", *options)[2])
+
+
+def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
+    """And where nothing had to cross it."""
+    stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache")
+    config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
+    say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes), config)
+    assert say() == "the link was busy 65 % of the time, computing took the rest: more --gpu-memory would help some"
+    assert "computing set the speed, not the link" in say(bytes_moved=0, link_busy_fraction=0)
 
 
 def test_the_same_command_gives_the_same_text(ask):

@@ -1,6 +1,7 @@
 """The programs as their users see them: what goes to which stream, the contracts of --json, every mistake in one line."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from duoserve import bench
 from duoserve.errors import run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor
+from duoserve.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main}
@@ -446,8 +448,44 @@ def test_bench_run(cli, tiny):
     assert all(r["tpot_s"] > 0 and r["ttft_s"] > 0 and 0 < r["link_busy_fraction"] <= 1 for r in result["rows"])
 
 
+def test_bench_quality(cli, tiny, tmp_path):
+    """Against the definition, written out: each token's bits given those before it in its window, over the bytes."""
+    text = "the quick brown fox jumps over the lazy dog, café " * 5
+    (tmp_path / "t").write_bytes(b"\xef\xbb\xbf" + text.encode())        # (a byte order mark is no text)
+    run = ("bench", "quality", tmp_path / "t", "--model", tiny, "--device", "cpu", "--context", 32)
+    status, out, err = cli(*run, "--json")
+    got = json.loads(out)
+    model, source = build(tiny)
+    ids = Tokenizer(tiny / "tokenizer.model", 1, (2,)).sp.encode(text)
+    bits = 0.0
+    for start in range(0, len(ids), 32):
+        window = ids[start:start + 32]
+        p = logits_of(model, source, [1, *window])[:-1].double().softmax(-1)
+        bits -= sum(math.log2(p[i, token]) for i, token in enumerate(window))
+    assert status == 0 and len(ids) % 32
+    assert got == {"bits_per_byte": pytest.approx(bits / len(text.encode()), rel=1e-4),
+                   "perplexity": pytest.approx(2 ** (bits / len(ids)), rel=1e-4), "tokens": len(ids),
+                   "bytes": len(text.encode()), "windows": -(-len(ids) // 32), "context": 32}
+    assert "are few" in err
+    status, out, err = cli(*run)
+    assert status == 0 and out.startswith(f"{got['bits_per_byte']:.4f} bits per byte, perplexity {got['perplexity']:.3f} per token")
+    assert json.loads(cli(*run[:-2], "--json")[1])["context"] == 256       # what the model takes
+
+
+@pytest.mark.parametrize("data, word", [
+    (None, "cannot be read"), (b"", "empty"), (b" \n ", "empty"), (b"\x7fELF\x02\x00\x00", "UTF-8"), (b"caf\xe9 " * 99, "UTF-8"),
+    (b"the fox", "too short"), (b"the fox " * 99, "--context")])
+def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
+    path = tmp_path / "text"
+    if data is not None:
+        path.write_bytes(data)
+    status, out, err = cli("bench", "quality", path, "--model", tiny, "--device", "cpu", "--context", 1)
+    assert (status, out) == (2, "")
+    a_line(err, word, *[path] * (word != "--context"))
+
+
 @pytest.mark.parametrize("arguments, name", [
-    (["schedule", "TRACES", "--policies", "nope"], "nope"),
+    (["quality"], "FILE"), (["schedule", "TRACES", "--policies", "nope"], "nope"),
     (["schedule", "TRACES", "--cache-experts", "1"], "--cache-experts"),
     (["schedule", "TRACES", "--attention-ms", "-1"], "--attention-ms"),
     (["schedule", "TRACES", "--expert-transfer-ms", "0"], "--expert-transfer-ms"),

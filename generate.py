@@ -95,7 +95,7 @@ def answer(engine, ids: list[int], args):
 
 
 def converse(engine, line: str | None, args) -> None:
-    """Turn after turn, `line` the first, until the input ends; what goes wrong in one is a line, and the next may come."""
+    """Turn after turn, `line` the first, until the input ends. What goes wrong in one is a line; the next may come."""
     sys.stdin.reconfigure(errors="surrogateescape")     # what is typed and is no text will be told of as such
     hello = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     if hello:
@@ -109,14 +109,15 @@ def converse(engine, line: str | None, args) -> None:
             if line.strip():
                 ids = extend(engine.tokenizer, said, line, args.chat)
                 if said and len(ids) >= engine.context:
-                    said = say_full(engine)
-                    ids = extend(engine.tokenizer, said, line, args.chat)
+                    say_full(engine)
+                    said, ids = [], extend(engine.tokenizer, [], line, args.chat)
             if line.strip() or cut:
                 result = answer(engine, ids, args)
                 if result.token_ids or result.finish_reason == "stop":      # else it is as if nothing had been said
                     said, cut = ids + result.token_ids, result.finish_reason != "stop"
                 if len(said) >= engine.context:
-                    said, cut = say_full(engine), False
+                    say_full(engine)
+                    said, cut = [], False
         except EOFError:
             print(end="\n" if hello else "")
             return
@@ -127,12 +128,10 @@ def converse(engine, line: str | None, args) -> None:
         line = None
 
 
-def say_full(engine) -> list[int]:
-    """-> what remains of the conversation: nothing."""
+def say_full(engine) -> None:
     most = engine.config.max_position_embeddings
     mend = f"a larger --context holds more (up to {most})" if engine.context < most else "this model takes no more"
     print(f"[the context of {engine.context} tokens is full, so this starts anew; {mend}]", file=sys.stderr)
-    return []
 
 
 def closing_line(result, config) -> str:

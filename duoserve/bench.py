@@ -35,7 +35,7 @@ DEMO = WEIGHTS / "demo"
 LEAST_TEXT = 16                             # tokens that say anything at all
 QUALITY = (
     "How well the packed model foretells a text: bits per byte, what a byte of it would take on average if the model "
-    "compressed it. Lower is better. The text goes through in windows of --context tokens, each on its own after a BOS. "
+    "compressed it. Lower is better. The text goes through in windows of --context tokens, each by itself after a BOS. "
     "To see what four bits cost, give the 16-bit model the same windows, in any program that tells its loss: bits per "
     "byte is the sum of the losses of all tokens / ln 2 / the bytes of the text. Texts differ far more than that: "
     "compare on the same file, with the same --context; perplexities only between models with the same tokenizer.")
@@ -358,7 +358,7 @@ def read_text(path: str) -> str:
 
 
 def quality(args) -> dict:
-    """`bench quality`: every token of a text predicted once, teacher-forced, in windows that know nothing before them."""
+    """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
     from .checkpoint import Progress, ensure_packed
     from .engine import LOGIT_ROWS, Engine
     from .tokenizer import Tokenizer
@@ -382,8 +382,8 @@ def quality(args) -> dict:
     if len(ids) < 1000:
         print(f"note: {len(ids)} tokens are few; from 10,000 on two figures can be compared", file=sys.stderr)
     if not args.json:
-        print(f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['perplexity']:.3f} per token ({len(ids):,} "
-              f"tokens, {human(nbytes)}, {len(starts)} windows of {context})")
+        print(f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['perplexity']:.3f} per token "
+              f"({len(ids):,} tokens, {human(nbytes)}, {len(starts)} windows of {context})")
     return result
 
 

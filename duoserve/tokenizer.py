@@ -38,7 +38,7 @@ class Tokenizer:
         return [self.bos, *self.sp.encode(text)]
 
     def chat(self, message: str, before: list[int] | tuple = ()) -> list[int]:
-        """A user's message in the instruct models' template, after the conversation `before` it, whose answer is closed.
+        """A user's message in the instruct models' template, after the conversation `before` it; closes its answer.
 
         As mistral-common defines it: tokenizers with control tokens for it (v3: Mixtral-8x22B-Instruct) read
         `<s>[INST] hello[/INST] answer</s>[INST] ..`; those without (v1: Mixtral-8x7B-Instruct) `[INST] hello [/INST]`,

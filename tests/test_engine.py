@@ -478,8 +478,8 @@ def held() -> tuple[int, int, int]:
 
 
 def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_path):
-    engine = load(packed(tmp_path, seed=7, num_hidden_layers=2, hidden_size=32, intermediate_size=32,
-                         num_attention_heads=2, max_position_embeddings=640), cache_experts=5)
+    engine = load(packed(tmp_path, seed=7, num_hidden_layers=1, hidden_size=32, intermediate_size=32,
+                         num_attention_heads=2, max_position_embeddings=640, eos_token_id=[]), cache_experts=5)
 
     def ask(n):
         for seed in range(n):
@@ -489,7 +489,7 @@ def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_pat
     ask(5)
     tracemalloc.start()
     try:
-        first, then, midway = ask(2), ask(200), []
+        first, then, midway = ask(5), ask(200), []
         for _ in engine.stream(SHORT, max_new_tokens=600, seed=1):
             if engine.history.tokens[0] >= 250 * (len(midway) + 1):
                 midway.append(held())
@@ -498,7 +498,7 @@ def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_pat
     finally:
         tracemalloc.stop()
     assert first[:2] == then[:2] == last[:2] and midway[0][:2] == midway[1][:2]
-    assert then[2] - first[2] < 20_000 and last[2] - first[2] < 20_000
+    assert then[2] - first[2] < 50_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
     assert midway[1][2] - midway[0][2] < 250 * 100      # the text and the ids of the answer itself
     assert len(engine.cache.where) <= 5 and at_rest(engine.cache)
 

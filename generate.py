@@ -1,7 +1,8 @@
-"""prompt -> text, streamed; the numbers that matter at the end."""
+"""prompt -> text, streamed, or a conversation; the numbers that matter at the end."""
 
 import json
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
 from duoserve.errors import Parser, UserError, check_sampling, human, run_main
@@ -12,12 +13,17 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"
 def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument("--prompt-file", metavar="F", help="a file, or - for standard input")
     add("--model", default=str(WEIGHTS / "demo"), help="a packed or Hugging Face directory (default: weights/demo)")
+    add("--chat", action="store_true", help="the prompt is a message to an instruct model: the [INST] template")
+    add("--interactive", action="store_true",
+        help="go on with what is typed, keeping what was said: text, or with --chat a conversation. Ctrl-C stops an "
+             "answer, an empty line has it continued where it was cut off, Ctrl-D ends it all")
     add("--max-new-tokens", type=int, default=128, metavar="N")
-    add("--context", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens)")
+    add("--context", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens; "
+        "with --interactive as far as the model goes, 4096 at most)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
     add("--top-k", type=int, metavar="K")
     add("--top-p", type=float, default=0.95, metavar="P")
@@ -36,11 +42,18 @@ def parse_args():
     add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
         help="both lanes of the run: .json for Perfetto, .svg a picture")
     add("--json", action="store_true", help="one JSON object on standard output")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prompt is None and args.prompt_file is None and not args.interactive:
+        raise UserError("nothing to go on from: give --prompt or --prompt-file, or type it with --interactive")
+    for flag, given in (("--json", args.json), ("--timeline", args.timeline),
+                        ("--prompt-file -", args.prompt_file == "-")):
+        if args.interactive and given:
+            raise UserError(f"{flag}: not together with --interactive; leave out one of them")
+    return args
 
 
-def read_prompt(args) -> str:
-    if args.prompt is not None:
+def read_prompt(args) -> str | None:
+    if args.prompt_file is None:
         return args.prompt
     try:
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
@@ -51,23 +64,100 @@ def read_prompt(args) -> str:
         raise UserError(f"--prompt-file {args.prompt_file}: is not UTF-8 text") from None
 
 
-def needed_context(directory: Path, prompt: str, new_tokens: int) -> int:
-    """Prompt and new tokens, as far as the model goes: what the KV cache has to hold."""
-    from duoserve.config import MixtralConfig
-    from duoserve.tokenizer import Tokenizer
-    c = MixtralConfig.read(directory)
-    tokens = len(Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids).encode(prompt))
-    return min(c.max_position_embeddings, max(2, tokens + new_tokens))
+def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
+    """The ids of what was said `before` (none at first) with the text, or the message, that comes next."""
+    if not text.strip():
+        raise UserError("the prompt is empty; give some text")
+    return tokenizer.chat(text, before) if chat else [*before, *tokenizer.encode(text)[bool(before):]]
 
 
-def closing_line(result) -> str:
+def answer(engine, ids: list[int], args):
+    """Stream what comes after `ids`, as far as Ctrl-C lets it -> its `Generation`."""
+    engine.result = None
+    pieces = engine.stream(ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                           top_p=args.top_p, seed=args.seed, resume=args.interactive)
+    try:
+        with closing(pieces):
+            for i, piece in enumerate(pieces):
+                if not args.json:           # the space in front of a chat's answer is the template's
+                    print(piece.removeprefix(" ") if args.chat and not i else piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if engine.result is None:           # before there was anything to show
+            raise
+    result = engine.result
+    result.text = result.text.removeprefix(" ") if args.chat else result.text
+    if args.trace_dir and result.token_ids:
+        engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+    if not args.json:
+        print(flush=True)
+        print(closing_line(result, engine.config), file=sys.stderr)
+    return result
+
+
+def converse(engine, line: str | None, args) -> None:
+    """Turn after turn, `line` the first, until the input ends. What goes wrong in one is a line; the next may come."""
+    sys.stdin.reconfigure(errors="surrogateescape")     # what is typed and is no text will be told of as such
+    hello = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    if hello:
+        with suppress(ImportError):
+            import readline                 # noqa: F401 (`input` takes arrow keys and keeps a history with it)
+    said, cut = [], False                   # the tokens of all turns, and whether the last answer was cut short
+    while True:
+        try:
+            line = input(hello) if line is None else line
+            ids = said
+            if line.strip():
+                ids = extend(engine.tokenizer, said, line, args.chat)
+                if said and len(ids) >= engine.context:
+                    say_full(engine)
+                    said, ids = [], extend(engine.tokenizer, [], line, args.chat)
+            if line.strip() or cut:
+                result = answer(engine, ids, args)
+                if result.token_ids or result.finish_reason == "stop":      # else it is as if nothing had been said
+                    said, cut = ids + result.token_ids, result.finish_reason != "stop"
+                if len(said) >= engine.context:
+                    say_full(engine)
+                    said, cut = [], False
+        except EOFError:
+            print(end="\n" if hello else "")
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D, the end of the input, leaves)", file=sys.stderr)
+        except UserError as error:
+            print("error:", *str(error).split(), file=sys.stderr)
+        line = None
+
+
+def say_full(engine) -> None:
+    most = engine.config.max_position_embeddings
+    mend = f"a larger --context holds more (up to {most})" if engine.context < most else "this model takes no more"
+    print(f"[the context of {engine.context} tokens is full, so this starts anew; {mend}]", file=sys.stderr)
+
+
+def closing_line(result, config) -> str:
     s = result.stats
     speed = f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
+    kept = f" ({s.prompt_tokens_kept} of {result.prompt_tokens} prompt tokens kept)" if s.prompt_tokens_kept else ""
     uses = s.hits + s.prefetched_used + s.misses
     found = f", {100 * (s.hits + s.prefetched_used) / uses:.0f} % of experts were there in time" if uses else ""
-    link = f", link busy {100 * s.link_busy_fraction:.0f} %" if s.link_busy_fraction else ""
-    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}); first after {s.ttft_s:.2f} s{speed}{found}; "
-            f"{s.cache_experts} slots, {human(s.peak_device_bytes)} at peak{link}]")
+    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}); first after {s.ttft_s:.2f} s{kept}{speed}"
+            f"{found}; {s.cache_experts} slots, {human(s.peak_device_bytes)} at peak; {what_bounded(s, config)}]")
+
+
+def what_bounded(s, config) -> str:
+    """What the speed of a request hung on, in words, and what would help."""
+    busy = f"the link was busy {100 * s.link_busy_fraction:.0f} % of the time"
+    if not s.bytes_moved:
+        return "every expert needed was there: computing set the speed, not the link"
+    if not s.link_busy_fraction:
+        return "no link to wait for here: computing set the speed"
+    if s.link_busy_fraction < 0.5:
+        return f"{busy}: computing set the speed"
+    if s.cache_experts >= config.num_hidden_layers * config.num_local_experts:
+        return f"{busy}, bringing experts for the first time: all fit, so a longer run will wait for it less"
+    mend = "--policy duo" if s.policy == "on-demand" else "more --gpu-memory"      # (on-demand keeps nothing)
+    return f"{busy}: {mend} is what would help" if s.link_busy_fraction >= 0.8 else \
+        f"{busy}, computing took the rest: {mend} would help some"
 
 
 def main() -> int:
@@ -76,7 +166,9 @@ def main() -> int:
     prompt = read_prompt(args)
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
+    from duoserve.config import MixtralConfig
     from duoserve.engine import Engine
+    from duoserve.tokenizer import Tokenizer
     from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
         timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept
@@ -84,8 +176,12 @@ def main() -> int:
     if args.trace_dir:
         make_directory(args.trace_dir)
     directory = ensure_packed(args.model, WEIGHTS)
-    if args.context is None:
-        args.context = needed_context(directory, prompt, args.max_new_tokens)
+    if not args.interactive:
+        c = MixtralConfig.read(directory)
+        tokenizer = Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
+        ids = extend(tokenizer, [], prompt, args.chat)
+        if args.context is None:            # what the KV cache has to hold, as far as the model goes
+            args.context = min(c.max_position_embeddings, max(2, len(ids) + args.max_new_tokens))
     engine = Engine.from_pretrained(
         directory, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
         gpu_memory=args.gpu_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
@@ -95,27 +191,15 @@ def main() -> int:
         engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
     if args.timeline:
         timeline.watch(engine)
-    status = 0
-    try:
-        for piece in engine.stream(prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                                   top_k=args.top_k, top_p=args.top_p, seed=args.seed):
-            if not args.json:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        status = 130
-        if engine.result is None:           # before there was anything to show
-            raise
-    result = engine.result
-    if args.trace_dir and result.token_ids:
-        engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+    if args.interactive:
+        converse(engine, prompt, args)
+        return 0
+    result = answer(engine, ids, args)
     if args.json:
         print(json.dumps(result.asdict()))
-    else:
-        print(flush=True)
-        print(closing_line(result), file=sys.stderr)
     if args.timeline:
         timeline.save(engine, args.timeline)
-    return status
+    return 130 if result.finish_reason == "interrupted" else 0
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from duoserve.errors import Parser, UserError, run_main
+from duoserve.checkpoint import Progress
+from duoserve.errors import Parser, UserError, count, run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor, mean_recall, measure_affinity, trace_features, train_nets
 from duoserve.trace import Trace, read_traces
@@ -46,7 +48,7 @@ def main() -> int:
     test = decoded(args.test, model, 1) if args.test else test
     affinity = measure_affinity(train, k)
     x, y = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in train)))
-    weights = train_nets(x, y)
+    weights = train_nets(x, y, progress=partial(Progress, write=count))
     predictor = Predictor(weights, affinity, model.fingerprint)
 
     x, chosen = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in test)))

@@ -1,25 +1,29 @@
-"""python -m duoserve.bench schedule | run | gpu: what a schedule is worth, on the virtual clock and for real.
+"""python -m duoserve.bench schedule | run | gpu | quality: what a schedule is worth, on the virtual clock and for real.
 
 `schedule` replays recorded routing through the real schedulers, cache and lane, without a model: transfers and
 arithmetic cost what you say they do, so it is deterministic to the last digit. It is also how to plan: given only a
 config.json it says whether a model fits and about how fast it will be, before 90 GB are downloaded.
 `run` runs the engine itself, policies in turn; `gpu` does so at Mixtral's real shapes with random weights (bench_gpu.py).
+`quality` says what the model is worth: bits per byte of a text.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .cache import Counts, GPUExpertCache
 from .config import MixtralConfig
-from .errors import Parser, UserError, check_budget, human, parse_rate, run_main
+from .errors import Parser, UserError, check_budget, count, human, parse_rate, run_main
 from .link import SimulatedLane, VirtualClock
 from .model import Routing
 from .packed import PackedModel, resident_shapes
@@ -28,7 +32,15 @@ from .predictor import Forecast, Predictor
 from .quant import ExpertLayout, group_size
 from .trace import History, Trace, read_traces
 
-DEMO = Path(__file__).resolve().parents[1] / "weights" / "demo"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+DEMO = WEIGHTS / "demo"
+LEAST_TEXT = 16                             # tokens that say anything at all
+QUALITY = (
+    "How well the packed model foretells a text: bits per byte, what a byte of it would take on average if the model "
+    "compressed it. Lower is better. The text goes through in windows of --context tokens, each by itself after a BOS. "
+    "To see what four bits cost, give the 16-bit model the same windows, in any program that tells its loss: bits per "
+    "byte is the sum of the losses of all tokens / ln 2 / the bytes of the text. Texts differ far more than that: "
+    "compare on the same file, with the same --context; perplexities only between models with the same tokenizer.")
 
 
 @dataclass
@@ -334,6 +346,50 @@ def run(args) -> dict:
     return {"rounds": args.rounds, "rows": rows}
 
 
+def read_text(path: str) -> str:
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path}: is not UTF-8 text; give a text file")
+    if not text.strip():
+        raise UserError(f"{path}: is empty; give a text of some pages")
+    return text
+
+
+def quality(args) -> dict:
+    """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
+    from .checkpoint import Progress, ensure_packed
+    from .engine import LOGIT_ROWS, Engine
+    from .tokenizer import Tokenizer
+    text, directory = read_text(args.file), ensure_packed(args.model, WEIGHTS)
+    c = MixtralConfig.read(directory)
+    bos, *ids = Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids).encode(text)
+    if len(ids) < LEAST_TEXT:
+        raise UserError(f"{args.file}: {len(ids)} tokens are too short a text to tell anything; give some pages")
+    context = min(2048, c.max_position_embeddings) if args.context is None else args.context
+    engine = Engine.from_pretrained(directory, device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory,
+                                    context=context, predictor="none", progress=Progress)
+    nats, starts, nbytes = 0.0, range(0, len(ids), context), len(text.encode())
+    with closing(Progress(len(ids), "tokens", write=count)) as bar:
+        for window in (ids[start:start + context] for start in starts):
+            logits = engine.logits([bos, *window[:-1]])
+            for rows, want in zip(logits.split(LOGIT_ROWS), torch.tensor(window).split(LOGIT_ROWS)):
+                nats += F.cross_entropy(rows, want, reduction="sum").item()
+            bar.add(len(window))
+    result = {"bits_per_byte": nats / math.log(2) / nbytes, "perplexity": math.exp(nats / len(ids)),
+              "tokens": len(ids), "bytes": nbytes, "windows": len(starts), "context": context}
+    if len(ids) < 1000:
+        print(f"note: {len(ids)} tokens are few; from 10,000 on two figures can be compared", file=sys.stderr)
+    if not args.json:
+        print(f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['perplexity']:.3f} per token "
+              f"({len(ids):,} tokens, {human(nbytes)}, {len(starts)} windows of {context})")
+    return result
+
+
 def main() -> int:
     parser = Parser(prog="python -m duoserve.bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
@@ -365,6 +421,14 @@ def main() -> int:
             add("--rounds", type=int, default=3)
             add("--device")
             add("--simulate-link", metavar="SIZE/s")
+    add = commands.add_parser("quality", description=QUALITY, help="bits per byte of a text of yours").add_argument
+    add("file", metavar="FILE", help="UTF-8 text, some pages at least")
+    add("--model", default=DEMO)
+    add("--context", type=int, metavar="N", help="tokens of a window (default 2048, or what the model takes)")
+    add("--device")
+    add("--dtype")
+    add("--gpu-memory", metavar="SIZE|PERCENT")
+    add("--json", action="store_true")
     add = commands.add_parser("gpu").add_argument
     add("--shape", default="mixtral-8x7b", help="mixtral-8x7b, mixtral-8x22b or tiny (which runs anywhere)")
     add("--gpu-memory", nargs="+", metavar="SIZE|PERCENT", help="default 15%%; several run in ascending order")
@@ -387,7 +451,7 @@ def main() -> int:
         from .bench_gpu import gpu
         result = gpu(args)
     else:
-        result = {"schedule": schedule, "run": run}[args.command](args)
+        result = {"schedule": schedule, "run": run, "quality": quality}[args.command](args)
     if args.json:
         print(json.dumps(result))
     return 0

@@ -49,6 +49,7 @@ class Stats:
     bytes_moved: int
     peak_device_bytes: int
     link_busy_fraction: float
+    prompt_tokens_kept: int                 # whose keys and values were there from the request before: not prefilled
 
 
 @dataclass
@@ -127,6 +128,11 @@ def can_compile(device: torch.device) -> bool:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         print(f"note: torch.compile does not work here ({reason[0][:100]}); going on without it", file=sys.stderr)
         return False
+
+
+def in_common(a: list[int], b: list[int]) -> int:
+    """How many tokens two sequences have in common, from their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
@@ -216,6 +222,7 @@ class Engine:
     result: Generation | None = None        # of the last `stream` or `generate`, also if it was interrupted
     request = 0                             # how many have begun
     load_s = 0.0
+    passed: list[int] = []                  # the tokens whose keys and values are in the KV cache, from position 0
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
@@ -329,10 +336,15 @@ class Engine:
         c = self.config
         return Predictor.read(path, self.packed.fingerprint, c.num_hidden_layers, c.num_local_experts)
 
-    def _begin(self, tokens: int) -> None:
-        """A new request: a new history, fresh counts; the cache keeps what it holds."""
+    def _begin(self, tokens: int, kept: int = 0) -> None:
+        """A new request, `tokens` to prefill after `kept` of the one before: fresh counts; the cache keeps its experts.
+
+        The history goes on where all of the one before is kept, and is a new one otherwise.
+        """
         c = self.config
-        self.history = History(c.num_hidden_layers, c.num_local_experts)
+        if not 0 < kept == len(self.passed):
+            self.history = History(c.num_hidden_layers, c.num_local_experts)
+        self.passed = self.passed[:kept]    # what follows will be overwritten
         forecast = Forecast(self.history, self.predictor, c.num_experts_per_tok)
         self.cache.counts, self.cache.decoding = Counts(), False
         self.cache.lane.busy = 0.0
@@ -381,10 +393,11 @@ class Engine:
 
     @torch.inference_mode()
     def stream(self, prompt: str | list[int], *, max_new_tokens: int = 128, temperature: float = 0.8,
-               top_k: int | None = None, top_p: float = 0.95, seed: int = 0) -> Iterator[str]:
+               top_k: int | None = None, top_p: float = 0.95, seed: int = 0, resume: bool = False) -> Iterator[str]:
         """Yields pieces of text as they are certain; `engine.result` is the `Generation` so far, also if interrupted.
 
         Text gets BOS, ids are taken as they are. Stops at EOS, at `max_new_tokens`, or where the context is full.
+        With `resume` the prompt, a whole conversation, is prefilled only from where it differs from the request before.
         Raises `UserError` for a bad prompt or option.
         """
         self.result, self.request = None, self.request + 1
@@ -395,8 +408,9 @@ class Engine:
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         ids = self._check_ids(prompt_ids, self.context - 1)
         n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
-        self._begin(n)
-        out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", 0
+        kept = in_common(self.passed, prompt_ids[:-1]) if resume else 0     # (one token at least must pass)
+        self._begin(n - kept, kept)
+        out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", kept
         began = first = last = time.perf_counter()
 
         def result() -> Generation:
@@ -405,10 +419,10 @@ class Engine:
             return Generation(text, out, n, reason, Stats(
                 self.load_s, first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
                 counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
-                min(1.0, self.cache.lane.busy / wall)))
+                min(1.0, self.cache.lane.busy / wall), kept))
 
         try:
-            logits = self.model.head(self._prefill(ids, 0)[-1:])[0].float()
+            logits = self.model.head(self._prefill(ids[kept:], kept)[-1:])[0].float()
             position = n
             self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()    # what prefill left is decode's
             while True:

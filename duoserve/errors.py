@@ -41,6 +41,11 @@ def human(n: float) -> str:
     return f"{n:.3g} TB"
 
 
+def count(n: float) -> str:
+    """A number of things, or of things a second, as a person reads it."""
+    return f"{n:.2g}" if n < 10 else f"{n:,.0f}"
+
+
 def check_device(device):
     """`--device` -> torch.device; by default a GPU if there is one."""
     asked = device or "cuda"

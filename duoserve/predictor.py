@@ -163,9 +163,15 @@ def mean_recall(scores: np.ndarray, chosen: np.ndarray, top_k: int) -> np.ndarra
     return np.take_along_axis(chosen, best, -1).mean((0, 2))
 
 
-def train_nets(x: np.ndarray, y: np.ndarray, seed: int = 0, epochs: int = 12) -> dict[str, tuple[np.ndarray, ...]]:
-    """Votes and an MLP a layer for each net, all layers at once: x [samples, layers, features], y [.., experts]."""
-    weights, experts = {}, y.shape[-1]
+def train_nets(x: np.ndarray, y: np.ndarray, seed: int = 0, epochs: int = 12,
+               progress=None) -> dict[str, tuple[np.ndarray, ...]]:
+    """Votes and an MLP a layer for each net, all layers at once: x [samples, layers, features], y [.., experts].
+
+    `progress(total, label)` makes a progress display; it counts steps.
+    """
+    weights, experts, batch = {}, y.shape[-1], 256
+    steps = max(400, epochs * len(x) // batch)
+    bar = progress(len(NETS) * steps, "training steps") if progress else None
     targets = torch.from_numpy(np.ascontiguousarray(y.swapaxes(0, 1)))
     for net, groups in NETS.items():
         first = GROUPS.index(groups[0]) * experts
@@ -179,8 +185,7 @@ def train_nets(x: np.ndarray, y: np.ndarray, seed: int = 0, epochs: int = 12) ->
         b1, b2 = torch.zeros(layers, 1, HIDDEN), torch.full((layers, 1, experts), -1.0)
         for p in (votes, w1, b1, w2, b2):
             p.requires_grad_()
-        batch, rates = 256, (8e-3, 8e-2)
-        steps = max(400, epochs * samples // batch)
+        rates = 8e-3, 8e-2
         # The MLP is held back the more, the less there is to learn from; the votes are few enough to go free.
         optimizer = torch.optim.AdamW([{"params": [w1, w2, b1, b2], "weight_decay": min(10, 2000 / samples)},
                                        {"params": [votes], "weight_decay": 0.0}])
@@ -195,8 +200,12 @@ def train_nets(x: np.ndarray, y: np.ndarray, seed: int = 0, epochs: int = 12) ->
             loss.backward()
             optimizer.step()
             schedule.step()
+            if bar:
+                bar.add(1)
         with torch.no_grad():               # fold the normalisation into the weights
             w1 = w1 / std.transpose(1, 2)
             b1 = b1 - mean @ w1
             weights[net] = tuple(w.detach().numpy() for w in (votes / scale, w1, b1[:, 0], w2, b2[:, 0]))
+    if bar:
+        bar.close()
     return weights

@@ -18,6 +18,7 @@ from .trace import History
 
 RING = 4                                    # slots that prefill streams through; the others keep what decode will want
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time
+HORIZON = 4                                 # layers that prefill looks ahead
 PATIENCE = 0.6                              # what an expert in a slot is worth if its use is a token away
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
@@ -137,7 +138,8 @@ class PrefillScheduler(ExpertScheduler):
         cache = self.cache
         ring = min(RING, len(cache.slots))
         self.ahead = [key for key in self.ahead if key not in self.passed]
-        for key in self.order[self.layer * self.experts_a_layer:]:
+        here = self.layer * self.experts_a_layer                    # (a few layers on is far enough: the ring is small)
+        for key in self.order[here:here + HORIZON * self.experts_a_layer]:
             if len(self.ahead) >= ring:
                 break
             if key in self.passed or key in self.ahead or cache.resident(key):

@@ -1,5 +1,6 @@
-"""Text to tokens and back: sentencepiece, and detokenisation that streams without splitting a character."""
+"""Text to tokens and back: sentencepiece, the instruct template, detokenisation that streams whole characters."""
 
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -7,6 +8,7 @@ import sentencepiece
 from .errors import UserError
 
 MARK = "\u2581"                             # sentencepiece's visible space
+TEMPLATED = re.compile(r"\s*(?:<s>)?\s*\[INST\] ?((?:(?!\[/?INST\]).)*?) ?\[/INST\]\s*", re.S)
 
 
 class Tokenizer:
@@ -22,6 +24,8 @@ class Tokenizer:
         except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines
             raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
         self.bos, self.eos = bos, set(eos)
+        self.end = list(eos[:1])            # what stands after an answer in a conversation
+        self.inst = [self.sp.piece_to_id(piece) for piece in ("[INST]", "[/INST]")]
 
     def __len__(self) -> int:
         return self.sp.vocab_size()
@@ -32,6 +36,23 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise UserError("the prompt is not text: it holds bytes that are not UTF-8") from None
         return [self.bos, *self.sp.encode(text)]
+
+    def chat(self, message: str, before: list[int] | tuple = ()) -> list[int]:
+        """A user's message in the instruct models' template, after the conversation `before` it; closes its answer.
+
+        As mistral-common defines it: tokenizers with control tokens for it (v3: Mixtral-8x22B-Instruct) read
+        `<s>[INST] hello[/INST] answer</s>[INST] ..`; those without (v1: Mixtral-8x7B-Instruct) `[INST] hello [/INST]`,
+        as text. A message that stands in the template already is taken out of it; `UserError` for several of them.
+        """
+        message = match[1] if (match := TEMPLATED.fullmatch(message)) else message
+        if message.lstrip().startswith(("<s>", "[INST]")):
+            raise UserError("the message is in the [INST] template already, and --chat adds it: give the bare message")
+        begin, end = self.inst
+        if self.sp.is_control(begin) and self.sp.is_control(end):
+            turn = [begin, *self.encode(message)[1:], end]
+        else:
+            turn = self.encode(f"[INST] {message} [/INST]")[1:]
+        return [*before, *self.end, *turn] if before else [self.bos, *turn]
 
     def decode(self, ids: list[int]) -> str:
         """New tokens as the text that follows a prompt: a leading space is kept."""

@@ -32,12 +32,13 @@ SHAPES: dict[str, dict] = {
 
 
 @cache
-def tokenizer_model() -> bytes:
-    """A sentencepiece BPE of 320 pieces: unk, bos, eos, the 256 bytes, and what the text offers."""
+def tokenizer_model(*control: str) -> bytes:
+    """A sentencepiece BPE of 320 pieces: unk, bos, eos, `control` symbols, the 256 bytes, and what the text offers."""
     out = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT]), model_writer=out, model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        control_symbols=list(control))
     return out.getvalue()
 
 

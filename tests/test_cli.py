@@ -1,12 +1,17 @@
 """The programs as their users see them: what goes to which stream, the contracts of --json, every mistake in one line."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +26,7 @@ from duoserve import bench
 from duoserve.errors import run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor
+from duoserve.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main}
@@ -83,6 +89,25 @@ def test_without_json_the_continuation_is_alone_on_standard_output(ask):
     assert (status, out) == (0, text + "\n")
     closing = err.strip().splitlines()[-1]
     assert "6 tokens" in closing and "length" in closing and text not in err
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--simulate-link", "1MB/s", "--cache-experts", 4), r"busy (8|9|10)\d* % of the time: more --gpu-memory is what would help"),
+    (("--simulate-link", "1MB/s", "--policy", "on-demand"), r"busy (8|9|10)\d* % of the time: --policy duo is what would help"),
+    (("--simulate-link", "1MB/s", "--cache-experts", 24), r"busy \d+ % of the time, .*first time: all fit"),
+    (("--simulate-link", "900GB/s"), r"busy [0-4]?\d % of the time: computing set the speed"),
+    ((), "no link to wait for here: computing set the speed")], ids=("slow", "keeps nothing", "all fit", "fast", "none"))
+def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
+    assert re.search(words, ask("--prompt", "the quick", *options)[2])
+
+
+def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
+    """And where nothing had to cross it."""
+    stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache")
+    config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
+    say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes), config)
+    assert say() == "the link was busy 65 % of the time, computing took the rest: more --gpu-memory would help some"
+    assert "computing set the speed, not the link" in say(bytes_moved=0, link_busy_fraction=0)
 
 
 def test_the_same_command_gives_the_same_text(ask):
@@ -286,6 +311,18 @@ def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
     assert status == 0 and "predictor" not in err
 
 
+def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, monkeypatch):
+    """With rate and time left, in one line that is wiped; and nothing of it where standard error is no terminal."""
+    clock = (i / 16 for i in count())
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    run = ("train", traces, "--model", tiny, "--out", tmp_path / "p")
+    assert cli(*run)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    shown = cli(*run)[2]
+    assert shown.startswith("\rtraining steps: 32 of 1,200, 16/s, 1:13 left") and "\n" not in shown
+    assert shown.endswith("0:00 left\033[K\r\033[K")
+
+
 def spoil(path: Path, **changes) -> None:
     """Rewrite a safetensors file with other metadata."""
     with safe_open(path, "pt") as file:
@@ -411,8 +448,44 @@ def test_bench_run(cli, tiny):
     assert all(r["tpot_s"] > 0 and r["ttft_s"] > 0 and 0 < r["link_busy_fraction"] <= 1 for r in result["rows"])
 
 
+def test_bench_quality(cli, tiny, tmp_path):
+    """Against the definition, written out: each token's bits given those before it in its window, over the bytes."""
+    text = "the quick brown fox jumps over the lazy dog, café " * 5
+    (tmp_path / "t").write_bytes(b"\xef\xbb\xbf" + text.encode())        # (a byte order mark is no text)
+    run = ("bench", "quality", tmp_path / "t", "--model", tiny, "--device", "cpu", "--context", 32)
+    status, out, err = cli(*run, "--json")
+    got = json.loads(out)
+    model, source = build(tiny)
+    ids = Tokenizer(tiny / "tokenizer.model", 1, (2,)).sp.encode(text)
+    bits = 0.0
+    for start in range(0, len(ids), 32):
+        window = ids[start:start + 32]
+        p = logits_of(model, source, [1, *window])[:-1].double().softmax(-1)
+        bits -= sum(math.log2(p[i, token]) for i, token in enumerate(window))
+    assert status == 0 and len(ids) % 32
+    assert got == {"bits_per_byte": pytest.approx(bits / len(text.encode()), rel=1e-4),
+                   "perplexity": pytest.approx(2 ** (bits / len(ids)), rel=1e-4), "tokens": len(ids),
+                   "bytes": len(text.encode()), "windows": -(-len(ids) // 32), "context": 32}
+    assert "are few" in err
+    status, out, err = cli(*run)
+    assert status == 0 and out.startswith(f"{got['bits_per_byte']:.4f} bits per byte, perplexity {got['perplexity']:.3f} per token")
+    assert json.loads(cli(*run[:-2], "--json")[1])["context"] == 256       # what the model takes
+
+
+@pytest.mark.parametrize("data, word", [
+    (None, "cannot be read"), (b"", "empty"), (b" \n ", "empty"), (b"\x7fELF\x02\x00\x00", "UTF-8"), (b"caf\xe9 " * 99, "UTF-8"),
+    (b"the fox", "too short"), (b"the fox " * 99, "--context")])
+def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
+    path = tmp_path / "text"
+    if data is not None:
+        path.write_bytes(data)
+    status, out, err = cli("bench", "quality", path, "--model", tiny, "--device", "cpu", "--context", 1)
+    assert (status, out) == (2, "")
+    a_line(err, word, *[path] * (word != "--context"))
+
+
 @pytest.mark.parametrize("arguments, name", [
-    (["schedule", "TRACES", "--policies", "nope"], "nope"),
+    (["quality"], "FILE"), (["schedule", "TRACES", "--policies", "nope"], "nope"),
     (["schedule", "TRACES", "--cache-experts", "1"], "--cache-experts"),
     (["schedule", "TRACES", "--attention-ms", "-1"], "--attention-ms"),
     (["schedule", "TRACES", "--expert-transfer-ms", "0"], "--expert-transfer-ms"),

@@ -470,22 +470,36 @@ def test_any_bytes_stream_to_what_they_decode_to(tokenizer):
 # Memory
 
 
-def test_thirty_requests_leave_nothing_behind(tiny):
-    engine = load(tiny, cache_experts=5)
+def held() -> tuple[int, int, int]:
+    """How many tensors there are, their bytes, and those of all that Python has allocated since it is traced."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return len(tensors), sum(tensor.nbytes for tensor in tensors), tracemalloc.get_traced_memory()[0]
+
+
+def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_path):
+    engine = load(packed(tmp_path, seed=7, num_hidden_layers=1, hidden_size=32, intermediate_size=32,
+                         num_attention_heads=2, max_position_embeddings=640, eos_token_id=[]), cache_experts=5)
 
     def ask(n):
         for seed in range(n):
-            engine.generate(SHORT, max_new_tokens=2, seed=seed)
-        gc.collect()
-        return tracemalloc.get_traced_memory()[0]
+            engine.generate(SHORT, max_new_tokens=2, seed=seed, resume=seed % 2)
+        return held()
 
     ask(5)
     tracemalloc.start()
     try:
-        first, then = ask(2), ask(30)
+        first, then, midway = ask(5), ask(200), []
+        for _ in engine.stream(SHORT, max_new_tokens=600, seed=1):
+            if engine.history.tokens[0] >= 250 * (len(midway) + 1):
+                midway.append(held())
+        assert len(engine.result.token_ids) == 600
+        last = ask(2)
     finally:
         tracemalloc.stop()
-    assert then - first < 20_000
+    assert first[:2] == then[:2] == last[:2] and midway[0][:2] == midway[1][:2]
+    assert then[2] - first[2] < 50_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
+    assert midway[1][2] - midway[0][2] < 250 * 100      # the text and the ids of the answer itself
     assert len(engine.cache.where) <= 5 and at_rest(engine.cache)
 
 

@@ -36,19 +36,22 @@ Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]            # packed nam
 
 
 class Progress:
-    """One rewritten line on standard error, where that is a terminal and the work takes more than two seconds."""
+    """One rewritten line on standard error, where that is a terminal and the work takes more than two seconds.
 
-    def __init__(self, total: int, label: str, shown: bool = True):
-        self.total, self.label, self.done, self.start = total, label, 0, time.monotonic()
+    It counts bytes, unless `write` says how to write down something else.
+    """
+
+    def __init__(self, total: int, label: str, shown: bool = True, write=human):
+        self.total, self.label, self.done, self.start, self.write = total, label, 0, time.monotonic(), write
         self.shown, self.next, self.lock = shown and sys.stderr.isatty(), self.start + 2, threading.Lock()
 
-    def add(self, nbytes: int) -> None:
+    def add(self, n: int) -> None:
         with self.lock:                                             # loading adds from several threads
-            self.done, now = self.done + nbytes, time.monotonic()
+            self.done, now = self.done + n, time.monotonic()
             if self.shown and now >= self.next and self.done:
                 rate = self.done / (now - self.start)
                 minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
-                print(f"\r{self.label}: {human(self.done)} of {human(self.total)}, {human(rate)}/s, "
+                print(f"\r{self.label}: {self.write(self.done)} of {self.write(self.total)}, {self.write(rate)}/s, "
                       f"{minutes}:{seconds:02d} left\033[K", end="", file=sys.stderr, flush=True)
                 self.next = now + 0.2
 

@@ -41,7 +41,7 @@ def test_it_has_a_predictor_of_its_own(engine):
 def test_it_has_learned_to_read(engine):
     ids = engine.tokenizer.encode(UNSEEN)
     nll = F.cross_entropy(engine.logits(ids)[:-1], torch.tensor(ids[1:]), reduction="sum").item()
-    assert nll / math.log(2) / len(UNSEEN.encode()) < 1.9
+    assert nll / math.log(2) / len(UNSEEN.encode()) < 1.6
 
 
 def test_it_writes_the_same_whatever_the_policy(engine):
@@ -57,7 +57,7 @@ def test_what_the_readme_says_of_the_schedule(engine, transfer_ms, near):
     """On recorded routing of prompts by authors the demo never saw, at Mixtral-8x7B's costs."""
     traces = read_traces(Path(__file__).with_name("traces"), engine.packed.fingerprint)[::3]
     costs = Costs(0.3, 0.15, transfer_ms, 12, 0.0, None, None)
-    for slots, over_on_demand, over_belady in ((5, 1.1, 1.45), (12, 1.35, 1.45), (24, 2.0, 1.75), (29, 2.0, 1.75)):
+    for slots, over_on_demand, over_belady in ((9, 1.1, 1.45), (22, 1.35, 1.45), (44, 2.0, 1.75), (53, 2.0, 1.75)):
         rows = {policy: row(traces, 2, policy, slots, costs, engine.predictor) for policy in POLICIES}
         duo, ideal = rows.pop("duo"), belady(traces, 2, slots)
         assert duo["tpot_ms"] < min(r["tpot_ms"] for r in rows.values())
@@ -65,7 +65,7 @@ def test_what_the_readme_says_of_the_schedule(engine, transfer_ms, near):
         assert duo["tpot_ms"] < near * duo["floor_ms"]
         assert duo["needed_transfers_per_token"] < over_belady * ideal
         assert duo["moved_transfers_per_token"] < 1.25 * duo["needed_transfers_per_token"]
-        assert duo["ttft_ms"] < 1.05 * 48 * transfer_ms
+        assert duo["ttft_ms"] < 1.05 * 88 * transfer_ms
 
 
 @pytest.fixture(scope="module")

@@ -306,7 +306,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens a sequence; twice that in the last quarter")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices that Muon trains")
+    parser.add_argument("--weight-decay", type=float, default=1.0, help="of the matrices that Muon trains")
     parser.add_argument("--eval-every", type=float, default=10, metavar="MINUTES", help="save and measure this often")
     parser.add_argument("--compile", action="store_true", help="fuse the experts' activation (needs Triton)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

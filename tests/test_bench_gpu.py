@@ -1,0 +1,72 @@
+"""`bench gpu`, at the size that runs anywhere: its rows say what happened, and what cannot be measured is refused."""
+
+import json
+
+import pytest
+import torch
+
+from duoserve import bench, bench_gpu
+from duoserve.policies import POLICIES
+
+TINY = ("--shape", "tiny", "--device", "cpu", "--prompts", "16", "64", "70", "--new-tokens", "6", "--rounds", "1",
+        "--simulate-link", "1GB/s", "--json")
+
+
+@pytest.fixture
+def gpu(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["bench", "gpu", *map(str, arguments)])
+        bench.main()
+        return json.loads(capsys.readouterr().out)
+    return run
+
+
+def test_every_policy_at_two_sizes_and_then_all_resident(gpu, tmp_path):
+    result = gpu(*TINY, "--gpu-memory", "160%", "140%", "--append", tmp_path / "rows.jsonl")
+    first, *rows, resident = result["rows"]
+    assert first["link_GB_s"] == 1.0 and [r["policy"] for r in rows] == [*POLICIES] * 2 and resident["policy"] == "resident"
+    assert rows[0]["cache_experts"] < rows[-1]["cache_experts"] < resident["cache_experts"] == 48
+    for r in rows:
+        assert r["hits"] + r["prefetched_used"] + r["misses"] == 5 * 6 * 2          # steps x layers x top_k
+        assert r["needed_per_token"] == (r["prefetched_used"] + r["misses"]) / 5
+        assert r["prefill_experts"]["64"] > 40 and r["tpot_floor_ms"] > 0 and r["ttft_ms"]["70"] > 0
+    assert resident["needed_per_token"] == 0
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("policy") for line in lines] == [r.get("policy") for r in result["rows"]]
+
+
+def test_a_policy_that_computes_something_else_is_found_out(gpu, monkeypatch):
+    engine = bench_gpu.build
+
+    def broken(*arguments, **options):
+        built = engine(*arguments, **options)
+        ready = built.source.ready
+
+        def another_slot(layer, routing):
+            for e, slot in ready(layer, routing):
+                yield e, slot ^ (built.policy == "lru" and built.cache.decoding)
+        built.source.ready = another_slot
+        return built
+    monkeypatch.setattr(bench_gpu, "build", broken)
+    with pytest.raises(bench_gpu.UserError, match="different tokens"):
+        gpu(*TINY, "--gpu-memory", "160%", "--policies", "duo", "lru", "--no-resident", "--no-predictor")
+
+
+def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
+    config = bench_gpu.SHAPES["tiny"]
+    for persistence, recall in ((0.36, 0.8), (0.7, 0.5)):
+        trace, = bench.synthetic_traces(config, persistence, recall, 1, 2, 1500)
+        top, ahead = torch.from_numpy(trace.top(2).copy()), torch.from_numpy(trace.lookahead).topk(2).indices
+        again = (top[1:, :, :, None] == top[:-1, :, None]).any(-1).float().mean()
+        right = (top[:, :, :, None] == ahead[:, :, None]).any(-1).float().mean()
+        assert abs(again - persistence) < 0.02 and abs(right - recall) < 0.02
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("--shape", "mixtral-7x8b"), "mixtral-8x22b"), (("--shape", "mixtral-8x7b", "--device", "cpu"), "--shape tiny"),
+    (("--shape", "tiny", "--device", "cpu", "--policies", "best"), "--policies best"),
+    (("--shape", "tiny", "--device", "cpu", "--persistence", "2"), "from 0 to 1"),
+    (("--shape", "tiny", "--device", "cpu", "--gpu-memory", "1%"), "least that works")])
+def test_mistakes(gpu, arguments, words):
+    with pytest.raises(bench_gpu.UserError, match=words):
+        gpu(*arguments)

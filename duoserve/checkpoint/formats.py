@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..packed import Header
 from ..quant import pack, quantize
 
-BLOCK = 16 * 2**20              # weights packed or unpacked at a time: each fp32 temporary stays below 64 MB
+BLOCK = 2 * 2**20               # weights packed or unpacked at a time: fp32 temporaries of 8 MB, which malloc keeps for the next
 SAMPLE = 2**16                  # bytes of each source tensor that its fingerprint hashes
 FLOATS = torch.float16, torch.bfloat16, torch.float32
 
@@ -120,9 +120,7 @@ class HuggingFaceSource:
         return digest.hexdigest()[:16]
 
     def _load(self, name: str) -> Tensor:
-        header = self.where[name]
-        with open(header.path, "rb") as file:
-            return header.read(name, file)
+        return self.where[name].read(name)
 
     def _read(self, name: str) -> tuple[Tensor, str]:
         """A tensor by Hugging Face's name, and what to call it in a complaint."""
@@ -138,7 +136,7 @@ class HuggingFaceSource:
         """A tensor that stays in 16 bits."""
         tensor, called = self._read(name)
         tensor = tensor.to(self.dtype(name))
-        if not tensor.isfinite().all():
+        if not all(block.isfinite().all() for block in tensor.view(-1).split(BLOCK)):
             raise UserError(f"{called} holds numbers that are infinite, NaN or beyond float16")
         return tensor
 

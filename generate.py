@@ -29,6 +29,8 @@ def parse_args():
     add("--gpu-memory", metavar="SIZE|PERCENT",
         help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top")
     add("--cache-experts", type=int, metavar="N", help="slots for experts, instead of by memory")
+    add("--host-memory", metavar="SIZE|PERCENT",
+        help="keep the most used experts in this much of it and read the others from the disk (default: keep all)")
     add("--policy", default="duo", help="duo, on-demand, layer-prefetch, cache, lru or activation")
     add("--predictor", metavar="FILE|none")
     add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s")
@@ -66,7 +68,8 @@ def closing_line(result) -> str:
     uses = s.hits + s.prefetched_used + s.misses
     found = f", {100 * (s.hits + s.prefetched_used) / uses:.0f} % of experts were there in time" if uses else ""
     link = f", link busy {100 * s.link_busy_fraction:.0f} %" if s.link_busy_fraction else ""
-    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}); first after {s.ttft_s:.2f} s{speed}{found}; "
+    first = "" if s.ttft_s is None else f"; first after {s.ttft_s:.2f} s"
+    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}){first}{speed}{found}; "
             f"{s.cache_experts} slots, {human(s.peak_device_bytes)} at peak{link}]")
 
 
@@ -88,7 +91,7 @@ def main() -> int:
         args.context = needed_context(directory, prompt, args.max_new_tokens)
     engine = Engine.from_pretrained(
         directory, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
-        gpu_memory=args.gpu_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
+        gpu_memory=args.gpu_memory, host_memory=args.host_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
         compile=args.compile, progress=Progress)
     if args.trace_dir:
         c = engine.config

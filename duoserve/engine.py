@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
-from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_rate
+from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount, parse_rate
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .model import EXPERT_ROWS, Expert, Mixtral, Routing
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
 from .quant import UNPACK, PackedLinear
-from .store import ExpertStore
+from .store import ExpertStore, choose_kept
 from .tokenizer import TextStream, Tokenizer
 from .trace import History, TraceRecorder
 
@@ -35,7 +35,7 @@ class Stats:
     """One request's numbers. Seconds and bytes; the accesses are those of decode (`cache.Counts`)."""
 
     load_s: float
-    ttft_s: float
+    ttft_s: float | None                    # None if interrupted before
     tpot_s: float | None                    # None for a single token
     policy: str
     cache_experts: int
@@ -196,12 +196,14 @@ class Engine:
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
                         dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
-                        gpu_memory: int | str | None = None, context: int | None = None,
-                        predictor: str | Path | None = None, simulate_link: float | str | None = None,
-                        compile: bool | None = None, progress=None) -> "Engine":
+                        gpu_memory: int | str | None = None, host_memory: int | str | None = None,
+                        context: int | None = None, predictor: str | Path | None = None,
+                        simulate_link: float | str | None = None, compile: bool | None = None,
+                        progress=None) -> "Engine":
         """Load a packed directory, or a Hugging Face one (converted once, into `weights/`).
 
-        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `context`: prompt and new tokens, at most the model's;
+        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `host_memory`: likewise, for the experts used most, the
+        others being read from the disk (None: all are kept); `context`: prompt and new tokens, at most the model's;
         `predictor`: a file, 'none', or None for the model's own; `simulate_link`: bytes a second, or '25GB/s';
         `progress(total, label)`: makes a progress display. Raises `UserError` for whatever a user can mend.
         """
@@ -243,6 +245,11 @@ class Engine:
         if simulate_link is not None and not 0 < simulate_link < 1e15:
             raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
 
+        if host_memory is not None:
+            host_memory = parse_amount(host_memory, packed.nbytes, "--host-memory")
+        kept = choose_kept(packed, host_memory, engine.predictor and engine.predictor.popularity(),
+                           engine.plan.total if device.type == "cpu" else 0)
+
         # All that the device will hold, taken once, the largest first.
         experts = torch.empty(engine.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
         engine.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, engine.context, c.head_dim, dtype=dtype,
@@ -259,8 +266,8 @@ class Engine:
         engine.model.requires_grad_(False)
         for slot, block in zip(slots, experts):
             packed.layout.bind(slot, block)
-        bar = progress(total * packed.layout.nbytes, "loading") if progress else None
-        engine.store = ExpertStore(packed, pin=device.type == "cuda", progress=bar)
+        bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None
+        engine.store = ExpertStore(packed, kept, pin=device.type == "cuda", progress=bar)
         if bar:
             bar.close()
         chunk = chunk_size(packed.layout.nbytes)
@@ -346,13 +353,14 @@ class Engine:
         n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
         self._begin(n)
         out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", 0
-        began = first = last = time.perf_counter()
+        began = last = time.perf_counter()
+        first = None
 
         def result() -> Generation:
-            wall, counts = max(last - began, first - began, 1e-9), self.cache.counts
+            wall, counts = max(last - began, (first or began) - began, 1e-9), self.cache.counts
             tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
             return Generation(text, out, n, reason, Stats(
-                self.load_s, first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
+                self.load_s, first and first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
                 counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
                 min(1.0, self.cache.lane.busy / wall)))
 

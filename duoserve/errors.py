@@ -32,6 +32,23 @@ def parse_rate(text: str, flag: str = "rate") -> int:
     return parse_size(text.strip().removesuffix("/s"), flag)
 
 
+def parse_amount(amount: int | str, whole: int, flag: str) -> int:
+    """A size, or a percentage of `whole` (which is the packed model) -> bytes."""
+    if not isinstance(amount, str):
+        if not 0 < amount < 1e18:
+            raise UserError(f"{flag} {amount}: not a size")
+        return int(amount)
+    if not amount.strip().endswith("%"):
+        return parse_size(amount, flag)
+    try:
+        share = float(amount.strip()[:-1])
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1e6:
+        raise UserError(f"{flag} {amount}: not a percentage; write it like 15%")
+    return int(whole * share / 100)
+
+
 def human(n: float) -> str:
     """Bytes as a person reads them: decimal units, as disks and links are sold."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -76,15 +93,7 @@ def check_budget(gpu_memory: int | str | None, model_bytes: int, device, cache_e
             return None
         import torch
         return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
-    if isinstance(gpu_memory, str) and gpu_memory.strip().endswith("%"):
-        try:
-            share = float(gpu_memory.strip()[:-1])
-        except ValueError:
-            share = -1.0
-        if not 0 < share < 1e6:
-            raise UserError(f"--gpu-memory {gpu_memory}: not a percentage; write it like 15%")
-        return int(model_bytes * share / 100)
-    return parse_size(gpu_memory, "--gpu-memory") if isinstance(gpu_memory, str) else int(gpu_memory)
+    return parse_amount(gpu_memory, model_bytes, "--gpu-memory")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:

@@ -298,6 +298,7 @@ def run(args) -> dict:
     check_range("--rounds", args.rounds, 1, 1000)
     check_range("--max-new-tokens", args.max_new_tokens, 2, 1e6)
     engine = Engine.from_pretrained(args.model, device=args.device, gpu_memory=args.gpu_memory,
+                                    host_memory=args.host_memory,
                                     cache_experts=args.cache_experts[0] if args.cache_experts else None,
                                     predictor=args.predictor, simulate_link=args.simulate_link)
     rounds: list[dict] = []
@@ -362,6 +363,7 @@ def main() -> int:
             add("--max-new-tokens", type=int, default=64)
             add("--rounds", type=int, default=3)
             add("--device")
+            add("--host-memory", metavar="SIZE|PERCENT")
             add("--simulate-link", metavar="SIZE/s")
     args = parser.parse_args()
     result = {"schedule": schedule, "run": run}[args.command](args)

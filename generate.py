@@ -45,6 +45,8 @@ def read_prompt(args) -> str:
     if args.prompt is not None:
         return args.prompt
     try:
+        if args.prompt_file == "-" and sys.stdin is None:
+            raise UserError("--prompt-file -: standard input is closed")
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
         return data.decode()
     except OSError as error:
@@ -54,11 +56,14 @@ def read_prompt(args) -> str:
 
 
 def needed_context(directory: Path, prompt: str, new_tokens: int) -> int:
-    """Prompt and new tokens, as far as the model goes: what the KV cache has to hold."""
+    """Prompt and new tokens, as far as the model goes: what the KV cache has to hold. `UserError` if it cannot be."""
     from duoserve.config import MixtralConfig
     from duoserve.tokenizer import Tokenizer
     c = MixtralConfig.read(directory)
     tokens = len(Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids).encode(prompt))
+    if tokens >= c.max_position_embeddings:     # said here, before gigabytes are loaded
+        raise UserError(f"the prompt has {tokens} tokens; shorten it (--context is {c.max_position_embeddings} at most, "
+                        "and an answer needs one)")
     return min(c.max_position_embeddings, max(2, tokens + new_tokens))
 
 
@@ -74,9 +79,12 @@ def closing_line(result) -> str:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")    # a terminal that knows no UTF-8 still shows the rest
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")    # a terminal that knows no UTF-8 still shows the rest
     args = parse_args()
     prompt = read_prompt(args)
+    if not prompt.strip():                      # before gigabytes are loaded
+        raise UserError("the prompt is empty; give some text")
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
     from duoserve.engine import Engine
@@ -91,8 +99,8 @@ def main() -> int:
         args.context = needed_context(directory, prompt, args.max_new_tokens)
     engine = Engine.from_pretrained(
         directory, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
-        gpu_memory=args.gpu_memory, host_memory=args.host_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
-        compile=args.compile, progress=Progress)
+        gpu_memory=args.gpu_memory, host_memory=args.host_memory, context=args.context, predictor=args.predictor,
+        simulate_link=args.simulate_link, compile=args.compile, progress=Progress)
     if args.trace_dir:
         c = engine.config
         engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)

@@ -202,8 +202,8 @@ class Engine:
                         progress=None) -> "Engine":
         """Load a packed directory, or a Hugging Face one (converted once, into `weights/`).
 
-        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `host_memory`: likewise, for the experts used most, the
-        others being read from the disk (None: all are kept); `context`: prompt and new tokens, at most the model's;
+        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `host_memory`: likewise, for the experts used most,
+        the others being read from the disk (None: all are kept); `context`: prompt and new tokens, at most the model's;
         `predictor`: a file, 'none', or None for the model's own; `simulate_link`: bytes a second, or '25GB/s';
         `progress(total, label)`: makes a progress display. Raises `UserError` for whatever a user can mend.
         """
@@ -234,19 +234,19 @@ class Engine:
             cache_experts = max(2, total // 4)
         compiled = (device.type == "cuda" if compile is None else compile) and can_compile(device)
         budget = check_budget(gpu_memory, packed.nbytes, device, cache_experts)
+        host_memory = None if host_memory is None else parse_amount(host_memory, packed.nbytes, "--host-memory")
         engine.plan = plan_memory(packed, dtype, engine.context, compiled, budget, cache_experts)
         if device.type == "cuda" and engine.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(f"--gpu-memory: {human(engine.plan.total)} are planned and {human(free)} are free on {device}; "
                             "ask for less (--gpu-memory, --cache-experts or --context)")
         engine.tokenizer = Tokenizer(packed.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
+        engine.tokenizer.check(c.vocab_size)
         engine.predictor = engine._load_predictor(predictor)
         if isinstance(simulate_link, str):
             simulate_link = parse_rate(simulate_link, "--simulate-link")
-        if simulate_link is not None and not 0 < simulate_link < 1e15:
+        if simulate_link is not None and not 1e3 <= simulate_link < 1e15:
             raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
 
-        if host_memory is not None:
-            host_memory = parse_amount(host_memory, packed.nbytes, "--host-memory")
         kept = choose_kept(packed, host_memory, engine.predictor and engine.predictor.popularity(),
                            engine.plan.total if device.type == "cpu" else 0)
 

@@ -19,17 +19,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_size(text: str, flag: str = "size") -> int:
+def parse_size(text: str, flag: str = "size", example: str = "4GiB or 500MB") -> int:
     """`4GiB`, `500MB`, `1.5G` or plain bytes -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] == "I" or not 0 < float(match[1]) < 1e18:
-        raise UserError(f"{flag}: '{text}' is not a size; write it like 4GiB, 500MB or 25GB/s")
+        raise UserError(f"{flag}: '{text}' cannot be; write it like {example}")
     return int(float(match[1]) * SIZES[match[2]])
 
 
 def parse_rate(text: str, flag: str = "rate") -> int:
     """`25GB/s` -> bytes a second."""
-    return parse_size(text.strip().removesuffix("/s"), flag)
+    return parse_size(text.strip().removesuffix("/s"), flag, "25GB/s")
 
 
 def parse_amount(amount: int | str, whole: int, flag: str) -> int:

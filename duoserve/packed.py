@@ -26,6 +26,7 @@ from .quant import ALIGN, ExpertLayout, group_size
 MANIFEST = "manifest.json"
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
           "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool}
+KINDS = {"16": (torch.float16, torch.bfloat16), "u8": (torch.uint8,), "f16": (torch.float16,)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 * 10**6    # bytes; the safetensors format's own limit
 CHUNK = 16 * 2**20              # bytes read or written at a time
@@ -87,8 +88,8 @@ class Header:
                     raise UserError(f"{path}: {name} is of type {code}, which is not read here; give the model in 16 "
                                     "bits, or in 4 by AWQ or GPTQ")
                 dtype = DTYPES[code]
-                if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-                    raise ValueError(f"{name} has a negative size")
+                if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                    raise ValueError(f"{name} has no sensible size")
                 if end - start != prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name}'s size does not match its shape")
                 if 8 + length + end > size:
@@ -162,8 +163,8 @@ def fingerprint(directory: Path, names: list[str]) -> str:
     """Hashes config, tokenizer and the headers (with their CRCs) of the tensor files: 16 hex digits."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.model"):
-        path = directory / name
-        digest.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+        with reading(directory / name) as file:
+            digest.update(hashlib.sha256(file.read()).digest())
     for name in names:
         digest.update(hashlib.sha256(Header(directory / name).raw).digest())
     return digest.hexdigest()[:16]
@@ -201,10 +202,10 @@ class PackedModel:
     def __init__(self, directory: str | Path):
         self.directory = directory = Path(directory)
         if not directory.is_dir():
-            raise UserError(f"{directory}: no such model directory")
+            raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
         path = directory / MANIFEST
         try:
-            self.manifest = json.loads(path.read_text())
+            self.manifest = json.loads(path.read_bytes())
             self.largest_group, version = self.manifest["group_size"], self.manifest["version"]
             self.fingerprint = self.manifest["fingerprint"]
         except FileNotFoundError:
@@ -229,24 +230,29 @@ class PackedModel:
                 raise UserError(f"{header.path}: holds no CRC table; convert the model again")
             self.crc |= {(name, tensor): crc for tensor, crc in zip(header.tensors, table)}
         self.shapes = resident_shapes(self.config, lambda columns, name: group_size(columns, self.largest_group, name))
-        for name in self.shapes:
-            self.locate(name, self.shapes[name][1])
+        for name, (kind, shape) in self.shapes.items():
+            self.locate(name, shape, KINDS[kind])
         for i in range(self.config.num_hidden_layers):
             for e in range(self.config.num_local_experts):
-                self.locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,))
+                self.locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,), KINDS["u8"])
         self.nbytes = sum(end - start for h in self.headers.values() for _, _, start, end in h.tensors.values())
 
-    def locate(self, name: str, shape=None) -> tuple[Header, str]:
-        """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003."""
+    def locate(self, name: str, shape=None, dtypes=()) -> tuple[Header, str]:
+        """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003.
+
+        `UserError` if it is not there, or not of the shape and one of the types that are given.
+        """
         file, inside = "outer.safetensors", name
         if name.startswith("layers."):
             _, i, inside = name.split(".", 2)
             file = f"layer-{int(i):03d}.safetensors"
         header = self.headers[file]
-        found = header.tensors.get(inside, (None, None))[1]
+        dtype, found, *_ = header.tensors.get(inside, (None, None))
         if found is None or (shape is not None and found != shape):
             raise UserError(f"{header.path}: {inside} {'is missing' if found is None else f'has shape {list(found)}'}, "
                             f"expected {list(shape or ())}; convert the model again")
+        if dtypes and dtype not in dtypes:
+            raise UserError(f"{header.path}: {inside} is {dtype}; convert the model again")
         return header, inside
 
     def check(self, header: Header, inside: str, crc: int) -> None:

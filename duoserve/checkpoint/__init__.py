@@ -28,6 +28,7 @@ from ..errors import Parser, UserError, human
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 from ..packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, reading, tensor_files
 from ..quant import ExpertLayout, dequantize, group_size as group_of
+from ..tokenizer import Tokenizer
 
 FIELDS = ("q", "scale", "zero")
 
@@ -97,7 +98,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
     """What `directory` holds, ready to be read; `UserError` says why it cannot be."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory")
+        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
     names = sorted(path.name for path in directory.iterdir())
     if MANIFEST in names:
         raise UserError(f"{directory}: is packed already; --to-hf turns it back")
@@ -122,6 +123,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
     if not tokenizer:
         only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)
         raise UserError(f"{directory}: no tokenizer.model; {only}copy the sentencepiece file of the same model there")
+    Tokenizer(directory / tokenizer, config.bos_token_id, config.eos_token_ids).check(config.vocab_size)
     return kind(directory, raw, config, directory / tokenizer, hugging_face(config))
 
 
@@ -323,7 +325,8 @@ def write_unpacked(path: Path, model: PackedModel, layer: int, parts: dict[str, 
             if matrix == "w13":
                 model.read_expert(layer, int(unit.removeprefix("experts.")), block)
             for name, *triple in [(*shapes,)] if matrix == "weight" else triples(views, matrix, shapes):
-                writer.write(name, unpacked(*triple) if triple else model.resident(prefix + part)[prefix + part].float())
+                plain = {} if triple else model.resident(prefix + part)
+                writer.write(name, unpacked(*triple) if triple else plain[prefix + part].float())
                 progress.add(4 * prod(shapes[name]))
         writer.close()
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import UserError
-from ..packed import Header
+from ..packed import Header, reading
 from ..quant import pack, quantize
 
-BLOCK = 2 * 2**20               # weights packed or unpacked at a time: fp32 temporaries of 8 MB, which malloc keeps for the next
+BLOCK = 2 * 2**20               # weights packed or unpacked at a time: fp32 temporaries of 8 MB, which malloc reuses
 SAMPLE = 2**16                  # bytes of each source tensor that its fingerprint hashes
 FLOATS = torch.float16, torch.bfloat16, torch.float32
 
@@ -110,10 +110,11 @@ class HuggingFaceSource:
         """Hashes config, tokenizer, headers, and a sample of every tensor: two fine-tunes differ in nothing else."""
         digest = hashlib.sha256()
         for path in (self.directory / self.described, self.tokenizer):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            with reading(path) as file:
+                digest.update(hashlib.sha256(file.read()).digest())
         for name, header in self.headers.items():
             digest.update(hashlib.sha256(header.raw + f"{name} {header.size}".encode()).digest())
-            with open(header.path, "rb") as file:
+            with reading(header.path) as file:
                 for _, _, start, end in header.tensors.values():
                     file.seek(max(start, (start + end - SAMPLE) // 2))
                     digest.update(file.read(min(SAMPLE, end - start)))

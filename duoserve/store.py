@@ -45,7 +45,7 @@ def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndar
         room = int(0.9 * (available - beside)) // 1000
         mend = (f"--host-memory {room // 1000}MB" if room >= 10**4 else f"--host-memory {max(1, room)}kB") + \
             " keeps what is used most there and reads the rest from the disk"
-        wanted = ("the model" if beside else "its experts") if host_memory is None else f"--host-memory {human(host_memory)}"
+        wanted = f"--host-memory {human(host_memory)}" if host_memory else "the model" if beside else "its experts"
         raise UserError(f"{model.directory}: {wanted} would take {human(need)} of host memory and {human(available)} "
                         f"are available; {mend if room > 0 else 'free some'}")
     return kept

@@ -35,6 +35,8 @@ def parse_args():
     add("--gpu-memory", metavar="SIZE|PERCENT",
         help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top")
     add("--cache-experts", type=int, metavar="N", help="slots for experts, instead of by memory")
+    add("--host-memory", metavar="SIZE|PERCENT",
+        help="keep the most used experts in this much of it and read the others from the disk (default: keep all)")
     add("--policy", default="duo", help="duo, on-demand, layer-prefetch, cache, lru or activation")
     add("--predictor", metavar="FILE|none")
     add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s")
@@ -56,6 +58,8 @@ def read_prompt(args) -> str | None:
     if args.prompt_file is None:
         return args.prompt
     try:
+        if args.prompt_file == "-" and sys.stdin is None:
+            raise UserError("--prompt-file -: standard input is closed")
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
         return data.decode()
     except OSError as error:
@@ -140,7 +144,8 @@ def closing_line(result, config) -> str:
     kept = f" ({s.prompt_tokens_kept} of {result.prompt_tokens} prompt tokens kept)" if s.prompt_tokens_kept else ""
     uses = s.hits + s.prefetched_used + s.misses
     found = f", {100 * (s.hits + s.prefetched_used) / uses:.0f} % of experts were there in time" if uses else ""
-    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}); first after {s.ttft_s:.2f} s{kept}{speed}"
+    first = "" if s.ttft_s is None else f"; first after {s.ttft_s:.2f} s"
+    return (f"[{len(result.token_ids)} tokens ({result.finish_reason}){first}{kept}{speed}"
             f"{found}; {s.cache_experts} slots, {human(s.peak_device_bytes)} at peak; {what_bounded(s, config)}]")
 
 
@@ -161,9 +166,12 @@ def what_bounded(s, config) -> str:
 
 
 def main() -> int:
-    sys.stdout.reconfigure(errors="replace")    # a terminal that knows no UTF-8 still shows the rest
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")    # a terminal that knows no UTF-8 still shows the rest
     args = parse_args()
     prompt = read_prompt(args)
+    if not (args.interactive or prompt.strip()):            # said before gigabytes are loaded
+        raise UserError("the prompt is empty; give some text")
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
     from duoserve.config import MixtralConfig
@@ -180,12 +188,15 @@ def main() -> int:
         c = MixtralConfig.read(directory)
         tokenizer = Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
         ids = extend(tokenizer, [], prompt, args.chat)
+        if len(ids) >= c.max_position_embeddings:
+            raise UserError(f"the prompt has {len(ids)} tokens; shorten it (--context is {c.max_position_embeddings} at "
+                            "most, and an answer needs one)")
         if args.context is None:            # what the KV cache has to hold, as far as the model goes
             args.context = min(c.max_position_embeddings, max(2, len(ids) + args.max_new_tokens))
     engine = Engine.from_pretrained(
         directory, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
-        gpu_memory=args.gpu_memory, context=args.context, predictor=args.predictor, simulate_link=args.simulate_link,
-        compile=args.compile, progress=Progress)
+        gpu_memory=args.gpu_memory, host_memory=args.host_memory, context=args.context, predictor=args.predictor,
+        simulate_link=args.simulate_link, compile=args.compile, progress=Progress)
     if args.trace_dir:
         c = engine.config
         engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)

@@ -312,6 +312,7 @@ def run(args) -> dict:
     check_range("--rounds", args.rounds, 1, 1000)
     check_range("--max-new-tokens", args.max_new_tokens, 2, 1e6)
     engine = Engine.from_pretrained(args.model, device=args.device, gpu_memory=args.gpu_memory,
+                                    host_memory=args.host_memory,
                                     cache_experts=args.cache_experts[0] if args.cache_experts else None,
                                     predictor=args.predictor, simulate_link=args.simulate_link)
     rounds: list[dict] = []
@@ -420,6 +421,7 @@ def main() -> int:
             add("--max-new-tokens", type=int, default=64)
             add("--rounds", type=int, default=3)
             add("--device")
+            add("--host-memory", metavar="SIZE|PERCENT")
             add("--simulate-link", metavar="SIZE/s")
     add = commands.add_parser("quality", description=QUALITY, help="bits per byte of a text of yours").add_argument
     add("file", metavar="FILE", help="UTF-8 text, some pages at least")

@@ -60,7 +60,7 @@ class RandomModel:
 
     def tokenizer(self):
         """No text, no end: every id is a token that says nothing."""
-        return SimpleNamespace(eos=(), sp=SimpleNamespace(vocab_size=lambda: 0))
+        return SimpleNamespace(eos=(), sp=SimpleNamespace(vocab_size=lambda: 0), check=lambda vocab_size: None)
 
     def _fill(self, name: str, tensor: torch.Tensor, columns: int) -> None:
         if tensor.dtype == torch.uint8:
@@ -123,7 +123,7 @@ class SyntheticExperts(StreamedExperts):
         if not self.cache.decoding:
             return super().begin_step(lookahead)
         if self.prefill_busy is None:       # what the lane had done when decode began
-            self.lane.room(0.0)             # (takes note of what has arrived)
+            self.lane.poll()
             self.prefill_busy, self.before = self.lane.busy, self._crossed()
         self.t += 1
         self.lane.read(lookahead[-1], self.cache.pump)              # its cost is real, its content is the trace's

@@ -71,6 +71,7 @@ class GPUExpertCache:
 
     def pump(self) -> None:
         """Send the chunks of speculation that are due."""
+        self.lane.poll()
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
             if transfer.slot < 0 and not self._take(transfer):

@@ -105,6 +105,9 @@ class MixtralConfig:
                             f"num_local_experts {config.num_local_experts}")
         if config.bos_token_id >= config.vocab_size:
             raise UserError(f"{name}: bos_token_id {config.bos_token_id} is outside vocab_size {config.vocab_size}")
+        if config.num_hidden_layers * config.num_local_experts > 2**16:
+            raise UserError(f"{name}: num_hidden_layers {config.num_hidden_layers} times num_local_experts "
+                            f"{config.num_local_experts} is more than is believed here")
         if config.head_dim % 2:
             raise UserError(f"{name}: head_dim {config.head_dim} is odd; RoPE turns pairs")
         return config

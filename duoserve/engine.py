@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
-from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_rate
+from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount, parse_rate
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .model import ATTENTION_ROWS, EXPERT_ROWS, Expert, Mixtral, Routing
 from .packed import PackedModel
@@ -25,7 +25,7 @@ from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
 from .quant import PackedLinear, part_rows
 from .step import DecodeStep
-from .store import ExpertStore
+from .store import ExpertStore, choose_kept
 from .tokenizer import TextStream
 from .trace import History, TraceRecorder
 
@@ -38,7 +38,7 @@ class Stats:
     """One request's numbers. Seconds and bytes; the accesses are those of decode (`cache.Counts`)."""
 
     load_s: float
-    ttft_s: float
+    ttft_s: float | None                    # None if interrupted before
     tpot_s: float | None                    # None for a single token
     policy: str
     cache_experts: int
@@ -136,15 +136,17 @@ def in_common(a: list[int], b: list[int]) -> int:
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> Tensor:
-    """logits [vocab] fp32 -> one token id, on the same device. Temperature 0 is greedy."""
+    """logits [vocab] fp32 -> one token id, on the same device; -1 if they are not finite. Temperature 0 is greedy."""
+    finite = logits.isfinite().all()
     if temperature == 0:
-        return logits.argmax()
+        return torch.where(finite, logits.argmax(), -1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
     ranked, ids = ((logits - logits.max()) / temperature).sort(descending=True)
     p = ranked.softmax(-1)
     p[p.cumsum(-1) - p >= top_p] = 0        # keep the smallest set that reaches top_p
-    return ids.gather(0, torch.multinomial(p, 1, generator=generator))
+    token = ids.gather(0, torch.multinomial(p.nan_to_num(1.0), 1, generator=generator))     # (NaN would end the process)
+    return torch.where(finite, token, -1)
 
 
 class StreamedExperts:
@@ -226,27 +228,28 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
-                        dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
-                        gpu_memory: int | str | None = None, context: int | None = None,
-                        predictor: str | Path | None = None, simulate_link: float | str | None = None,
-                        compile: bool | None = None, progress=None) -> "Engine":
-        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`).
-
-        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `context`: prompt and new tokens, at most the model's;
-        `predictor`: a file, 'none', or None for the model's own; `simulate_link`: bytes a second, or '25GB/s';
-        `progress(total, label)`: makes a progress display. Raises `UserError` for whatever a user can mend.
-        """
+                        dtype: torch.dtype | str | None = None, policy: str = "duo", **options) -> "Engine":
+        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`); `options` are `Engine`'s."""
         from .checkpoint import ensure_packed
         check_policy(policy)                # before a conversion that takes its time
         device = check_device(device)
         check_dtype(dtype, device)
         packed = PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights"))
-        return cls(packed, device=device, dtype=dtype, policy=policy, cache_experts=cache_experts, gpu_memory=gpu_memory,
-                   context=context, predictor=predictor, simulate_link=simulate_link, compile=compile, progress=progress)
+        return cls(packed, device=device, dtype=dtype, policy=policy, **options)
 
-    def __init__(self, packed: PackedModel, *, device=None, dtype=None, policy="duo", cache_experts=None, gpu_memory=None,
-                 context=None, predictor=None, simulate_link=None, compile=None, progress=None, store: ExpertStore | None = None):
-        """As `from_pretrained`, of a packed model that is open already; `store` is a former engine's of the same model."""
+    def __init__(self, packed: PackedModel, *, device: str | torch.device | None = None,
+                 dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
+                 gpu_memory: int | str | None = None, host_memory: int | str | None = None, context: int | None = None,
+                 predictor: str | Path | None = None, simulate_link: float | str | None = None,
+                 compile: bool | None = None, progress=None, store: ExpertStore | None = None):
+        """A model that is open already.
+
+        `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `host_memory`: likewise, for the experts used most,
+        the others being read from the disk (None: all are kept); `context`: prompt and new tokens, at most the model's;
+        `predictor`: a file, 'none', or None for the model's own; `simulate_link`: bytes a second, or '25GB/s';
+        `progress(total, label)`: makes a progress display; `store`: a former engine's, of the same model. Raises
+        `UserError` for whatever a user can mend.
+        """
         began = time.perf_counter()
         check_policy(policy)
         self.device = device = check_device(device)
@@ -272,16 +275,21 @@ class Engine:
             cache_experts = max(2, total // 4)
         compiled = (device.type == "cuda" if compile is None else compile) and can_compile(device)
         budget = check_budget(gpu_memory, packed.nbytes, device, cache_experts)
+        host_memory = None if host_memory is None else parse_amount(host_memory, packed.nbytes, "--host-memory")
         self.plan = plan_memory(packed, dtype, self.context, compiled, device.type == "cuda", budget, cache_experts)
         if device.type == "cuda" and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(f"--gpu-memory: {human(self.plan.total)} are planned and {human(free)} are free on {device}; "
                             "ask for less (--gpu-memory, --cache-experts or --context)")
         self.tokenizer = packed.tokenizer()
+        self.tokenizer.check(c.vocab_size)
         self.predictor = self._load_predictor(predictor)
         if isinstance(simulate_link, str):
             simulate_link = parse_rate(simulate_link, "--simulate-link")
-        if simulate_link is not None and not 0 < simulate_link < 1e15:
+        if simulate_link is not None and not 1e3 <= simulate_link < 1e15:
             raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
+
+        kept = [] if store else choose_kept(packed, host_memory, self.predictor and self.predictor.popularity(),
+                                            self.plan.total if device.type == "cpu" else 0)
 
         # All that the device will hold, taken once, the largest first.
         self.slots_memory = experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
@@ -299,8 +307,8 @@ class Engine:
         self.model.requires_grad_(False)
         for slot, block in zip(slots, experts):
             packed.layout.bind(slot, block)
-        bar = progress(total * packed.layout.nbytes, "loading") if progress else None
-        self.store = store or ExpertStore(packed, pin=device.type == "cuda", progress=bar)
+        bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None
+        self.store = store or ExpertStore(packed, kept, pin=device.type == "cuda", progress=bar)
         if bar:
             bar.close()
         chunk = chunk_size(packed.layout.nbytes)
@@ -411,13 +419,14 @@ class Engine:
         kept = in_common(self.passed, prompt_ids[:-1]) if resume else 0     # (one token at least must pass)
         self._begin(n - kept, kept)
         out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", kept
-        began = first = last = time.perf_counter()
+        began = last = time.perf_counter()
+        first = None
 
         def result() -> Generation:
-            wall, counts = max(last - began, first - began, 1e-9), self.cache.counts
+            wall, counts = max(last - began, (first or began) - began, 1e-9), self.cache.counts
             tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
             return Generation(text, out, n, reason, Stats(
-                self.load_s, first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
+                self.load_s, first and first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
                 counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
                 min(1.0, self.cache.lane.busy / wall), kept))
 
@@ -430,6 +439,9 @@ class Engine:
                 tid = int(self.cache.lane.read(token.float(), self.cache.pump)[0])      # exact: ids stay below 2^24
                 now = time.perf_counter()
                 first = now if position == n else first
+                if tid < 0:
+                    raise UserError(f"the model's logits are not finite in {str(self.dtype).removeprefix('torch.')}; "
+                                    "use --dtype bfloat16 or float32, or convert the model again")
                 if tid in self.tokenizer.eos:
                     reason = "stop"
                     break

@@ -19,17 +19,34 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_size(text: str, flag: str = "size") -> int:
+def parse_size(text: str, flag: str = "size", example: str = "4GiB or 500MB") -> int:
     """`4GiB`, `500MB`, `1.5G` or plain bytes -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] == "I" or not 0 < float(match[1]) < 1e18:
-        raise UserError(f"{flag}: '{text}' is not a size; write it like 4GiB, 500MB or 25GB/s")
+        raise UserError(f"{flag}: '{text}' cannot be; write it like {example}")
     return int(float(match[1]) * SIZES[match[2]])
 
 
 def parse_rate(text: str, flag: str = "rate") -> int:
     """`25GB/s` -> bytes a second."""
-    return parse_size(text.strip().removesuffix("/s"), flag)
+    return parse_size(text.strip().removesuffix("/s"), flag, "25GB/s")
+
+
+def parse_amount(amount: int | str, whole: int, flag: str) -> int:
+    """A size, or a percentage of `whole` (which is the packed model) -> bytes."""
+    if not isinstance(amount, str):
+        if not 0 < amount < 1e18:
+            raise UserError(f"{flag} {amount}: not a size")
+        return int(amount)
+    if not amount.strip().endswith("%"):
+        return parse_size(amount, flag)
+    try:
+        share = float(amount.strip()[:-1])
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1e6:
+        raise UserError(f"{flag} {amount}: not a percentage; write it like 15%")
+    return int(whole * share / 100)
 
 
 def human(n: float) -> str:
@@ -81,15 +98,7 @@ def check_budget(gpu_memory: int | str | None, model_bytes: int, device, cache_e
             return None
         import torch
         return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
-    if isinstance(gpu_memory, str) and gpu_memory.strip().endswith("%"):
-        try:
-            share = float(gpu_memory.strip()[:-1])
-        except ValueError:
-            share = -1.0
-        if not 0 < share < 1e6:
-            raise UserError(f"--gpu-memory {gpu_memory}: not a percentage; write it like 15%")
-        return int(model_bytes * share / 100)
-    return parse_size(gpu_memory, "--gpu-memory") if isinstance(gpu_memory, str) else int(gpu_memory)
+    return parse_amount(gpu_memory, model_bytes, "--gpu-memory")
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:

@@ -83,6 +83,9 @@ class SimulatedLane:
         self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # when the latest pieces are (or will be) done
         self.busy = 0.0
 
+    def poll(self) -> None:
+        """Take note of what has arrived. `pump` asks once, so it sends no more than may be in flight."""
+
     def room(self, asked: float) -> bool:
         """Is a chunk asked for then due to be sent by now?"""
         return max(asked, self.ends[0]) <= self.now()
@@ -144,7 +147,7 @@ class CudaLane:
         self.epoch = time.perf_counter()
         self.now = time.perf_counter
 
-    def _land(self) -> None:
+    def poll(self) -> None:
         """Take note of the pieces that have arrived."""
         while self.flying and self.flying[0][1].query():
             start, end, transfer = self.flying.popleft()
@@ -154,7 +157,6 @@ class CudaLane:
             transfer.spans.append((begin, begin + seconds))
 
     def room(self, asked: float) -> bool:
-        self._land()
         return len(self.flying) < IN_FLIGHT
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
@@ -200,4 +202,4 @@ class CudaLane:
 
     def finish(self) -> None:
         self.stream.synchronize()
-        self._land()
+        self.poll()

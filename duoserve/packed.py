@@ -10,6 +10,7 @@ it is whole, and the manifest last: a directory without one is an unfinished con
 import hashlib
 import json
 import os
+import re
 import zlib
 from contextlib import contextmanager, suppress
 from math import prod
@@ -26,6 +27,7 @@ from .tokenizer import Tokenizer
 MANIFEST = "manifest.json"
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
           "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool}
+KINDS = {"16": (torch.float16, torch.bfloat16), "u8": (torch.uint8,), "f16": (torch.float16,)}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100 * 10**6    # bytes; the safetensors format's own limit
 CHUNK = 16 * 2**20              # bytes read or written at a time
@@ -33,7 +35,10 @@ CHUNK = 16 * 2**20              # bytes read or written at a time
 
 @contextmanager
 def atomic(path: Path, mode: str = "wb"):
-    """A file that appears under its name only when it is whole and on the disk; on any failure nothing is left."""
+    """A file that appears under its name only when it is whole and on the disk; on any failure nothing is left.
+
+    What is read meanwhile is read under `reading`, which has a complaint of its own.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, mode) as file:
@@ -48,6 +53,18 @@ def atomic(path: Path, mode: str = "wb"):
             part.unlink(missing_ok=True)
 
 
+@contextmanager
+def reading(path: Path):
+    """A file open to be read; whatever the system has against it is a `UserError` that names it."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
 class Header:
     """A safetensors file's header, checked against the file: `tensors[name] = (dtype, shape, start, end)`.
 
@@ -56,25 +73,24 @@ class Header:
 
     def __init__(self, path: Path):
         self.path = path = Path(path)
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                    raise UserError(f"{path}: truncated or not a safetensors file; get or make it again")
-                self.raw = file.read(length)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        with reading(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise UserError(f"{path}: truncated or not a safetensors file; get or make it again")
+            self.raw = file.read(length)
         self.tensors, self.size = {}, size
         try:
             entries = json.loads(self.raw)
             self.metadata = entries.pop("__metadata__", {})
             for name, entry in entries.items():
-                dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-                if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-                    raise ValueError(f"{name} has a negative size")
+                code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+                if code not in DTYPES and re.fullmatch("[A-Z0-9_]{2,20}", code):
+                    raise UserError(f"{path}: {name} is of type {code}, which is not read here; give the model in 16 "
+                                    "bits, or in 4 by AWQ or GPTQ")
+                dtype = DTYPES[code]
+                if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                    raise ValueError(f"{name} has no sensible size")
                 if end - start != prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name}'s size does not match its shape")
                 if 8 + length + end > size:
@@ -86,22 +102,23 @@ class Header:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: its safetensors header is damaged ({error!r}); get or make it again") from None
 
-    def read(self, name: str, file) -> torch.Tensor:
-        """One tensor, from the open file, onto the host."""
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, onto the host."""
         dtype, shape, start, end = self.tensors[name]
         data = torch.empty(end - start, dtype=torch.uint8)
-        read_into(file, start, memoryview(data.numpy()), self.path)
+        with reading(self.path) as file:
+            read_into(file, start, memoryview(data.numpy()), self.path)
         return data.view(dtype).view(shape)
 
 
-def read_into(file, start: int, buffer: memoryview, path: Path) -> int:
-    """Fill `buffer` from the file at `start`; returns the CRC-32 of what was read. Safe from several threads."""
-    crc, done = 0, 0
+def read_into(file, start: int, buffer: memoryview, path: Path, crc: int | None = 0) -> int | None:
+    """Fill `buffer` from the file at `start`; returns `crc` continued by what was read. Safe from several threads."""
+    done = 0
     while done < len(buffer):
         n = os.preadv(file.fileno(), [buffer[done:done + CHUNK]], start + done)
         if not n:
             raise UserError(f"{path}: truncated while it was read; get or make it again")
-        crc, done = zlib.crc32(buffer[done:done + n], crc), done + n
+        crc, done = crc if crc is None else zlib.crc32(buffer[done:done + n], crc), done + n
     return crc
 
 
@@ -147,8 +164,8 @@ def fingerprint(directory: Path, names: list[str]) -> str:
     """Hashes config, tokenizer and the headers (with their CRCs) of the tensor files: 16 hex digits."""
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.model"):
-        path = directory / name
-        digest.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+        with reading(directory / name) as file:
+            digest.update(hashlib.sha256(file.read()).digest())
     for name in names:
         digest.update(hashlib.sha256(Header(directory / name).raw).digest())
     return digest.hexdigest()[:16]
@@ -186,10 +203,10 @@ class PackedModel:
     def __init__(self, directory: str | Path):
         self.directory = directory = Path(directory)
         if not directory.is_dir():
-            raise UserError(f"{directory}: no such model directory")
+            raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
         path = directory / MANIFEST
         try:
-            self.manifest = json.loads(path.read_text())
+            self.manifest = json.loads(path.read_bytes())
             self.largest_group, version = self.manifest["group_size"], self.manifest["version"]
             self.fingerprint = self.manifest["fingerprint"]
         except FileNotFoundError:
@@ -212,50 +229,55 @@ class PackedModel:
             table = str(header.metadata.get("crc32", "")).split()
             if len(table) != len(header.tensors):
                 raise UserError(f"{header.path}: holds no CRC table; convert the model again")
-            self.crc |= {(name, tensor): int(crc, 16) for tensor, crc in zip(header.tensors, table)}
+            self.crc |= {(name, tensor): crc for tensor, crc in zip(header.tensors, table)}
         self.shapes = resident_shapes(self.config, lambda columns, name: group_size(columns, self.largest_group, name))
-        for name in self.shapes:
-            self._locate(name, self.shapes[name][1])
+        for name, (kind, shape) in self.shapes.items():
+            self.locate(name, shape, KINDS[kind])
         for i in range(self.config.num_hidden_layers):
             for e in range(self.config.num_local_experts):
-                self._locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,))
+                self.locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,), KINDS["u8"])
         self.nbytes = sum(end - start for h in self.headers.values() for _, _, start, end in h.tensors.values())
 
-    def _locate(self, name: str, shape=None) -> tuple[Header, str]:
-        """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003."""
+    def locate(self, name: str, shape=None, dtypes=()) -> tuple[Header, str]:
+        """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003.
+
+        `UserError` if it is not there, or not of the shape and one of the types that are given.
+        """
         file, inside = "outer.safetensors", name
         if name.startswith("layers."):
             _, i, inside = name.split(".", 2)
             file = f"layer-{int(i):03d}.safetensors"
         header = self.headers[file]
-        found = header.tensors.get(inside, (None, None))[1]
+        dtype, found, *_ = header.tensors.get(inside, (None, None))
         if found is None or (shape is not None and found != shape):
             raise UserError(f"{header.path}: {inside} {'is missing' if found is None else f'has shape {list(found)}'}, "
                             f"expected {list(shape or ())}; convert the model again")
+        if dtypes and dtype not in dtypes:
+            raise UserError(f"{header.path}: {inside} is {dtype}; convert the model again")
         return header, inside
 
-    def _check(self, header: Header, inside: str, crc: int) -> None:
-        if crc != self.crc[header.path.name, inside]:
+    def check(self, header: Header, inside: str, crc: int) -> None:
+        """`UserError` unless a tensor's CRC-32 is the one that was written down."""
+        if f"{crc:08x}" != self.crc[header.path.name, inside]:
             raise UserError(f"{header.path}: {inside.replace('.', ' ')} is corrupted (its CRC-32 does not match); "
                             "get the file again or convert the model again")
 
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.directory / "tokenizer.model", self.config.bos_token_id, self.config.eos_token_ids)
 
-    def resident(self) -> dict[str, torch.Tensor]:
-        """All that stays on the device, by the names of `Mixtral`'s state_dict, on the host, checked."""
+    def resident(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host, checked."""
         out = {}
         for name in self.shapes:
-            header, inside = self._locate(name)
-            with open(header.path, "rb") as file:
-                tensor = header.read(inside, file)
-            self._check(header, inside, zlib.crc32(tensor.view(-1).view(torch.uint8).numpy()))
-            out[name] = tensor
+            if name.startswith(prefix):
+                header, inside = self.locate(name)
+                out[name] = tensor = header.read(inside)
+                self.check(header, inside, zlib.crc32(tensor.view(-1).view(torch.uint8).numpy()))
         return out
 
     def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
         """Read and check one expert's block into uint8 [layout.nbytes]; safe from several threads."""
-        header, inside = self._locate(f"layers.{layer}.experts.{expert}")
-        with open(header.path, "rb", buffering=0) as file:
+        header, inside = self.locate(f"layers.{layer}.experts.{expert}")
+        with reading(header.path) as file:
             crc = read_into(file, header.tensors[inside][2], memoryview(into), header.path)
-        self._check(header, inside, crc)
+        self.check(header, inside, crc)

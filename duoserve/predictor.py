@@ -56,6 +56,15 @@ class Predictor:
         grouped = x.reshape(*x.shape[:2], votes.shape[1], -1)
         return np.einsum("slge,lg->sle", grouped, votes) + np.einsum("slh,lho->slo", h, w2) + b2
 
+    def popularity(self) -> np.ndarray:
+        """[layers, experts]: each expert's share of the traces' tokens, as the affinity table implies it."""
+        layers, experts, _ = self.affinity.shape
+        share = np.full((layers, experts), 1 / experts)
+        for layer in [*range(layers)] * 8:                          # forgets where it began in a few rounds
+            share[layer] = share[layer - 1] @ self.affinity[layer]
+            share[layer] /= share[layer].sum()
+        return share
+
     def save(self, path: Path) -> None:
         tensors = {f"{net}.{i}": torch.from_numpy(w) for net in USED for i, w in enumerate(self.weights[net])}
         tensors["affinity"] = torch.from_numpy(self.affinity)

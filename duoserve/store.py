@@ -1,77 +1,153 @@
-"""ExpertStore: every expert's bytes in host memory, one contiguous block each, registered with CUDA if there is one.
+"""ExpertStore: the experts' bytes on the host, one contiguous block each, registered with CUDA if there is one.
 
 The memory is one anonymous map of exactly the size needed. `pin_memory` would round every block up to a power of two
-(94 MB to 128 MiB); registering our own pages with the driver pins them as they are.
+(94 MB to 128 MiB); registering our own pages with the driver pins them as they are. Where the memory does not hold
+all experts, those used least stay in their files, and come through a small buffer when the lane asks for them.
 """
 
 import ctypes
 import mmap
+import os
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from .errors import UserError, human
-from .packed import PackedModel
+from .link import Key, LinkError
+from .packed import PackedModel, read_into, reading
 
 REGION = 2**30                              # bytes registered at a time
 
 
-class ExpertStore:
-    """`block(layer, expert)` is that expert's bytes on the host; `pinned` says whether CUDA can copy them directly."""
+def stride_of(model: PackedModel) -> int:
+    """An expert's bytes in memory: whole pages, as no copy may cross two registrations."""
+    return -(-model.layout.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
-    def __init__(self, model: PackedModel, pin: bool = False, progress=None, threads: int = 8):
-        layers, experts, nbytes = model.config.num_hidden_layers, model.config.num_local_experts, model.layout.nbytes
-        stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE        # pages: no copy may cross two registrations
-        total = layers * experts * stride
-        available = available_memory()
-        if available is not None and total > available:
-            raise UserError(f"{model.directory}: its experts take {human(total)} of host memory and {human(available)} "
-                            "are available; free some or use a machine with more")
-        self.memory = mmap.mmap(-1, total)
-        self.bytes = np.frombuffer(self.memory, np.uint8).reshape(layers, experts, stride)[..., :nbytes]
+
+def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None, beside: int) -> list[Key]:
+    """Which experts to keep in memory: all, or as many as `host_memory` bytes hold of those used most.
+
+    Those are the first by `popularity` [layers, experts]; where nothing is known, equally many of every layer.
+    `UserError`, before anything is read, if that much and the `beside` bytes of other things are not available.
+    """
+    c, stride = model.config, stride_of(model)
+    keys = [(layer, e) for e in range(c.num_local_experts) for layer in range(c.num_hidden_layers)]
+    if popularity is not None:
+        keys.sort(key=lambda key: -popularity[key])
+    kept = keys if host_memory is None else keys[:host_memory // stride]
+    need, available = len(kept) * stride + beside, available_memory()
+    if available is not None and need > available:
+        room = int(0.9 * (available - beside)) // 1000
+        mend = (f"--host-memory {room // 1000}MB" if room >= 10**4 else f"--host-memory {max(1, room)}kB") + \
+            " keeps what is used most there and reads the rest from the disk"
+        wanted = f"--host-memory {human(host_memory)}" if host_memory else "the model" if beside else "its experts"
+        raise UserError(f"{model.directory}: {wanted} would take {human(need)} of host memory and {human(available)} "
+                        f"are available; {mend if room > 0 else 'free some'}")
+    return kept
+
+
+class ExpertStore:
+    """`block(layer, expert)` is the bytes of an expert in memory; `pinned` says whether CUDA can copy them directly.
+
+    `kept` names those in memory. The others' files must stay as they are while the store lives.
+    """
+
+    def __init__(self, model: PackedModel, kept: list[Key], pin: bool = False, progress=None, threads: int = 8):
+        self.model, self.nbytes, stride = model, model.layout.nbytes, stride_of(model)
+        self.rows = {key: row for row, key in enumerate(sorted(kept))}
+        total = len(kept) * stride
+        try:
+            self.memory = mmap.mmap(-1, max(total, mmap.PAGESIZE))
+        except OSError as error:
+            raise UserError(f"{model.directory}: {human(total)} of host memory for its experts cannot be had "
+                            f"({error.strerror}); ask for less with --host-memory") from None
+        self.bytes = np.frombuffer(self.memory, np.uint8, total).reshape(len(kept), stride)[:, :self.nbytes]
         self.tensor = torch.from_numpy(self.bytes)
 
         def load(key):
-            model.read_expert(*key, self.bytes[key])
+            model.read_expert(*key, self.bytes[self.rows[key]])
             if progress:
-                progress.add(nbytes)
+                progress.add(self.nbytes)
 
         pool = ThreadPoolExecutor(threads)
         try:
-            for _ in pool.map(load, [(i, e) for i in range(layers) for e in range(experts)]):
+            for _ in pool.map(load, self.rows):
                 pass                        # the first corrupted expert ends the loading
         finally:
             pool.shutdown(cancel_futures=True)
+        c = model.config
+        every = [(layer, e) for layer in range(c.num_hidden_layers) for e in range(c.num_local_experts)]
+        self.crc = {key: 0 for key in every if key not in self.rows}        # of those on the disk, until it is checked
+        self.stamps = {}                    # of their files
+        for layer in {layer for layer, _ in self.crc}:
+            with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
+                self.stamps[layer] = stamp(file)
         self.region = max(1, REGION // stride) * stride             # bytes: no copy may cross a multiple of it
-        self.pinned = pin and self._register(total, self.region)
+        self.pinned = pin and total > 0 and self._register(total, self.region)
 
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """uint8 [nbytes], on the host."""
-        return self.tensor[layer, expert]
+        return self.tensor[self.rows[layer, expert]]
+
+    def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
+        """Copy an expert's bytes from `start` on into uint8 [n] on the host, from memory or from the disk.
+
+        Of what comes from the disk the CRC is checked when it is first read to its end: by then its last chunk has
+        not been handed on, so a damaged expert is never computed with, and loading need not read what it does not keep.
+        From then on its file must stay as it was. Raises `LinkError`, naming the file.
+        """
+        if key in self.rows:
+            into.copy_(self.block(*key)[start:start + len(into)])
+            return
+        header, inside = self.model.locate(f"layers.{key[0]}.experts.{key[1]}")
+        if start == 0 and key in self.crc:
+            self.crc[key] = 0               # an earlier transfer may have been dropped half-way
+        offset, crc = header.tensors[inside][2], self.crc.get(key)
+        try:
+            with reading(header.path) as file:
+                if start == 0:              # the system reads ahead while we are still at the first chunk
+                    os.posix_fadvise(file.fileno(), offset, self.nbytes, os.POSIX_FADV_WILLNEED)
+                crc = read_into(file, offset + start, memoryview(into.numpy()), header.path, crc)
+                if stamp(file) != self.stamps[key[0]]:
+                    raise UserError(f"{header.path}: was changed while it was in use; start again")
+            if crc is not None:
+                self.crc[key] = crc
+                if start + len(into) == self.nbytes:
+                    self.model.check(header, inside, crc)
+                    del self.crc[key]
+        except UserError as error:
+            raise LinkError(str(error)) from error
 
     def copier(self, slots: torch.Tensor, chunk: int):
         """-> copy(transfer, start, stop): those bytes of an expert into its row of slots [N, nbytes].
 
-        On the current stream. Unpinned memory goes through two pinned buffers: a direct copy would block the host.
+        On the current stream. What is not pinned goes through two pinned buffers: a direct copy would block the host.
         """
-        if self.pinned or slots.device.type == "cpu":
-            rows, blocks = slots.unbind(), [layer.unbind() for layer in self.tensor]        # made once: this is hot
+        if slots.device.type == "cpu":
+            return lambda transfer, start, stop: self.fetch(transfer.key, start, slots[transfer.slot, start:stop])
 
-            def copy(transfer, start, stop):
-                layer, expert = transfer.key
-                rows[transfer.slot][start:stop].copy_(blocks[layer][expert][start:stop], non_blocking=True)
-            return copy
+        rows, blocks = slots.unbind(), dict(zip(self.rows, self.tensor.unbind()))   # made once: this is hot
+
+        def direct(transfer, start, stop):
+            rows[transfer.slot][start:stop].copy_(blocks[transfer.key][start:stop], non_blocking=True)
+
+        if self.pinned and not self.crc:
+            return direct
         ring = [(torch.empty(chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
 
         def staged(transfer, start, stop):
+            if self.pinned and transfer.key in self.rows:
+                return direct(transfer, start, stop)
             for begin in range(start, stop, chunk):
                 end = min(begin + chunk, stop)
                 buffer, free = ring[0]
                 free.synchronize()          # its last copy is done (at first: never recorded, which counts as done)
-                buffer[:end - begin].copy_(self.block(*transfer.key)[begin:end])
+                self.fetch(transfer.key, begin, buffer[:end - begin])
                 slots[transfer.slot, begin:end].copy_(buffer[:end - begin], non_blocking=True)
                 free.record()
                 ring.reverse()
@@ -108,10 +184,20 @@ def clear_cuda_error() -> None:
         ctypes.CDLL(path).cudaGetLastError()
 
 
+def stamp(file) -> tuple[int, ...]:
+    """What changes when somebody writes to a file, or puts another in its place."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def available_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping; None where the system does not say."""
-    try:
+    """Bytes of host memory that can be had without swapping, of the machine's and the container's; None: unknown."""
+    found = []
+    with suppress(OSError, StopIteration):
         with open("/proc/meminfo") as info:
-            return next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
+            found.append(next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable")))
+    with suppress(OSError, StopIteration, ValueError):              # (no limit is written as "max")
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        with open("/sys/fs/cgroup/memory.stat") as info:
+            found.append(limit - next(int(line.split()[1]) for line in info if line.startswith("anon ")))
+    return min(found, default=None)

@@ -23,9 +23,15 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines
             raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.bos, self.eos = bos, set(eos)
+        self.path, self.bos, self.eos = path, bos, set(eos)
         self.end = list(eos[:1])            # what stands after an answer in a conversation
         self.inst = [self.sp.piece_to_id(piece) for piece in ("[INST]", "[/INST]")]
+
+    def check(self, vocab_size: int) -> None:
+        """`UserError` if text may become ids that the model does not have (one that has more is merely padded)."""
+        if len(self) > vocab_size:
+            raise UserError(f"{self.path}: has {len(self)} pieces, more than the model's vocab_size {vocab_size}: it "
+                            "is another model's; get the one that belongs to this")
 
     def __len__(self) -> int:
         return self.sp.vocab_size()

@@ -442,7 +442,8 @@ def test_bench_schedule_plans_from_a_config_alone(cli, tmp_path):
 
 def test_bench_run(cli, tiny):
     status, out, err = cli("bench", "run", "--model", tiny, "--device", "cpu", "--predictor", "none", "--policies", "duo", "lru",
-                           "--cache-experts", 6, "--simulate-link", "100MB/s", "--max-new-tokens", 4, "--rounds", 2, "--json")
+                           "--cache-experts", 6, "--simulate-link", "100MB/s", "--max-new-tokens", 4, "--rounds", 2,
+                           "--host-memory", "50%", "--json")
     result = json.loads(out)
     assert status == 0 and [r["policy"] for r in result["rows"]] == ["duo", "lru"]
     assert all(r["tpot_s"] > 0 and r["ttft_s"] > 0 and 0 < r["link_busy_fraction"] <= 1 for r in result["rows"])

@@ -118,6 +118,7 @@ def test_zero(tmp_path, key):
     ({"num_key_value_heads": 5}, ("num_attention_heads 32", "num_key_value_heads 5")),
     ({"num_key_value_heads": 64}, ("num_attention_heads 32", "num_key_value_heads 64")),
     ({"num_experts_per_tok": 9}, ("num_experts_per_tok 9", "num_local_experts 8")),
+    ({"num_hidden_layers": 1024, "num_local_experts": 1024}, ("num_hidden_layers 1024", "num_local_experts 1024")),
     ({"head_dim": 33}, ("head_dim 33",)),
     ({"hidden_size": 16}, ("head_dim",)),                           # which would be 16 // 32
     ({"eos_token_id": [2, "x"]}, ("eos_token_id", "'x'")),

@@ -156,3 +156,13 @@ def test_registration_that_fails_goes_on_through_a_staging_ring(directory, monke
     e = engine(directory)
     assert not e.store.pinned and "pinned buffer" in capsys.readouterr().err
     assert tokens(e) == expected
+
+
+@pytest.mark.parametrize("policy", ("duo", "layer-prefetch", "cache"))
+def test_experts_on_the_disk_change_nothing(directory, policy):
+    """Half in pinned memory and copied directly, half read into the staging ring; then all of them read."""
+    expected = tokens(engine(directory, policy=policy))
+    for kept in ("50%", "1B"):
+        e = engine(directory, policy=policy, cache_experts=4, host_memory=kept)
+        assert e.store.crc and e.store.pinned == (kept == "50%")
+        assert tokens(e) == expected

@@ -610,3 +610,16 @@ def test_a_damaged_manifest_is_named(tiny, tmp_path, damage):
     (tmp_path / "manifest.json").write_bytes(damage)
     with pytest.raises(UserError, match="manifest.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("temperature", (0, 0.8))
+@pytest.mark.parametrize("value", (math.nan, math.inf))
+def test_logits_that_are_not_finite_are_said_to_be(temperature, value, tiny):
+    engine = load(tiny)
+    weight = engine.model.norm.weight
+    kept = weight.clone()
+    weight[3] = value
+    with pytest.raises(UserError, match="not finite in float32"):
+        engine.generate(SHORT, max_new_tokens=3, temperature=temperature)
+    weight.copy_(kept)
+    assert engine.generate(SHORT, max_new_tokens=3).token_ids == load(tiny).generate(SHORT, max_new_tokens=3).token_ids

@@ -217,6 +217,31 @@ class Trainer:
             print(f"no CUDA graph, so training goes on without: {str(error).splitlines()[0]}", flush=True)
 
 
+def read_books(folder: Path) -> dict[str, str]:
+    """Every .txt or .md file below the folder, without trailing blanks or repeated empty lines."""
+    books = {}
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".md")):
+        text = "\n".join(line.rstrip() for line in path.read_text("utf-8", "replace").splitlines())
+        books[path.stem] = re.sub(r"\n{3,}", "\n\n", text).strip()
+    return books
+
+
+def train_tokenizer(books: dict[str, str], vocab: int, out: Path) -> None:
+    lines = [line for text in books.values() for line in text.splitlines() if line]
+    random.Random(0).shuffle(lines)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines[:150_000]), model_prefix=str(out / "tokenizer"), vocab_size=vocab,
+        model_type="bpe", byte_fallback=True, split_digits=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, character_coverage=0.9999, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        max_sentence_length=100_000, minloglevel=2)
+    (out / "tokenizer.vocab").unlink()
+
+
+def tokenize(books: dict[str, str], sp) -> np.ndarray:
+    """BOS, book, EOS, and so on, as one uint16 array."""
+    return np.concatenate([np.array([1, *sp.encode(text), 2], np.uint16) for text in books.values()])
+
+
 def init_weights(module: nn.Module, layers: int) -> None:
     for name, p in module.named_parameters():
         if p.dim() >= 2:

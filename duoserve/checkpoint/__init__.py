@@ -26,8 +26,9 @@ from torch import Tensor
 from ..config import MixtralConfig
 from ..errors import Parser, UserError, human
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
-from ..packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, tensor_files
+from ..packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, reading, tensor_files
 from ..quant import ExpertLayout, dequantize, group_size as group_of
+from ..tokenizer import Tokenizer
 
 FIELDS = ("q", "scale", "zero")
 
@@ -100,7 +101,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
     """What `directory` holds, ready to be read; `UserError` says why it cannot be."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory")
+        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
     names = sorted(path.name for path in directory.iterdir())
     if MANIFEST in names:
         raise UserError(f"{directory}: is packed already; --to-hf turns it back")
@@ -125,6 +126,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
     if not tokenizer:
         only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)
         raise UserError(f"{directory}: no tokenizer.model; {only}copy the sentencepiece file of the same model there")
+    Tokenizer(directory / tokenizer, config.bos_token_id, config.eos_token_ids).check(config.vocab_size)
     return kind(directory, raw, config, directory / tokenizer, hugging_face(config))
 
 
@@ -156,8 +158,8 @@ def write_json(path: Path, value: dict) -> None:
 def copy_config(raw: dict, tokenizer: Path, dst: Path, **changes) -> None:
     """config.json without its quantisation, and the tokenizer."""
     write_json(dst / "config.json", {key: raw[key] for key in raw if key != "quantization_config"} | changes)
-    with atomic(dst / "tokenizer.model") as file:
-        file.write(tokenizer.read_bytes())
+    with atomic(dst / "tokenizer.model") as file, reading(tokenizer) as source:
+        file.write(source.read())
 
 
 def packed_tensors(source: HuggingFaceSource, largest: int) -> dict[str, Tensors]:
@@ -204,12 +206,11 @@ def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
     if ({name: entry[:2] for name, entry in header.tensors.items()} != tensors or len(table) != len(tensors)
             or header.size != max(end for *_, end in header.tensors.values())):
         return False
-    with open(header.path, "rb") as file:
-        for name, crc in zip(header.tensors, table):
-            data = header.read(name, file).view(-1).view(torch.uint8).numpy()
-            progress.add(len(data))
-            if crc != f"{zlib.crc32(data):08x}":
-                return False
+    for name, crc in zip(header.tensors, table):
+        data = header.read(name).view(-1).view(torch.uint8).numpy()
+        progress.add(len(data))
+        if crc != f"{zlib.crc32(data):08x}":
+            return False
     return True
 
 
@@ -300,11 +301,10 @@ def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
         remove_leftovers(dst.parent, dst.name)
         check_space(dst.parent, total)
         made.mkdir()
-        resident = model.resident()
         with closing(Progress(total, f"{dst}: unpacking", progress)) as bar:
             for i, parts in enumerate(files.values()):
                 shard = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-                write_unpacked(made / shard, model, resident, i - 1, parts, bar)
+                write_unpacked(made / shard, model, i - 1, parts, bar)
                 where |= {name: shard for shapes in parts.values() for name in shapes}
         write_json(made / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
         raw = json.loads((model.directory / "config.json").read_bytes())
@@ -314,13 +314,12 @@ def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def write_unpacked(path: Path, model: PackedModel, resident: dict[str, Tensor], layer: int, parts: dict[str, Shapes],
-                   progress: Progress) -> None:
+def write_unpacked(path: Path, model: PackedModel, layer: int, parts: dict[str, Shapes], progress: Progress) -> None:
     """One shard in fp32; layer -1 is what lies outside the layers."""
     block, prefix = np.empty(model.layout.nbytes, np.uint8), f"layers.{layer}." if layer >= 0 else ""
     attention = f"{prefix}attention."
     views = model.layout.views(torch.from_numpy(block)) | {
-        name.removeprefix(attention): tensor for name, tensor in resident.items() if name.startswith(attention)}
+        name.removeprefix(attention): tensor for name, tensor in model.resident(attention).items()}
     with atomic(path) as file:
         tensors = {name: (torch.float32, shape) for shapes in parts.values() for name, shape in shapes.items()}
         writer = TensorWriter(file, tensors, {"format": "pt"})
@@ -329,7 +328,8 @@ def write_unpacked(path: Path, model: PackedModel, resident: dict[str, Tensor], 
             if matrix == "w13":
                 model.read_expert(layer, int(unit.removeprefix("experts.")), block)
             for name, *triple in [(*shapes,)] if matrix == "weight" else triples(views, matrix, shapes):
-                writer.write(name, unpacked(*triple) if triple else resident[prefix + part].float())
+                plain = {} if triple else model.resident(prefix + part)
+                writer.write(name, unpacked(*triple) if triple else plain[prefix + part].float())
                 progress.add(4 * prod(shapes[name]))
         writer.close()
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import UserError
-from ..packed import Header
+from ..packed import Header, reading
 from ..quant import pack, quantize
 
-BLOCK = 16 * 2**20              # weights packed or unpacked at a time: each fp32 temporary stays below 64 MB
+BLOCK = 2 * 2**20               # weights packed or unpacked at a time: fp32 temporaries of 8 MB, which malloc reuses
 SAMPLE = 2**16                  # bytes of each source tensor that its fingerprint hashes
 FLOATS = torch.float16, torch.bfloat16, torch.float32
 
@@ -110,19 +110,18 @@ class HuggingFaceSource:
         """Hashes config, tokenizer, headers, and a sample of every tensor: two fine-tunes differ in nothing else."""
         digest = hashlib.sha256()
         for path in (self.directory / self.described, self.tokenizer):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            with reading(path) as file:
+                digest.update(hashlib.sha256(file.read()).digest())
         for name, header in self.headers.items():
             digest.update(hashlib.sha256(header.raw + f"{name} {header.size}".encode()).digest())
-            with open(header.path, "rb") as file:
+            with reading(header.path) as file:
                 for _, _, start, end in header.tensors.values():
                     file.seek(max(start, (start + end - SAMPLE) // 2))
                     digest.update(file.read(min(SAMPLE, end - start)))
         return digest.hexdigest()[:16]
 
     def _load(self, name: str) -> Tensor:
-        header = self.where[name]
-        with open(header.path, "rb") as file:
-            return header.read(name, file)
+        return self.where[name].read(name)
 
     def _read(self, name: str) -> tuple[Tensor, str]:
         """A tensor by Hugging Face's name, and what to call it in a complaint."""
@@ -138,7 +137,7 @@ class HuggingFaceSource:
         """A tensor that stays in 16 bits."""
         tensor, called = self._read(name)
         tensor = tensor.to(self.dtype(name))
-        if not tensor.isfinite().all():
+        if not all(block.isfinite().all() for block in tensor.view(-1).split(BLOCK)):
             raise UserError(f"{called} holds numbers that are infinite, NaN or beyond float16")
         return tensor
 

@@ -1,0 +1,269 @@
+"""Memory that people have: a conversion that holds a few matrices at most, and experts that stay on the disk."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from io import StringIO
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import DEFAULTS, tokenizer_model
+from test_engine import LONG, SAMPLED, SHORT, InterruptAt, LateLane, answers, at_rest, hostile, load, put_lane, same
+
+from duoserve import store
+from duoserve.cache import GPUExpertCache
+from duoserve.checkpoint import hugging_face
+from duoserve.config import MixtralConfig
+from duoserve.errors import UserError
+from duoserve.link import IN_FLIGHT, SimulatedLane, VirtualClock
+from duoserve.packed import PackedModel
+from duoserve.policies import POLICIES
+from duoserve.predictor import Predictor, measure_affinity
+from duoserve.trace import read_traces
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# Conversion
+
+def write_hollow(path: Path, **changes) -> int:
+    """A bfloat16 checkpoint of zeros in a file full of holes: large, and quickly made. Returns its bytes."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(DEFAULTS | {"model_type": "mixtral"} | changes))
+    (path / "tokenizer.model").write_bytes(tokenizer_model())
+    entries, end = {}, 0
+    for parts in hugging_face(MixtralConfig.read(path)).values():
+        for shapes in parts.values():
+            for name, shape in shapes.items():
+                start, end = end, end + 2 * prod(shape)
+                entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return end
+
+
+BOUNDED = """
+import resource, sys
+import torch
+from duoserve import checkpoint
+with open("/proc/self/status") as status:
+    now = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (now + int(sys.argv[1]),) * 2)
+getattr(checkpoint, sys.argv[2])(*sys.argv[3:])
+"""
+
+
+def test_converting_takes_a_few_matrices_of_memory_whatever_the_model(tmp_path):
+    """The bound is the system's own: RLIMIT_DATA counts all private memory, and malloc is told to keep nothing back.
+
+    Packing holds the largest tensor (of Mixtral-8x22B: the embedding, 402 MB), or a matrix and an expert (201 and 160
+    MB), and blocks of temporaries; unpacking holds it in float32 as well.
+    """
+    size = write_hollow(tmp_path / "hf", hidden_size=256, intermediate_size=1024, vocab_size=32768, num_hidden_layers=2)
+    largest, env = 2 * 32768 * 256, os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    for job, src, dst, model, bound in (("convert", "hf", "out", size, largest + 24 * 10**6),
+                                        ("to_hf", "out", "back", 2 * size, 4 * largest)):
+        assert model > 1.4 * bound
+        done = subprocess.run([sys.executable, "-c", BOUNDED, str(bound), job, tmp_path / src, tmp_path / dst], cwd=ROOT,
+                              env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    PackedModel(tmp_path / "out")
+
+
+# Experts on the disk
+
+@pytest.fixture(scope="module")
+def want(tiny):
+    return answers(load(tiny, policy="cache", cache_experts=24))
+
+
+@pytest.fixture
+def copy(tiny, tmp_path):
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("policy, kept", [*((policy, 7) for policy in POLICIES), ("duo", 0), ("duo", 1), ("duo", 23),
+                                          ("duo", 24), ("layer-prefetch", 0), ("cache", 0)])
+def test_the_same_bits_however_little_memory_there_is(policy, kept, tiny, want):
+    stride = store.stride_of(PackedModel(tiny))
+    options = dict(policy=policy, cache_experts=5, host_memory=max(1, kept * stride + stride // 2))
+    engine = load(tiny, **options)
+    assert len(engine.store.rows) == kept and len(engine.store.memory) <= max(1, kept) * stride
+    assert same(answers(engine), want)
+    engine = load(tiny, **options)
+    put_lane(engine, LateLane(engine, seed=kept))
+    hostile(engine, seed=kept)                          # where guesses are dropped half-way, before their CRC is known
+    assert same(answers(engine), want)
+
+
+@pytest.mark.parametrize("link, chunk", [("50MB/s", 1000), (None, 777), (None, 10**9)])
+def test_the_same_bits_in_any_pieces(link, chunk, tiny, want):
+    engine = load(tiny, cache_experts=4, host_memory="10%", simulate_link=link)
+    engine.cache.lane.chunk = chunk
+    assert same(answers(engine), want) and 0 < len(engine.store.rows) < 4
+
+
+def test_sizes_of_all_kinds_and_what_is_kept_without_a_predictor(tiny):
+    model = PackedModel(tiny)
+    stride = store.stride_of(model)
+    for size, kept in ((f"{9 * stride}", 9), ("1TB", 24), ("50%", model.nbytes // 2 // stride), (None, 24), ("1B", 0)):
+        engine = load(tiny, host_memory=size)
+        assert len(engine.store.rows) == kept
+        layers = [sum(layer == i for layer, _ in engine.store.rows) for i in range(3)]
+        assert max(layers) - min(layers) <= 1           # evenly
+
+
+def test_with_a_predictor_those_used_most_are_kept(tiny, traces, predictor):
+    used = np.zeros((3, 8))
+    for trace in (all_traces := read_traces(traces)):
+        for layer in range(3):
+            used[layer] += np.bincount(trace.top(2)[:, layer].ravel(), minlength=8)
+    implied = Predictor({}, measure_affinity(all_traces, 2), "").popularity()
+    assert np.abs(implied - used / used.sum(1, keepdims=True)).max() < 0.02
+    kept = load(tiny, predictor=predictor, host_memory=8 * store.stride_of(PackedModel(tiny))).store.rows
+    assert len(kept) == 8 and sum(used[key] for key in kept) > 0.9 * np.sort(used.ravel())[-8:].sum()
+
+
+def test_too_little_memory_is_said_before_anything_is_read(tiny, monkeypatch):
+    needed = load(tiny, cache_experts=2).plan.total + 24 * store.stride_of(PackedModel(tiny))
+    read = PackedModel.read_expert, PackedModel.resident
+    monkeypatch.setattr(store, "available_memory", lambda: needed - 1)
+    for method in ("read_expert", "resident"):
+        monkeypatch.setattr(PackedModel, method, lambda *_: pytest.fail("was read"))
+    with pytest.raises(UserError, match="would take .*B of host memory and .*B are available; --host-memory") as refusal:
+        load(tiny, cache_experts=2)
+    assert str(tiny) in str(refusal.value)
+    monkeypatch.setattr(store, "available_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="--host-memory 10 GB would take .* 10 kB are available; free some"):
+        load(tiny, cache_experts=2, host_memory="10GB")
+    monkeypatch.setattr(store, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(PackedModel, "read_expert", read[0])
+    monkeypatch.setattr(PackedModel, "resident", read[1])
+    advice = str(refusal.value).split("--host-memory ")[1].split()[0]
+    engine = load(tiny, cache_experts=2, host_memory=advice)
+    assert engine.generate(SHORT, max_new_tokens=2).token_ids
+
+
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n", "/sys/fs/cgroup/memory.max": "max\n",
+             "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 5\n"}
+    monkeypatch.setattr(store, "open", lambda path: StringIO(files[str(path)]), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert store.available_memory() == 5_120_000
+    files["/sys/fs/cgroup/memory.max"] = "4000000\n"
+    assert store.available_memory() == 3_999_000
+    files["/proc/meminfo"] = ""
+    assert store.available_memory() == 3_999_000
+
+
+def all_on_disk(directory, **options):
+    return load(directory, cache_experts=3, host_memory=1, **options)
+
+
+def spoil(path, offset):
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("policy", ("duo", "layer-prefetch"))
+def test_a_damaged_expert_on_the_disk_is_named_and_never_computed_with(policy, copy, want):
+    file = copy / "layer-001.safetensors"
+    offset = PackedModel(copy).headers[file.name].tensors["experts.6"][2] + 5
+    spoil(file, offset)
+    engine = all_on_disk(copy, policy=policy)
+    used, where = set(), engine.cache.where
+    for module in engine.source.slots:
+        module.register_forward_pre_hook(lambda *_: used.update(key for key in where if where[key].pinned))
+    with pytest.raises(UserError, match=r"layer-001.safetensors: experts 6 is corrupted"):
+        engine.logits(LONG)
+    assert used and (1, 6) not in used and at_rest(engine.cache)
+    spoil(file, offset)
+    assert same(answers(all_on_disk(copy, policy=policy)), want)
+
+
+def rewrite(path):
+    time.sleep(0.01)                                    # (a file system's clock ticks a few hundred times a second)
+    with open(path, "r+b") as file:
+        file.seek(-50, 2)
+        file.write(b"x")
+
+
+def replace(path):
+    shutil.copy(path, f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+CHANGES = {"truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+           "emptied": lambda path: os.truncate(path, 0), "rewritten": rewrite, "replaced": replace, "deleted": os.unlink}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changes_under_us_is_one_line(change, copy, want):
+    engine = all_on_disk(copy)
+    assert same(answers(engine), want)                  # every expert's CRC has been checked by now
+    for layer in range(3):
+        CHANGES[change](copy / f"layer-{layer:03d}.safetensors")
+    with pytest.raises(UserError, match=r"layer-00\d.safetensors: (truncated|was changed|no such file)") as error:
+        engine.generate(LONG, **SAMPLED)
+    assert "\n" not in str(error.value) and at_rest(engine.cache)
+
+
+def test_a_guess_that_cannot_be_read_is_not_visible(tiny, want, monkeypatch):
+    """Only what the router asks for has to be there."""
+    engine, read, failed = all_on_disk(tiny), store.read_into, []
+
+    def moody(file, start, buffer, path, crc):
+        if len(buffer) < engine.packed.layout.nbytes and random.random() < 0.2:         # a chunk: not demanded
+            failed.append(path)
+            raise UserError(f"{path}: cannot be read")
+        return read(file, start, buffer, path, crc)
+    monkeypatch.setattr(store, "read_into", moody)
+    assert same(answers(engine), want) and len(failed) > 20
+
+
+def test_a_host_that_reads_the_disk_for_guesses_comes_back_after_two_chunks():
+    """However slowly it reads: each chunk has crossed the link before the next is read, as on a GPU's lane."""
+    class Lane(SimulatedLane):
+        flying = 0
+
+        def poll(self):
+            self.flying = 0
+
+        def room(self, asked):
+            return self.flying < IN_FLIGHT
+
+        def send(self, transfer, nbytes):
+            super().send(transfer, nbytes)
+            self.flying += 1
+    cache = GPUExpertCache(3, 12, Lane(VirtualClock(), 0, 1))
+    cache.plan([(0, 0), (0, 1)])
+    sent = [cache.counts.bytes_moved]
+    for _ in range(3):
+        cache.pump()
+        sent.append(cache.counts.bytes_moved)
+    assert sent == [2, 4, 6, 8] and cache.demand((0, 0)) and cache.counts.bytes_moved == 12
+
+
+def test_memory_that_cannot_be_had_at_all(tiny, monkeypatch):
+    def refuse(*_):
+        raise OSError(12, "Cannot allocate memory")
+    monkeypatch.setattr(store.mmap, "mmap", refuse)
+    with pytest.raises(UserError, match="--host-memory"):
+        load(tiny)
+
+
+def test_before_the_first_token_there_is_no_time_to_it(tiny):
+    engine = load(tiny)
+    InterruptAt(engine, 2)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT)
+    assert engine.result.stats.ttft_s is None and '"ttft_s": null' in json.dumps(engine.result.asdict())

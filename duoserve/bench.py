@@ -25,6 +25,7 @@ from .cache import Counts, GPUExpertCache
 from .config import MixtralConfig
 from .errors import Parser, UserError, check_budget, count, human, parse_rate, run_main
 from .link import SimulatedLane, VirtualClock
+from .memory import LOGIT_ROWS, plan_memory
 from .model import Routing
 from .packed import PackedModel, resident_shapes
 from .policies import POLICIES, schedulers
@@ -269,7 +270,6 @@ def schedule(args) -> dict:
 
 def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
     """How many experts fit beside weights, KV cache and workspace: the engine's own plan, without its files."""
-    from .engine import plan_memory
     shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))
     layout, size = ExpertLayout.of(config), {"16": 2, "u8": 1, "f16": 2}
     resident = sum(torch.Size(shape).numel() * size[kind] for kind, shape in shapes.values())
@@ -364,7 +364,7 @@ def read_text(path: str) -> str:
 def quality(args) -> dict:
     """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
     from .checkpoint import Progress, ensure_packed
-    from .engine import LOGIT_ROWS, Engine
+    from .engine import Engine
     from .tokenizer import Tokenizer
     text, directory = read_text(args.file), ensure_packed(args.model, WEIGHTS)
     c = MixtralConfig.read(directory)

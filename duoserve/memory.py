@@ -1,0 +1,62 @@
+"""The memory plan: what the device will hold, all of it taken once, and how many experts that leaves room for.
+
+Resident weights, KV cache and workspace come first; what is left of `--gpu-memory` is slots.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import UserError, human
+from .model import ATTENTION_ROWS, EXPERT_ROWS
+from .packed import PackedModel
+from .quant import part_rows
+
+LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
+LIBRARIES = 128 * 2**20                     # what cuBLAS takes of torch's memory, graphs, and what is lost to rounding
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes on the device, all taken once before anything else, and how many slots that leaves."""
+
+    resident: int
+    kv: int
+    workspace: int
+    expert: int
+    slots: int
+
+    @property
+    def total(self) -> int:
+        return self.resident + self.kv + self.workspace + self.slots * self.expert
+
+
+def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
+                cache_experts: int | None) -> MemoryPlan:
+    """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
+    c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
+    numel = {"16": 0, "u8": 0, "f16": 0}
+    for kind, shape in packed.shapes.values():
+        numel[kind] += torch.Size(shape).numel()
+    resident = numel["16"] * size + numel["u8"] + 2 * numel["f16"]
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * size
+    # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
+    # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
+    unpacked = max(part_rows(rows, columns) * columns for rows, columns in (
+        (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size))) * (size if compiled else size + 9)
+    prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
+    block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
+    shared = c.num_attention_heads // c.num_key_value_heads
+    mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
+    workspace = unpacked + prompt + block + mask + (LIBRARIES if cuda else 0)
+    plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
+    if budget is not None and plan.total > budget:
+        least = f"{-(-plan.total // 2**20)}MiB" if plan.total > 2**28 else f"{-(-plan.total // 2**10)}KiB"
+        raise UserError(f"--gpu-memory {human(budget)} is too small: {least} is the least that works ("
+                        f"{human(resident)} resident weights, {human(kv)} KV cache for --context {context}, "
+                        f"{human(plan.workspace)} workspace, two experts of {human(plan.expert)})")
+    fit = total if budget is None else 2 + (budget - plan.total) // plan.expert
+    if cache_experts is not None and cache_experts > fit and fit < total:
+        raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {human(budget)} leaves room for {fit}")
+    plan.slots = min(total, fit if cache_experts is None else cache_experts)
+    return plan

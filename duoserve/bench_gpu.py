@@ -288,6 +288,8 @@ def gpu(args) -> dict:
             raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}")
     for value in (*args.persistence, *args.lookahead_recall):
         check_range("--persistence and --lookahead-recall", value, 0, 1)
+    for tokens in args.prompts:
+        check_range("--prompts", tokens, 1, 1e6)
     check_range("--rounds", args.rounds, 1, 1000)
     check_range("--new-tokens", args.new_tokens, 2, 1e6)
     config = SHAPES[args.shape]
@@ -308,6 +310,8 @@ def gpu(args) -> dict:
         print("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
                         if isinstance(v, (str, int, float))), file=sys.stderr, flush=True)
 
+    if args.append:
+        open(args.append, "a").close()      # before minutes are spent on what could not be kept
     engine = store = None
     sizes = sorted(args.gpu_memory or ["15%"], key=lambda size: check_budget(size, model.nbytes, device, None))
     for size in sizes:

@@ -137,15 +137,14 @@ class GPUExpertCache:
             self._evict(slot)
 
     def abandon(self) -> None:
-        """After a failure or an interruption: no request, no pin; what is loaded stays."""
-        queue, self.queue = self.queue, []
-        for transfer in queue:
-            self._drop(transfer)
+        """After a failure or an interruption, wherever it came: no request, no pin; what is loaded stays."""
+        self.queue.clear()
         self.needed.clear()
         for slot in self.slots:
             slot.pinned = False
-            if slot.key is not None and not slot.whole:
-                self._evict(slot)
+            if not slot.whole or self.where.get(slot.key) is not slot:
+                slot.key, slot.transfer, slot.fresh, slot.missed = None, None, False, False
+        self.where = {slot.key: slot for slot in self.slots if slot.key is not None}
 
     def _send(self, transfer: Transfer, nbytes: int) -> None:
         self.lane.send(transfer, nbytes)

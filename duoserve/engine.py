@@ -19,7 +19,7 @@ from torch import Tensor
 from .cache import Counts, GPUExpertCache
 from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount, parse_rate
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
-from .memory import LOGIT_ROWS, plan_memory
+from .memory import LOGIT_ROWS, padded, plan_memory
 from .model import Expert, Mixtral, Routing
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
@@ -80,6 +80,14 @@ def can_compile(device: torch.device) -> bool:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         print(f"note: torch.compile does not work here ({reason[0][:100]}); going on without it", file=sys.stderr)
         return False
+
+
+@contextmanager
+def enough_memory():
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
 
 
 def in_common(a: list[int], b: list[int]) -> int:
@@ -176,6 +184,7 @@ class Engine:
     result: Generation | None = None        # of the last `stream` or `generate`, also if it was interrupted
     request = 0                             # how many have begun
     load_s = 0.0
+    written = 0                             # positions of the KV cache that hold anything
     passed: list[int] = []                  # the tokens whose keys and values are in the KV cache, from position 0
 
     @classmethod
@@ -243,9 +252,15 @@ class Engine:
         kept = [] if store else choose_kept(packed, host_memory, self.predictor and self.predictor.popularity(),
                                             self.plan.total if device.type == "cpu" else 0)
 
-        # All that the device will hold, taken once, the largest first.
+        with enough_memory():
+            self._load(kept, compiled, simulate_link, progress, store)
+        self.load_s = time.perf_counter() - began
+
+    def _load(self, kept, compiled: bool, simulate_link: float | None, progress, store: ExpertStore | None) -> None:
+        """Take all that the device will hold, once, the largest first; read the experts in memory; compile."""
+        c, packed, device, dtype = self.config, self.packed, self.device, self.dtype
         self.slots_memory = experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
-        self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, self.context, c.head_dim, dtype=dtype,
+        self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, padded(self.context), c.head_dim, dtype=dtype,
                                 device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
@@ -273,7 +288,6 @@ class Engine:
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
             if compiled:                    # compiling counts as loading, never as time to first token
                 self._warm_up(slots[0])
-        self.load_s = time.perf_counter() - began
 
     def _warm_up(self, expert: Expert) -> None:
         """Run once what a prompt runs: each matrix by one row and by several; then a request, with its sampling."""
@@ -283,6 +297,7 @@ class Engine:
                                     (attention.o, c.num_attention_heads * c.head_dim)):
                 module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
         self.generate([c.bos_token_id] * min(8, self.context - 1), max_new_tokens=2)
+        self.passed = []                    # (nobody recorded it)
 
     def _load_predictor(self, named: str | Path | None) -> Predictor | None:
         path = self.packed.directory / "predictor.safetensors" if named is None else named
@@ -304,6 +319,9 @@ class Engine:
         c = self.config
         if not 0 < kept == len(self.passed):
             self.history = History(c.num_hidden_layers, c.num_local_experts)
+        self.cache.abandon()                # (what an interruption may have left)
+        self.kv[:, :, :, kept:self.written].zero_()                 # masked is times zero, which NaN comes through
+        self.written = kept
         self.passed = self.passed[:kept]    # what follows will be overwritten
         forecast = Forecast(self.history, self.predictor, c.num_experts_per_tok)
         self.cache.counts, self.cache.decoding = Counts(), False
@@ -313,22 +331,23 @@ class Engine:
     @contextmanager
     def _running(self, position: int, tokens: int):
         """Around each pass, over these positions. After any failure the engine can be used again."""
+        self.written = max(self.written, position + tokens)
         try:
             self.source.begin(self.scheduler, self.history, position, tokens)
-            yield
+            with enough_memory():
+                yield
         except BaseException as error:
             self.cache.abandon()
-            if isinstance(error, torch.OutOfMemoryError):
-                raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
+            self.history = History(self.history.layers, self.history.experts)       # this pass is in it, half of it
             if isinstance(error, LinkError):
                 raise UserError(f"an expert could not be copied to {self.device} ({error}); the request is dropped, "
                                 "the engine can be used again") from error
             raise
 
     def _prefill(self, tokens: Tensor, start: int) -> Tensor:
-        """tokens [T] at positions start.. -> hidden states [T, D]."""
+        """tokens [T] at positions start.. -> logits [vocab] of the next."""
         with self._running(start, len(tokens)):
-            return self.model(tokens[None], self.source, self.kv, start)[0]
+            return self.model.head(self.model(tokens[None], self.source, self.kv, start)[0, -1:])[0].float()
 
     def _decode(self, token: Tensor, position: int) -> Tensor:
         """token [1] at `position` -> logits [vocab] of the next."""
@@ -341,9 +360,13 @@ class Engine:
         self.request += 1
         ids = self._check_ids(token_ids, self.context)
         self._begin(len(ids))
-        hidden = self._prefill(ids, 0)
-        self.cache.plan([])
-        return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
+        try:
+            with self._running(0, len(ids)):
+                hidden = self.model(ids[None], self.source, self.kv)[0]
+                return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
+        finally:
+            self.cache.plan([])
+            self.cache.lane.finish()
 
     def generate(self, prompt: str | list[int], **options) -> Generation:
         """As `stream`, all at once."""
@@ -383,7 +406,7 @@ class Engine:
                 min(1.0, self.cache.lane.busy / wall), kept))
 
         try:
-            logits = self.model.head(self._prefill(ids[kept:], kept)[-1:])[0].float()
+            logits = self._prefill(ids[kept:], kept)
             position = n
             self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()    # what prefill left is decode's
             while True:

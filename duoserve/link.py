@@ -99,9 +99,9 @@ class SimulatedLane:
         self.ends.append(end)
         self.busy += end - start
         transfer.spans.append((start, end))
+        if transfer.sent + nbytes == transfer.size:
+            transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
-        if transfer.sent == transfer.size:
-            transfer.loaded = end
 
     def wait(self, transfer: Transfer) -> None:
         """What is computed from here on finds the expert in its slot."""
@@ -171,9 +171,9 @@ class CudaLane:
                 raise LinkError(str(error)) from error
             end.record()
         self.flying.append((start, end, transfer))
+        if transfer.sent + nbytes == transfer.size:
+            transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
-        if transfer.sent == transfer.size:
-            transfer.loaded = end
 
     def wait(self, transfer: Transfer) -> None:
         torch.cuda.current_stream(self.device).wait_event(transfer.loaded)

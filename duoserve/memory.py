@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import UserError, human
-from .model import ATTENTION_ROWS, EXPERT_ROWS
+from .model import ATTENTION_ROWS, EXPERT_ROWS, PADDING
 from .packed import PackedModel
 from .quant import part_rows
 
@@ -31,6 +31,11 @@ class MemoryPlan:
         return self.resident + self.kv + self.workspace + self.slots * self.expert
 
 
+def padded(context: int) -> int:
+    """Positions that the KV cache holds for a context."""
+    return -(-context // PADDING) * PADDING
+
+
 def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
                 cache_experts: int | None) -> MemoryPlan:
     """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
@@ -39,7 +44,7 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
     for kind, shape in packed.shapes.values():
         numel[kind] += torch.Size(shape).numel()
     resident = numel["16"] * size + numel["u8"] + 2 * numel["f16"]
-    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context * size
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * padded(context) * size
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
     # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
     unpacked = max(part_rows(rows, columns) * columns for rows, columns in (
@@ -48,7 +53,8 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
     shared = c.num_attention_heads // c.num_key_value_heads
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
-    workspace = unpacked + prompt + block + mask + (LIBRARIES if cuda else 0)
+    trace = 4 * context * c.num_hidden_layers * c.num_local_experts             # (if it is recorded)
+    workspace = unpacked + prompt + block + mask + trace + (LIBRARIES if cuda else 0)
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
         least = f"{-(-plan.total // 2**20)}MiB" if plan.total > 2**28 else f"{-(-plan.total // 2**10)}KiB"

@@ -24,6 +24,7 @@ from .config import MixtralConfig
 # blocks may follow from the prompt's length alone, never from memory, cache size or policy.
 ATTENTION_ROWS = 512
 EXPERT_ROWS = 512
+PADDING = 64                                # a decode step reads its keys in multiples of this
 
 
 @dataclass(slots=True)

@@ -14,16 +14,14 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .model import Expert, Mixtral, add_answers, rope_table
+from .model import PADDING, Expert, Mixtral, add_answers, rope_table
 from .quant import compiled
-
-PADDING = 64                                # keys are read in multiples of this
 
 
 class DecodeStep:
     """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A] is the cache, `slots` the experts.
 
-    Eager, a piece is run as it stands; with `compile` it is fused by torch.compile, and captured if the device is CUDA.
+    C is a multiple of PADDING, and what was never written is finite. Eager, a piece is run as it stands; with `compile` it is fused by torch.compile, and captured if the device is CUDA.
     """
 
     def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compile: bool):
@@ -69,7 +67,7 @@ class DecodeStep:
         """token [1] on the device, at `position` -> logits [vocab] in fp32, overwritten by the next call."""
         self.token.copy_(token)
         self.position.fill_(position)
-        self.keys = self.context if self.whole else min(self.context, position + PADDING - position % PADDING)
+        self.keys = self.context if self.whole else position + PADDING - position % PADDING
         self.begin()
         source.begin_step(self.lookahead[None])
         for i, run in enumerate(self.layers):

@@ -53,6 +53,8 @@ class Tokenizer:
         message = match[1] if (match := TEMPLATED.fullmatch(message)) else message
         if message.lstrip().startswith(("<s>", "[INST]")):
             raise UserError("the message is in the [INST] template already, and --chat adds it: give the bare message")
+        if not message.strip():
+            raise UserError("the message is empty; give some text")
         begin, end = self.inst
         if self.sp.is_control(begin) and self.sp.is_control(end):
             turn = [begin, *self.encode(message)[1:], end]

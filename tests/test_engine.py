@@ -623,3 +623,43 @@ def test_logits_that_are_not_finite_are_said_to_be(temperature, value, tiny):
         engine.generate(SHORT, max_new_tokens=3, temperature=temperature)
     weight.copy_(kept)
     assert engine.generate(SHORT, max_new_tokens=3).token_ids == load(tiny).generate(SHORT, max_new_tokens=3).token_ids
+
+
+def test_a_request_that_went_wrong_leaves_nothing_behind(tiny):
+    """What is not finite in keys and values that nobody may see any more must not be seen through the mask."""
+    engine, want = load(tiny), load(tiny).generate(SHORT, max_new_tokens=4).token_ids
+    row = engine.model.embed.weight[LONG[40]]
+    kept = row.clone()
+    row.fill_(math.nan)
+    with pytest.raises(UserError, match="not finite"):
+        engine.generate(LONG, max_new_tokens=3)
+    engine.logits(LONG)
+    row.copy_(kept)
+    assert engine.generate(SHORT, max_new_tokens=4).token_ids == want
+
+
+@pytest.mark.parametrize("policy", ("duo", "lru"))
+def test_an_interruption_at_any_line_leaves_an_engine_that_works(policy, tiny):
+    engine, want = load(tiny, policy=policy, cache_experts=4, simulate_link="1GB/s"), load(tiny).generate(SHORT, **SAMPLED)
+    files = {sys.modules[f"duoserve.{name}"].__file__ for name in ("cache", "link")}
+
+    def interrupt_at(countdown):
+        def trace(frame, event, _):
+            nonlocal countdown
+            if frame.f_code.co_filename not in files or frame.f_code.co_name not in ("_take", "_evict", "send"):
+                return None
+            countdown -= event == "line"
+            if countdown == 0:
+                raise KeyboardInterrupt
+            return trace
+        return trace
+
+    for line in range(1, 220, 3):
+        sys.settrace(interrupt_at(line))
+        try:
+            engine.generate(SHORT, **SAMPLED)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids

@@ -180,9 +180,9 @@ def test_a_damaged_expert_on_the_disk_is_named_and_never_computed_with(policy, c
     offset = PackedModel(copy).headers[file.name].tensors["experts.6"][2] + 5
     spoil(file, offset)
     engine = all_on_disk(copy, policy=policy)
-    used, where = set(), engine.cache.where
+    used, cache = set(), engine.cache
     for module in engine.source.slots:
-        module.register_forward_pre_hook(lambda *_: used.update(key for key in where if where[key].pinned))
+        module.register_forward_pre_hook(lambda *_: used.update(key for key in cache.where if cache.where[key].pinned))
     with pytest.raises(UserError, match=r"layer-001.safetensors: experts 6 is corrupted"):
         engine.logits(LONG)
     assert used and (1, 6) not in used and at_rest(engine.cache)

@@ -186,10 +186,14 @@ GENERATE_ERRORS = [
     (["--prompt", "a", "--cache-experts", "-2"], "--cache-experts"),
     (["--prompt", "a", "--gpu-memory", "1MB"], "--gpu-memory"),
     (["--prompt", "a", "--gpu-memory", "abc"], "--gpu-memory"),
+    (["--prompt", "a", "--gpu-memory", "11"], "11 was read as bytes; write 11GiB"),
+    (["--prompt", "a", "--gpu-memory", "8000"], "8000 was read as bytes; write 8000MB"),
     (["--prompt", "a", "--gpu-memory", "0%"], "--gpu-memory"),
     (["--prompt", "a", "--simulate-link", "-1"], "--simulate-link"),
     (["--prompt", "a", "--simulate-link", "0"], "--simulate-link"),
     (["--prompt", "a", "--simulate-link", "abc"], "--simulate-link"),
+    (["--prompt", "a", "--simulate-link", "25Gb/s"], "8 of them a byte: write 3.12GB/s"),
+    (["--prompt", "a", "--simulate-link", "1Gbps"], "write 125MB/s"),
     (["--prompt", "a", "--predictor", "/no/such/predictor"], "/no/such/predictor"),
     (["--prompt", "a", "--trace-dir", "/dev/null/traces"], "--trace-dir"),
 ]
@@ -420,6 +424,14 @@ def test_bench_schedule_prints_a_table(cli, tiny, traces):
     assert status == 0 and [line.split()[0] for line in out.splitlines()[-2:]] == ["duo", "lru"]
 
 
+def test_bench_schedule_says_whose_experts_the_figures_are_for(cli, tiny, traces):
+    run = ("bench", "schedule", traces, "--model", tiny, "--predictor", "none", "--policies", "cache")
+    for options, flags in (((), ""), (("--link", "25GB/s"), "with --link the"), (("--gpu-memory", "1GB"), "with --gpu-memory the"),
+                           (("--link", "1GB/s", "--gpu-memory", "1GB"), "with --link and --gpu-memory the")):
+        err = cli(*run, *options)[2]
+        assert err.count("experts of this model's size (11") == bool(flags) and flags in err
+
+
 def test_bench_schedule_of_what_costs_nothing(cli, tiny):
     """Every expert in the cache and compute for free: no time at all is no reason to divide by it."""
     run = ("bench", "schedule", "--model-config", tiny / "config.json", "--attention-ms", 0, "--expert-ms", 0,
@@ -494,6 +506,10 @@ def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
     (["schedule", "TRACES", "--prefill-expert-ms", "nan"], "--prefill-expert-ms"),
     (["schedule", "TRACES", "--chunks", "0"], "--chunks"),
     (["schedule", "TRACES", "--link", "fast"], "--link"),
+    (["schedule", "TRACES", "--link", "25"], "--link 25: 25 B a second is not a link's speed; write it like 25GB/s"),
+    (["schedule", "TRACES", "--link", "100Gbit/s"], "--link 100Gbit/s: that is bits, 8 of them a byte: write 12.5GB/s"),
+    (["schedule", "TRACES", "--link", "25GB/s", "--expert-transfer-ms", "3"], "--link"),
+    (["schedule", "TRACES", "--gpu-memory", "12"], "write 12GiB"),
     (["schedule", "TRACES", "--gpu-memory", "1MB"], "--gpu-memory"),
     (["schedule", "TRACES", "--predictor", "/no/such/file"], "/no/such/file"),
     (["schedule", "--model-config", "/no/such/config"], "/no/such/config"),
@@ -503,7 +519,7 @@ def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
     (["run", "--max-new-tokens", "1"], "--max-new-tokens"),
     (["run", "--policies", "nope"], "nope"),
     (["run", "--prompt", ""], "prompt"),
-    (["sing"], "sing"), ([], "command")], ids=lambda value: None if isinstance(value, str) else " ".join(value))
+    (["sing"], "sing"), ([], "schedule, run, gpu, quality")], ids=lambda value: None if isinstance(value, str) else " ".join(value))
 def test_a_mistake_in_bench_is_one_line(arguments, name, cli, tiny, traces):
     if arguments[:1] in (["schedule"], ["run"]):
         arguments = [*arguments, "--model", tiny] if "--predictor" in arguments else [*arguments, "--model", tiny, "--predictor", "none"]

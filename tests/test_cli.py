@@ -103,11 +103,13 @@ def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
 
 def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
     """And where nothing had to cross it."""
-    stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache")
+    stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache", bytes_from_disk=0)
     config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
     say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes), config)
     assert say() == "the link was busy 65 % of the time, computing took the rest: more --gpu-memory would help some"
     assert "computing set the speed, not the link" in say(bytes_moved=0, link_busy_fraction=0)
+    assert say(bytes_from_disk=1).endswith("would help some; some experts came from the disk: more --host-memory would help")
+    assert "disk" not in say(bytes_from_disk=1, link_busy_fraction=0.3)
 
 
 def test_the_same_command_gives_the_same_text(ask):
@@ -118,8 +120,30 @@ def test_the_same_command_gives_the_same_text(ask):
 
 
 def test_a_prompt_from_a_file(ask, tmp_path):
-    (tmp_path / "p.txt").write_text("the quick", encoding="utf-8")
-    assert ask("--prompt-file", tmp_path / "p.txt")[1] == ask("--prompt", "the quick")[1]
+    for end, same in (("", ""), ("\n", ""), ("\r\n", ""), ("\n\n", "\n"), ("\r", "\r")):    # one newline is the file's
+        (tmp_path / "p.txt").write_bytes(f"the quick{end}".encode())
+        assert ask("--prompt-file", tmp_path / "p.txt")[1] == ask("--prompt", "the quick" + same)[1]
+
+
+@pytest.mark.parametrize("words, prompt", [(("the fox",), "'the fox'"), (("the", "fox"), "'the fox'"),
+                                           (("--prompt", "the", "quick fox"), "'the quick fox'")])
+def test_a_prompt_without_its_flag_or_quotes(words, prompt, ask):
+    status, out, err = ask(*words)
+    assert (status, out) == (2, "")
+    a_line(err, f"--prompt {prompt}")
+
+
+def test_host_memory_says_what_it_keeps_and_the_closing_line_what_it_costs(ask):
+    run = ("--prompt", "the quick", "--cache-experts", 4, "--simulate-link", "1MB/s")
+    status, out, err = ask(*run, "--host-memory", "30%")
+    kept = int(re.search(r"note: (\d+) of 24 experts are kept in memory; the others are read from the disk\n", err)[1])
+    assert 0 < kept < 24 and "is what would help; some experts came from the disk: more --host-memory would help]" in err
+    assert json.loads(ask(*run, "--host-memory", "30%", "--json")[1])["stats"]["bytes_from_disk"] > 0
+    status, out, err = ask(*run, "--host-memory", "1GB")
+    assert "note: 24 of 24 experts are kept in memory\n" in err and "disk" not in err
+    assert json.loads(ask(*run, "--json")[1])["stats"]["bytes_from_disk"] == 0
+    assert "note: 0 of 24" in (err := ask(*run, "--host-memory", "11")[2]) and "(11 was read as bytes; write 11GiB)" in err
+    assert "kept in memory" not in ask(*run)[2]
 
 
 def test_more_slots_than_experts_is_said_and_clamped(ask):
@@ -168,6 +192,8 @@ GENERATE_ERRORS = [
     (["--prompt", "a", "--context", "1"], "--context"),
     (["--prompt", "a", "--context", "100000"], "--context"),
     (["--prompt-file", "/no/such/file"], "/no/such/file"),
+    (["--prompt-file", "/no/such/file"], "name a text file"),
+    (["--prompt-file", "a", "the fox"], "unrecognized arguments: the fox"),
     (["--prompt-file", "/"], "--prompt-file"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
     (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens"),
@@ -483,6 +509,23 @@ def test_bench_quality(cli, tiny, tmp_path):
     status, out, err = cli(*run)
     assert status == 0 and out.startswith(f"{got['bits_per_byte']:.4f} bits per byte, perplexity {got['perplexity']:.3f} per token")
     assert json.loads(cli(*run[:-2], "--json")[1])["context"] == 256       # what the model takes
+
+
+@pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"],
+                                     *(["bench", name] for name in ("schedule", "run", "gpu", "quality"))])
+def test_help_has_a_word_on_everything(command, cli, monkeypatch):
+    """Each option is told of with its default, each of bench's commands in a line."""
+    shown = []
+    monkeypatch.setattr(Parser, "print_help", lambda self, file=None: shown.append(self))
+    assert cli(*command, "--help") == (0, "", "")
+    for action in shown[0]._actions:
+        if action.option_strings and action.dest != "help" and action.option_strings[0] not in ("--prompt", "--prompt-file"):
+            assert action.help and "default" in action.help, action
+    if command == ["bench"]:
+        lines = [line.strip() for line in shown[0].format_help().splitlines()]
+        for name in ("schedule", "run", "gpu", "quality"):
+            assert any(re.fullmatch(rf"{name} {{2,}}\w.{{20,}}", line) for line in lines)
+    assert "%" not in re.sub(r" %|\d%", "", shown[0].format_help())
 
 
 @pytest.mark.parametrize("data, word", [

@@ -22,14 +22,14 @@ from test_parity import build, logits_of
 
 import generate
 import train_predictor
-from duoserve import bench
-from duoserve.errors import run_main
+from duoserve import bench, checkpoint
+from duoserve.errors import Parser, run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor
 from duoserve.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main}
+PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main, "checkpoint": checkpoint.main}
 
 
 @pytest.fixture
@@ -339,6 +339,22 @@ def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
         assert (tmp_path / f"{i}.safetensors").read_bytes() == predictor.read_bytes()
     status, out, err = cli("generate", "--model", model, "--device", "cpu", "--prompt", "the", "--max-new-tokens", 3)
     assert status == 0 and "predictor" not in err
+
+
+def test_training_says_what_it_replaces_and_when_it_tests_on_what_it_saw(cli, tiny, traces, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "predictor.safetensors").write_text("an older one")
+    other = Path(shutil.copytree(traces, tmp_path / "other"))
+    for path in sorted(other.iterdir())[:3]:
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    for path in sorted(other.iterdir())[5:]:
+        spoil(path, noted="another")
+    assert cli("train", traces, "--model", model, "--out", tmp_path / "p")[2] == ""
+    note = f"note: replaces {model / 'predictor.safetensors'} "
+    assert cli("train", traces, "--model", model, "--out", tmp_path / "p", "--test", traces)[2].startswith("note: 10 of the")
+    err = cli("train", traces, "--model", model, "--test", other)[2]
+    assert err.splitlines()[1].startswith(note) and err.startswith("note: 5 of the traces in --test") and err.count("\n") == 2
+    assert (model / "predictor.safetensors").read_bytes() == (tmp_path / "p").read_bytes()
 
 
 def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """prompt -> text, streamed, or a conversation; the numbers that matter at the end."""
 
 import json
+import shlex
 import sys
 from contextlib import closing, suppress
 from pathlib import Path
@@ -14,37 +15,47 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--prompt-file", metavar="F", help="a file, or - for standard input")
+    prompt.add_argument("--prompt", metavar="TEXT", help="what to go on from")
+    prompt.add_argument("--prompt-file", metavar="F", help="the same from a file, or - for standard input")
     add("--model", default=str(WEIGHTS / "demo"), help="a packed or Hugging Face directory (default: weights/demo)")
-    add("--chat", action="store_true", help="the prompt is a message to an instruct model: the [INST] template")
+    add("--chat", action="store_true", help="the prompt is a message to an instruct model: the [INST] template "
+        "(default: text to go on from)")
     add("--interactive", action="store_true",
         help="go on with what is typed, keeping what was said: text, or with --chat a conversation. Ctrl-C stops an "
-             "answer, an empty line has it continued where it was cut off, Ctrl-D ends it all")
-    add("--max-new-tokens", type=int, default=128, metavar="N")
+             "answer, an empty line has it continued where it was cut off, Ctrl-D ends it all (default: one answer)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default %(default)s)")
     add("--context", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens; "
         "with --interactive as far as the model goes, 4096 at most)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy")
-    add("--top-k", type=int, metavar="K")
-    add("--top-p", type=float, default=0.95, metavar="P")
-    add("--seed", type=int, default=0)
+    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default %(default)s)")
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: from all)")
+    add("--top-p", type=float, default=0.95, metavar="P",
+        help="and of these from the likeliest that make up P (default %(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="another seed, another text (default %(default)s)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)")
     add("--compile", action="store_true", default=None, help="torch.compile the kernels (default on CUDA)")
-    add("--no-compile", dest="compile", action="store_false")
+    add("--no-compile", dest="compile", action="store_false", help="eager kernels (default on the CPU)")
     add("--gpu-memory", metavar="SIZE|PERCENT",
-        help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top")
-    add("--cache-experts", type=int, metavar="N", help="slots for experts, instead of by memory")
+        help="bounds what torch reserves; the CUDA context (about 0.5 GB) comes on top (default: what is free)")
+    add("--cache-experts", type=int, metavar="N",
+        help="slots for experts (default: as many as fit; on a CPU a quarter of them)")
     add("--host-memory", metavar="SIZE|PERCENT",
         help="keep the most used experts in this much of it and read the others from the disk (default: keep all)")
-    add("--policy", default="duo", help="duo, on-demand, layer-prefetch, cache, lru or activation")
-    add("--predictor", metavar="FILE|none")
-    add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s")
-    add("--trace-dir", type=Path, help="record what the routers do, for train_predictor.py")
+    add("--policy", default="duo", metavar="NAME",
+        help="duo, on-demand, layer-prefetch, cache, lru or activation (default %(default)s)")
+    add("--predictor", metavar="FILE|none", help="what duo predicts with (default: the model's own, if it has one)")
+    add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s (default: none)")
+    add("--trace-dir", type=Path, metavar="DIR",
+        help="record there what the routers do, for train_predictor.py (default: no)")
     add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
-        help="both lanes of the run: .json for Perfetto, .svg a picture")
-    add("--json", action="store_true", help="one JSON object on standard output")
-    args = parser.parse_args()
+        help="both lanes of the run: .json for Perfetto, .svg a picture (default: none)")
+    add("--json", action="store_true", help="one JSON object on standard output (default: the text, as it comes)")
+    args, rest = parser.parse_known_args()
+    if rest and not args.prompt_file and not any(word.startswith("-") for word in rest):
+        quoted = shlex.quote(" ".join([*[args.prompt] * (args.prompt is not None), *rest]))
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; a prompt is given in quotes: --prompt {quoted}")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.prompt is None and args.prompt_file is None and not args.interactive:
         raise UserError("nothing to go on from: give --prompt or --prompt-file, or type it with --interactive")
     for flag, given in (("--json", args.json), ("--timeline", args.timeline),
@@ -61,11 +72,12 @@ def read_prompt(args) -> str | None:
         if args.prompt_file == "-" and sys.stdin is None:
             raise UserError("--prompt-file -: standard input is closed")
         data = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        return data.decode()
+        return data.removesuffix(b"\r\n" if data.endswith(b"\r\n") else b"\n").decode()     # (an editor's)
     except OSError as error:
-        raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror}); name a text file, or - "
+                        "for standard input") from None
     except UnicodeDecodeError:
-        raise UserError(f"--prompt-file {args.prompt_file}: is not UTF-8 text") from None
+        raise UserError(f"--prompt-file {args.prompt_file}: is not UTF-8 text; save it as such") from None
 
 
 def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
@@ -152,6 +164,7 @@ def closing_line(result, config) -> str:
 def what_bounded(s, config) -> str:
     """What the speed of a request hung on, in words, and what would help."""
     busy = f"the link was busy {100 * s.link_busy_fraction:.0f} % of the time"
+    disk = "; some experts came from the disk: more --host-memory would help" if s.bytes_from_disk else ""
     if not s.bytes_moved:
         return "every expert needed was there: computing set the speed, not the link"
     if not s.link_busy_fraction:
@@ -159,10 +172,10 @@ def what_bounded(s, config) -> str:
     if s.link_busy_fraction < 0.5:
         return f"{busy}: computing set the speed"
     if s.cache_experts >= config.num_hidden_layers * config.num_local_experts:
-        return f"{busy}, bringing experts for the first time: all fit, so a longer run will wait for it less"
+        return f"{busy}, bringing experts for the first time: all fit, so a longer run will wait for it less{disk}"
     mend = "--policy duo" if s.policy == "on-demand" else "more --gpu-memory"      # (on-demand keeps nothing)
-    return f"{busy}: {mend} is what would help" if s.link_busy_fraction >= 0.8 else \
-        f"{busy}, computing took the rest: {mend} would help some"
+    return (f"{busy}: {mend} is what would help" if s.link_busy_fraction >= 0.8 else
+            f"{busy}, computing took the rest: {mend} would help some") + disk
 
 
 def main() -> int:

@@ -1,8 +1,10 @@
 """traces/ -> <model>/predictor.safetensors, with a report of what each hint is worth on sequences it never saw."""
 
 import json
+import sys
 import time
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,20 @@ def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trac
     return traces
 
 
+def shared(a: str, b: str) -> int:
+    """How many traces, by what is in them, two directories have in common."""
+    one, other = ({sha256(path.read_bytes()).digest() for path in Path(d).glob("*.safetensors")} for d in (a, b))
+    return len(one & other)
+
+
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("traces", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
-    parser.add_argument("--model", default=str(WEIGHTS / "demo"))
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: predictor.safetensors beside the model")
+    parser.add_argument("--model", default=str(WEIGHTS / "demo"), help="a packed directory (default: weights/demo)")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="what to write (default: predictor.safetensors in the model's directory)")
     parser.add_argument("--test", metavar="DIR", help="traces to test on (default: a fifth of TRACES_DIR)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output (default: a table)")
     args = parser.parse_args()
     began = time.perf_counter()
     model = PackedModel(args.model)
@@ -46,6 +55,11 @@ def main() -> int:
     held = 0 if args.test else max(2, round(0.2 * len(traces)))    # split by sequence: tokens of one are too alike
     test, train = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
     test = decoded(args.test, model, 1) if args.test else test
+    if args.test and (n := shared(args.traces, args.test)):
+        print(f"note: {n} of the traces in --test {args.test} are also trained on: the report is better than the "
+              "predictor; test on others", file=sys.stderr)
+    if not args.out and out.exists():
+        print(f"note: replaces {out} (--out FILE writes elsewhere)", file=sys.stderr)
     affinity = measure_affinity(train, k)
     x, y = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in train)))
     weights = train_nets(x, y, progress=partial(Progress, write=count))

@@ -236,13 +236,13 @@ def schedule(args) -> dict:
         else:
             print(f"note: no {path}; duo predicts by lookahead alone", file=sys.stderr)
     transfer = args.expert_transfer_ms
+    for flag in ("attention_ms", "expert_ms", "expert_transfer_ms", "predict_ms", "prefill_attention_ms",
+                 "prefill_expert_ms"):
+        if getattr(args, flag) is not None:
+            check_range("--" + flag.replace("_", "-"), getattr(args, flag), 0, 1e6, flag == "expert_transfer_ms")
     if transfer is None:                    # replayed routing stands for Mixtral-8x7B's unless a link is named
         rate = parse_rate(args.link or "25GB/s", "--link")
         transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / rate
-    for flag in ("attention_ms", "expert_ms", "predict_ms", "prefill_attention_ms", "prefill_expert_ms"):
-        if getattr(args, flag) is not None:
-            check_range("--" + flag.replace("_", "-"), getattr(args, flag), 0, 1e6)
-    check_range("--expert-transfer-ms (or the time --link gives)", transfer, 0, 1e6, least_open=True)
     check_range("--chunks", args.chunks, 1, 10_000)
     check_range("--context", args.context, 2, 1e9)
     costs = Costs(args.attention_ms, args.expert_ms, transfer, args.chunks, args.predict_ms, args.prefill_attention_ms,
@@ -261,6 +261,10 @@ def schedule(args) -> dict:
     for policy in policies:
         if policy not in (*POLICIES, "oracle"):
             raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}, oracle")
+    by_size = [flag for flag, given in (("--link", args.link), ("--gpu-memory", args.gpu_memory)) if given]
+    if args.traces and by_size and layout.nbytes < 10e6:
+        print(f"note: with {' and '.join(by_size)} the figures are for experts of this model's size "
+              f"({human(layout.nbytes)}), not of Mixtral's", file=sys.stderr)
     result = {"costs": asdict(costs), "belady_transfers_per_token": {str(n): belady(traces, k, n) for n in sizes},
               "rows": [row(traces, k, policy, n, costs, predictor) for n in sizes for policy in policies]}
     if not args.json:
@@ -391,64 +395,103 @@ def quality(args) -> dict:
     return result
 
 
-def main() -> int:
+def parse_args():
     parser = Parser(prog="python -m duoserve.bench", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    helped = {"schedule": "on a virtual clock: how fast recorded routing would run",
+              "run": "the engine itself, policies in turn, on this machine",
+              "gpu": "the same at Mixtral's shapes, with random weights; on a GPU",
+              "quality": "what a model is worth: bits per byte of a text of yours"}
+    parsers = {name: commands.add_parser(name, help=text, description=QUALITY if name == "quality" else text)
+               for name, text in helped.items()}
     for name in ("schedule", "run"):
-        add = commands.add_parser(name).add_argument
-        add("--model", default=DEMO)
-        add("--predictor", metavar="FILE|none")
-        add("--policies", nargs="+", metavar="P")
-        add("--cache-experts", type=int, nargs="+", metavar="N")
-        add("--gpu-memory", metavar="SIZE|PERCENT")
-        add("--json", action="store_true")
+        add = parsers[name].add_argument
+        add("--model", default=DEMO, help="a packed directory (default: weights/demo)")
+        add("--predictor", metavar="FILE|none", help="what duo predicts with (default: the model's own, if it has one)")
+        add("--policies", nargs="+", metavar="P",
+            help=f"default: all ({', '.join([*POLICIES, *['oracle'] * (name == 'schedule')])})")
+        add("--cache-experts", type=int, nargs="+", metavar="N", help="slots for experts (default: " + (
+            "for 10, 25, 40, 50 and 60 %% of them)" if name == "schedule" else "as many as fit; on a CPU a quarter)"))
+        add("--gpu-memory", metavar="SIZE|PERCENT", help="as many slots as fit into this much (default: " + (
+            "see --cache-experts)" if name == "schedule" else "what is free on the GPU)"))
+        add("--json", action="store_true", help="one JSON object on standard output (default: a table)")
         if name == "schedule":
-            add("traces", nargs="?", metavar="TRACES_DIR")
-            add("--model-config", metavar="FILE")
-            add("--context", type=int, default=2048, help="tokens of KV cache in a --gpu-memory plan")
-            add("--attention-ms", type=float, default=0.3)
-            add("--expert-ms", type=float, default=0.15)
-            add("--expert-transfer-ms", type=float, help="default with traces: 3.7, Mixtral-8x7B on PCIe 4")
-            add("--link", metavar="SIZE/s", help="instead: the model's experts at this speed (with a config: 25GB/s)")
-            add("--chunks", type=int, default=12)
-            add("--predict-ms", type=float, default=0.0)
-            add("--prefill-attention-ms", type=float)
-            add("--prefill-expert-ms", type=float)
-            add("--persistence", type=float, default=0.36)
-            add("--lookahead-recall", type=float, default=0.8)
+            add("traces", nargs="?", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
+            add("--model-config", metavar="FILE", help="a config.json instead of --model; without traces the routing "
+                "is made up (default: none)")
+            add("--context", type=int, default=2048, metavar="N",
+                help="tokens of KV cache in a --gpu-memory plan (default %(default)s)")
+            add("--attention-ms", type=float, default=0.3, metavar="A",
+                help="milliseconds to compute a layer without its experts (default %(default)s)")
+            add("--expert-ms", type=float, default=0.15, metavar="B",
+                help="ms to compute an expert (default %(default)s)")
+            link = parsers[name].add_mutually_exclusive_group().add_argument
+            link("--expert-transfer-ms", type=float, metavar="T",
+                 help="ms to move an expert (default with traces: 3.7, Mixtral-8x7B on PCIe 4)")
+            link("--link", metavar="SIZE/s",
+                 help="instead: the model's own experts at this speed (default with a config alone: 25GB/s)")
+            add("--chunks", type=int, default=12, metavar="N",
+                help="pieces an expert is moved in (default %(default)s)")
+            add("--predict-ms", type=float, default=0.0, metavar="X",
+                help="ms a layer of the trained predictor (default %(default)s)")
+            add("--prefill-attention-ms", type=float, metavar="A",
+                help="of a prompt (default: --attention-ms x (1 + tokens / 128))")
+            add("--prefill-expert-ms", type=float, metavar="B",
+                help="of a prompt (default: --expert-ms x (1 + its tokens / 128))")
+            add("--persistence", type=float, default=0.36, metavar="P",
+                help="made-up routing: the chance that the next token chooses an expert again (default %(default)s)")
+            add("--lookahead-recall", type=float, default=0.8, metavar="R",
+                help="made-up routing: the chance that the lookahead finds a chosen expert (default %(default)s)")
         else:
-            add("--prompt", default="Once upon a time there was a king who had three daughters, and the youngest")
-            add("--max-new-tokens", type=int, default=64)
-            add("--rounds", type=int, default=3)
-            add("--device")
-            add("--host-memory", metavar="SIZE|PERCENT")
-            add("--simulate-link", metavar="SIZE/s")
-    add = commands.add_parser("quality", description=QUALITY, help="bits per byte of a text of yours").add_argument
+            add("--prompt", default="Once upon a time there was a king who had three daughters, and the youngest",
+                metavar="TEXT", help="default: '%(default)s'")
+            add("--max-new-tokens", type=int, default=64, metavar="N", help="default %(default)s")
+            add("--rounds", type=int, default=3, metavar="N", help="the medians are over these (default %(default)s)")
+            add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+            add("--host-memory", metavar="SIZE|PERCENT",
+                help="keep the most used experts in this much of it, the others on the disk (default: keep all)")
+            add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU (default: none)")
+    add = parsers["quality"].add_argument
     add("file", metavar="FILE", help="UTF-8 text, some pages at least")
-    add("--model", default=DEMO)
+    add("--model", default=DEMO, help="a packed or Hugging Face directory (default: weights/demo)")
     add("--context", type=int, metavar="N", help="tokens of a window (default 2048, or what the model takes)")
-    add("--device")
-    add("--dtype")
-    add("--gpu-memory", metavar="SIZE|PERCENT")
-    add("--json", action="store_true")
-    add = commands.add_parser("gpu").add_argument
-    add("--shape", default="mixtral-8x7b", help="mixtral-8x7b, mixtral-8x22b or tiny (which runs anywhere)")
+    add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)")
+    add("--gpu-memory", metavar="SIZE|PERCENT", help="for weights, cache and all (default: what is free on the GPU)")
+    add("--json", action="store_true", help="one JSON object on standard output (default: a line)")
+    add = parsers["gpu"].add_argument
+    add("--shape", default="mixtral-8x7b",
+        help="mixtral-8x7b, mixtral-8x22b or tiny, which runs anywhere (default %(default)s)")
     add("--gpu-memory", nargs="+", metavar="SIZE|PERCENT", help="default 15%%; several run in ascending order")
-    add("--policies", nargs="+", default=list(POLICIES), metavar="P")
-    add("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS", help="decode follows the middle one")
-    add("--new-tokens", type=int, default=64, help="decoded by each policy (layer-prefetch: 8)")
-    add("--rounds", type=int, default=3)
-    add("--persistence", type=float, nargs="+", default=[0.36])
-    add("--lookahead-recall", type=float, nargs="+", default=[0.8])
-    add("--predictor", action=argparse.BooleanOptionalAction, default=True, help="train duo's on routing made up alike")
+    add("--policies", nargs="+", default=list(POLICIES), metavar="P", help=f"default: all ({', '.join(POLICIES)})")
+    add("--prompts", type=int, nargs="+", default=[128, 512, 2048], metavar="TOKENS",
+        help="lengths to prefill; decode follows the middle one (default 128 512 2048)")
+    add("--new-tokens", type=int, default=64, metavar="N",
+        help="decoded by each policy (default %(default)s; layer-prefetch: 8)")
+    add("--rounds", type=int, default=3, metavar="N", help="each with routing of its own (default %(default)s)")
+    add("--persistence", type=float, nargs="+", default=[0.36], metavar="P",
+        help="the chance that the next token chooses an expert again (default 0.36)")
+    add("--lookahead-recall", type=float, nargs="+", default=[0.8], metavar="R",
+        help="the chance that the lookahead finds a chosen expert (default 0.8)")
+    add("--predictor", action=argparse.BooleanOptionalAction, default=True,
+        help="train duo's on routing made up alike (default: yes)")
     add("--resident", action=argparse.BooleanOptionalAction, default=True,
-        help="at the end, all experts on the device: what the floors are taken from")
-    add("--compile", action=argparse.BooleanOptionalAction, default=None)
-    add("--device")
-    add("--simulate-link", metavar="SIZE/s")
-    add("--append", metavar="FILE", help="also write each row there as it is measured, a line of JSON each")
-    add("--json", action="store_true")
+        help="at the end, all experts on the device: what the floors are taken from (default: yes)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="torch.compile the kernels (default: on CUDA)")
+    add("--device", help="cuda or cuda:N; cpu for --shape tiny (default: a GPU if there is one)")
+    add("--simulate-link", metavar="SIZE/s", help="a link of this speed instead of the real one (default: none)")
+    add("--append", metavar="FILE",
+        help="also write each row there as it is measured, a line of JSON each (default: nowhere)")
+    add("--json", action="store_true", help="one JSON object on standard output (default: rows as they are measured)")
     args = parser.parse_args()
+    if args.command is None:
+        raise UserError(f"no command given: choose one of {', '.join(helped)}; --help says what they do")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
     if args.command == "gpu":
         from .bench_gpu import gpu
         result = gpu(args)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
-from .errors import UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount, parse_rate
+from .errors import (UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount,
+                     parse_rate, read_as_bytes)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, padded, plan_memory
 from .model import Expert, Mixtral, Routing
@@ -47,6 +48,7 @@ class Stats:
     bytes_moved: int
     peak_device_bytes: int
     link_busy_fraction: float
+    bytes_from_disk: int                    # of those moved (with --host-memory)
     prompt_tokens_kept: int                 # whose keys and values were there from the request before: not prefilled
 
 
@@ -236,7 +238,7 @@ class Engine:
             cache_experts = max(2, total // 4)
         compiled = (device.type == "cuda" if compile is None else compile) and can_compile(device)
         budget = check_budget(gpu_memory, packed.nbytes, device, cache_experts)
-        host_memory = None if host_memory is None else parse_amount(host_memory, packed.nbytes, "--host-memory")
+        host_bytes = None if host_memory is None else parse_amount(host_memory, packed.nbytes, "--host-memory")
         self.plan = plan_memory(packed, dtype, self.context, compiled, device.type == "cuda", budget, cache_experts)
         if device.type == "cuda" and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(f"--gpu-memory: {human(self.plan.total)} are planned and {human(free)} are free on {device}; "
@@ -249,8 +251,13 @@ class Engine:
         if simulate_link is not None and not 1e3 <= simulate_link < 1e15:
             raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
 
-        kept = [] if store else choose_kept(packed, host_memory, self.predictor and self.predictor.popularity(),
+        kept = [] if store else choose_kept(packed, host_bytes, self.predictor and self.predictor.popularity(),
                                             self.plan.total if device.type == "cpu" else 0)
+        if host_bytes is not None and not store:
+            rest = "; the others are read from the disk" if len(kept) < total else ""
+            hint = read_as_bytes(host_memory)
+            print(f"note: {len(kept)} of {total} experts are kept in memory{rest}{hint and f' ({hint})'}",
+                  file=sys.stderr)
 
         with enough_memory():
             self._load(kept, compiled, simulate_link, progress, store)
@@ -325,7 +332,7 @@ class Engine:
         self.passed = self.passed[:kept]    # what follows will be overwritten
         forecast = Forecast(self.history, self.predictor, c.num_experts_per_tok)
         self.cache.counts, self.cache.decoding = Counts(), False
-        self.cache.lane.busy = 0.0
+        self.cache.lane.busy, self.read_before = 0.0, self.store.bytes_read
         self.scheduler, self.make_decode_scheduler = schedulers(self.policy, self.cache, self.history, tokens, forecast)
 
     @contextmanager
@@ -403,7 +410,7 @@ class Engine:
             return Generation(text, out, n, reason, Stats(
                 self.load_s, first and first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
                 counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
-                min(1.0, self.cache.lane.busy / wall), kept))
+                min(1.0, self.cache.lane.busy / wall), self.store.bytes_read - self.read_before, kept))
 
         try:
             logits = self._prefill(ids[kept:], kept)

@@ -24,12 +24,19 @@ def parse_size(text: str, flag: str = "size", example: str = "4GiB or 500MB") ->
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] == "I" or not 0 < float(match[1]) < 1e18:
         raise UserError(f"{flag}: '{text}' cannot be; write it like {example}")
-    return int(float(match[1]) * SIZES[match[2]])
+    return round(float(match[1]) * SIZES[match[2]])
 
 
 def parse_rate(text: str, flag: str = "rate") -> int:
     """`25GB/s` -> bytes a second."""
-    return parse_size(text.strip().removesuffix("/s"), flag, "25GB/s")
+    bits = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])b(?:its?)?(?:/s|ps)?\s*", text)
+    if bits and float(bits[1]):
+        rate = human(float(bits[1]) * SIZES[bits[2]] / 8).replace(" ", "")
+        raise UserError(f"{flag} {text}: that is bits, 8 of them a byte: write {rate}/s")
+    rate = parse_size(text.strip().removesuffix("/s"), flag, "25GB/s")
+    if not 1e3 <= rate < 1e15:
+        raise UserError(f"{flag} {text}: {human(rate)} a second is not a link's speed; write it like 25GB/s")
+    return rate
 
 
 def parse_amount(amount: int | str, whole: int, flag: str) -> int:
@@ -56,6 +63,22 @@ def human(n: float) -> str:
             return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def rounded_up(n: int) -> str:
+    """Bytes to three digits, no fewer than they are, as `parse_size` reads them."""
+    step = 10 ** max(0, len(str(n)) - 3)
+    n = -(-n // step) * step
+    power = min((len(str(n)) - 1) // 3, 4)
+    return f"{n / 1000**power:g}{('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def read_as_bytes(amount: int | str | None) -> str:
+    """What to tell who left out the unit, if somebody did."""
+    if not isinstance(amount, str) or not re.fullmatch(r"\s*\d{1,6}(\.\d+)?\s*", amount):
+        return ""
+    amount = amount.strip()
+    return f"{amount} was read as bytes; write {amount}{'GiB' if float(amount) < 1000 else 'MB'}"
 
 
 def count(n: float) -> str:
@@ -98,7 +121,10 @@ def check_budget(gpu_memory: int | str | None, model_bytes: int, device, cache_e
             return None
         import torch
         return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
-    return parse_amount(gpu_memory, model_bytes, "--gpu-memory")
+    budget = parse_amount(gpu_memory, model_bytes, "--gpu-memory")
+    if hint := read_as_bytes(gpu_memory):
+        raise UserError(f"--gpu-memory {gpu_memory} is too small: {hint}")
+    return budget
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import UserError, human
+from .errors import UserError, human, rounded_up
 from .model import ATTENTION_ROWS, EXPERT_ROWS, PADDING
 from .packed import PackedModel
 from .quant import part_rows
@@ -57,8 +57,7 @@ def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled:
     workspace = unpacked + prompt + block + mask + trace + (LIBRARIES if cuda else 0)
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
-        least = f"{-(-plan.total // 2**20)}MiB" if plan.total > 2**28 else f"{-(-plan.total // 2**10)}KiB"
-        raise UserError(f"--gpu-memory {human(budget)} is too small: {least} is the least that works ("
+        raise UserError(f"--gpu-memory {human(budget)} is too small: {rounded_up(plan.total)} is the least that works ("
                         f"{human(resident)} resident weights, {human(kv)} KV cache for --context {context}, "
                         f"{human(plan.workspace)} workspace, two experts of {human(plan.expert)})")
     fit = total if budget is None else 2 + (budget - plan.total) // plan.expert

@@ -84,6 +84,7 @@ class ExpertStore:
         every = [(layer, e) for layer in range(c.num_hidden_layers) for e in range(c.num_local_experts)]
         self.crc = {key: 0 for key in every if key not in self.rows}        # of those on the disk, until it is checked
         self.stamps = {}                    # of their files
+        self.bytes_read = 0                 # of theirs, since loading
         for layer in {layer for layer, _ in self.crc}:
             with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
                 self.stamps[layer] = stamp(file)
@@ -115,6 +116,7 @@ class ExpertStore:
                 crc = read_into(file, offset + start, memoryview(into.numpy()), header.path, crc)
                 if stamp(file) != self.stamps[key[0]]:
                     raise UserError(f"{header.path}: was changed while it was in use; start again")
+            self.bytes_read += len(into)
             if crc is not None:
                 self.crc[key] = crc
                 if start + len(into) == self.nbytes:

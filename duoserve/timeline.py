@@ -86,8 +86,11 @@ def picture(events: list[dict]) -> str:
             i, j = steps[first], steps[after]
             while j > i + 1 and sum(bounds[i] <= b[0] < bounds[j] for lane in lanes.values() for b in lane) > BLOCKS:
                 j -= 1
-            svg, y = svg + panel(f"{title}: {j - i} layers", bounds[i], bounds[j], lanes, uses, y), y + 172
-    for i, (name, colour) in enumerate(COLOURS.items()):
+            tokens = sum(i <= step < j for step in steps)
+            what = f"{j - i} layer visits, {tokens} token{'s' * (tokens > 1)}" if first else f"{j - i} layers"
+            svg, y = svg + panel(f"{title}: {what}", bounds[i], bounds[j], lanes, uses, y), y + 172
+    drawn = "".join(svg)
+    for i, (name, colour) in enumerate((n, c) for n, c in COLOURS.items() if f'fill="{c}"' in drawn):
         svg += [box(12 + 118 * i, 35, 14, 11, colour), text(31 + 118 * i, 45, name)]
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif">',
@@ -108,8 +111,11 @@ def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[fl
             if kind == "attention" and free <= x < RIGHT - 40:
                 free = x + 48
                 svg += [box(x, y + 30, 1, 16, "#777"), text(x + 4, y + 40, f"layer {args['layer']}", 10)]
-            elif "expert" in args and width >= 18:
-                svg.append(text(x + 2, row + 19, name.split()[1], 10, "#222" if kind == "wasted" else "#fff"))
+            elif "expert" in args:
+                label = name.split()[1]
+                size = min(10, int((width - 3) / (0.6 * len(label))))               # as large as fits
+                if size >= 7:
+                    svg.append(text(x + 2, row + 19, label, size, "#222" if kind == "wasted" else "#fff"))
     svg += [f'<path d="M{at(arrived):.1f} {low}L{at(start):.1f} {top + ROW}" stroke="#777" stroke-width=".7"/>'
             for arrived, start in uses if begin <= arrived and start < end]
     step = 10.0 ** math.floor(math.log10(span / 5))         # a round number of microseconds, and not many ticks

@@ -42,10 +42,12 @@ def test_a_policy_that_computes_something_else_is_found_out(gpu, monkeypatch):
         built = engine(*arguments, **options)
         ready = built.source.ready
 
-        def another_slot(layer, routing):
-            for e, slot in ready(layer, routing):
-                yield e, slot ^ (built.policy == "lru" and built.cache.decoding)
-        built.source.ready = another_slot
+        def disturbed(layer, routing):
+            for item in ready(layer, routing):
+                yield item
+            if built.policy == "lru" and built.cache.decoding:
+                built.step.weights.mul_(-9)
+        built.source.ready = disturbed
         return built
     monkeypatch.setattr(bench_gpu, "build", broken)
     with pytest.raises(bench_gpu.UserError, match="different tokens|not finite"):

@@ -22,14 +22,14 @@ from test_parity import build, logits_of
 
 import generate
 import train_predictor
-from duoserve import bench
-from duoserve.errors import run_main
+from duoserve import bench, checkpoint
+from duoserve.errors import Parser, run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor
 from duoserve.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main}
+PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main, "checkpoint": checkpoint.main}
 
 
 @pytest.fixture
@@ -103,11 +103,13 @@ def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
 
 def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
     """And where nothing had to cross it."""
-    stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache")
+    stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache", bytes_from_disk=0)
     config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
     say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes), config)
     assert say() == "the link was busy 65 % of the time, computing took the rest: more --gpu-memory would help some"
     assert "computing set the speed, not the link" in say(bytes_moved=0, link_busy_fraction=0)
+    assert say(bytes_from_disk=1).endswith("would help some; some experts came from the disk: more --host-memory would help")
+    assert "disk" not in say(bytes_from_disk=1, link_busy_fraction=0.3)
 
 
 def test_the_same_command_gives_the_same_text(ask):
@@ -118,8 +120,30 @@ def test_the_same_command_gives_the_same_text(ask):
 
 
 def test_a_prompt_from_a_file(ask, tmp_path):
-    (tmp_path / "p.txt").write_text("the quick", encoding="utf-8")
-    assert ask("--prompt-file", tmp_path / "p.txt")[1] == ask("--prompt", "the quick")[1]
+    for end, same in (("", ""), ("\n", ""), ("\r\n", ""), ("\n\n", "\n"), ("\r", "\r")):    # one newline is the file's
+        (tmp_path / "p.txt").write_bytes(f"the quick{end}".encode())
+        assert ask("--prompt-file", tmp_path / "p.txt")[1] == ask("--prompt", "the quick" + same)[1]
+
+
+@pytest.mark.parametrize("words, prompt", [(("the fox",), "'the fox'"), (("the", "fox"), "'the fox'"),
+                                           (("--prompt", "the", "quick fox"), "'the quick fox'")])
+def test_a_prompt_without_its_flag_or_quotes(words, prompt, ask):
+    status, out, err = ask(*words)
+    assert (status, out) == (2, "")
+    a_line(err, f"--prompt {prompt}")
+
+
+def test_host_memory_says_what_it_keeps_and_the_closing_line_what_it_costs(ask):
+    run = ("--prompt", "the quick", "--cache-experts", 4, "--simulate-link", "1MB/s")
+    status, out, err = ask(*run, "--host-memory", "30%")
+    kept = int(re.search(r"note: (\d+) of 24 experts are kept in memory; the others are read from the disk\n", err)[1])
+    assert 0 < kept < 24 and "is what would help; some experts came from the disk: more --host-memory would help]" in err
+    assert json.loads(ask(*run, "--host-memory", "30%", "--json")[1])["stats"]["bytes_from_disk"] > 0
+    status, out, err = ask(*run, "--host-memory", "1GB")
+    assert "note: 24 of 24 experts are kept in memory\n" in err and "disk" not in err
+    assert json.loads(ask(*run, "--json")[1])["stats"]["bytes_from_disk"] == 0
+    assert "note: 0 of 24" in (err := ask(*run, "--host-memory", "11")[2]) and "(11 was read as bytes; write 11GiB)" in err
+    assert "kept in memory" not in ask(*run)[2]
 
 
 def test_more_slots_than_experts_is_said_and_clamped(ask):
@@ -168,6 +192,8 @@ GENERATE_ERRORS = [
     (["--prompt", "a", "--context", "1"], "--context"),
     (["--prompt", "a", "--context", "100000"], "--context"),
     (["--prompt-file", "/no/such/file"], "/no/such/file"),
+    (["--prompt-file", "/no/such/file"], "name a text file"),
+    (["--prompt-file", "a", "the fox"], "unrecognized arguments: the fox"),
     (["--prompt-file", "/"], "--prompt-file"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
     (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens"),
@@ -186,10 +212,14 @@ GENERATE_ERRORS = [
     (["--prompt", "a", "--cache-experts", "-2"], "--cache-experts"),
     (["--prompt", "a", "--gpu-memory", "1MB"], "--gpu-memory"),
     (["--prompt", "a", "--gpu-memory", "abc"], "--gpu-memory"),
+    (["--prompt", "a", "--gpu-memory", "11"], "11 was read as bytes; write 11GiB"),
+    (["--prompt", "a", "--gpu-memory", "8000"], "8000 was read as bytes; write 8000MB"),
     (["--prompt", "a", "--gpu-memory", "0%"], "--gpu-memory"),
     (["--prompt", "a", "--simulate-link", "-1"], "--simulate-link"),
     (["--prompt", "a", "--simulate-link", "0"], "--simulate-link"),
     (["--prompt", "a", "--simulate-link", "abc"], "--simulate-link"),
+    (["--prompt", "a", "--simulate-link", "25Gb/s"], "8 of them a byte: write 3.12GB/s"),
+    (["--prompt", "a", "--simulate-link", "1Gbps"], "write 125MB/s"),
     (["--prompt", "a", "--predictor", "/no/such/predictor"], "/no/such/predictor"),
     (["--prompt", "a", "--trace-dir", "/dev/null/traces"], "--trace-dir"),
 ]
@@ -311,6 +341,22 @@ def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
     assert status == 0 and "predictor" not in err
 
 
+def test_training_says_what_it_replaces_and_when_it_tests_on_what_it_saw(cli, tiny, traces, tmp_path):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "predictor.safetensors").write_text("an older one")
+    other = Path(shutil.copytree(traces, tmp_path / "other"))
+    for path in sorted(other.iterdir())[:3]:
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    for path in sorted(other.iterdir())[5:]:
+        spoil(path, noted="another")
+    assert cli("train", traces, "--model", model, "--out", tmp_path / "p")[2] == ""
+    note = f"note: replaces {model / 'predictor.safetensors'} "
+    assert cli("train", traces, "--model", model, "--out", tmp_path / "p", "--test", traces)[2].startswith("note: 10 of the")
+    err = cli("train", traces, "--model", model, "--test", other)[2]
+    assert err.splitlines()[1].startswith(note) and err.startswith("note: 5 of the traces in --test") and err.count("\n") == 2
+    assert (model / "predictor.safetensors").read_bytes() == (tmp_path / "p").read_bytes()
+
+
 def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, monkeypatch):
     """With rate and time left, in one line that is wiped; and nothing of it where standard error is no terminal."""
     clock = (i / 16 for i in count())
@@ -420,6 +466,14 @@ def test_bench_schedule_prints_a_table(cli, tiny, traces):
     assert status == 0 and [line.split()[0] for line in out.splitlines()[-2:]] == ["duo", "lru"]
 
 
+def test_bench_schedule_says_whose_experts_the_figures_are_for(cli, tiny, traces):
+    run = ("bench", "schedule", traces, "--model", tiny, "--predictor", "none", "--policies", "cache")
+    for options, flags in (((), ""), (("--link", "25GB/s"), "with --link the"), (("--gpu-memory", "1GB"), "with --gpu-memory the"),
+                           (("--link", "1GB/s", "--gpu-memory", "1GB"), "with --link and --gpu-memory the")):
+        err = cli(*run, *options)[2]
+        assert err.count("experts of this model's size (11") == bool(flags) and flags in err
+
+
 def test_bench_schedule_of_what_costs_nothing(cli, tiny):
     """Every expert in the cache and compute for free: no time at all is no reason to divide by it."""
     run = ("bench", "schedule", "--model-config", tiny / "config.json", "--attention-ms", 0, "--expert-ms", 0,
@@ -473,6 +527,23 @@ def test_bench_quality(cli, tiny, tmp_path):
     assert json.loads(cli(*run[:-2], "--json")[1])["context"] == 256       # what the model takes
 
 
+@pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"],
+                                     *(["bench", name] for name in ("schedule", "run", "gpu", "quality"))])
+def test_help_has_a_word_on_everything(command, cli, monkeypatch):
+    """Each option is told of with its default, each of bench's commands in a line."""
+    shown = []
+    monkeypatch.setattr(Parser, "print_help", lambda self, file=None: shown.append(self))
+    assert cli(*command, "--help") == (0, "", "")
+    for action in shown[0]._actions:
+        if action.option_strings and action.dest != "help" and action.option_strings[0] not in ("--prompt", "--prompt-file"):
+            assert action.help and "default" in action.help, action
+    if command == ["bench"]:
+        lines = [line.strip() for line in shown[0].format_help().splitlines()]
+        for name in ("schedule", "run", "gpu", "quality"):
+            assert any(re.fullmatch(rf"{name} {{2,}}\w.{{20,}}", line) for line in lines)
+    assert "%" not in re.sub(r" %|\d%", "", shown[0].format_help())
+
+
 @pytest.mark.parametrize("data, word", [
     (None, "cannot be read"), (b"", "empty"), (b" \n ", "empty"), (b"\x7fELF\x02\x00\x00", "UTF-8"), (b"caf\xe9 " * 99, "UTF-8"),
     (b"the fox", "too short"), (b"the fox " * 99, "--context")])
@@ -494,6 +565,10 @@ def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
     (["schedule", "TRACES", "--prefill-expert-ms", "nan"], "--prefill-expert-ms"),
     (["schedule", "TRACES", "--chunks", "0"], "--chunks"),
     (["schedule", "TRACES", "--link", "fast"], "--link"),
+    (["schedule", "TRACES", "--link", "25"], "--link 25: 25 B a second is not a link's speed; write it like 25GB/s"),
+    (["schedule", "TRACES", "--link", "100Gbit/s"], "--link 100Gbit/s: that is bits, 8 of them a byte: write 12.5GB/s"),
+    (["schedule", "TRACES", "--link", "25GB/s", "--expert-transfer-ms", "3"], "--link"),
+    (["schedule", "TRACES", "--gpu-memory", "12"], "write 12GiB"),
     (["schedule", "TRACES", "--gpu-memory", "1MB"], "--gpu-memory"),
     (["schedule", "TRACES", "--predictor", "/no/such/file"], "/no/such/file"),
     (["schedule", "--model-config", "/no/such/config"], "/no/such/config"),
@@ -503,7 +578,7 @@ def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
     (["run", "--max-new-tokens", "1"], "--max-new-tokens"),
     (["run", "--policies", "nope"], "nope"),
     (["run", "--prompt", ""], "prompt"),
-    (["sing"], "sing"), ([], "command")], ids=lambda value: None if isinstance(value, str) else " ".join(value))
+    (["sing"], "sing"), ([], "schedule, run, gpu, quality")], ids=lambda value: None if isinstance(value, str) else " ".join(value))
 def test_a_mistake_in_bench_is_one_line(arguments, name, cli, tiny, traces):
     if arguments[:1] in (["schedule"], ["run"]):
         arguments = [*arguments, "--model", tiny] if "--predictor" in arguments else [*arguments, "--model", tiny, "--predictor", "none"]

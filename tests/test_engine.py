@@ -523,7 +523,7 @@ def test_too_little_memory_names_the_least_that_works(tiny):
     for context in (50, 100, 150, 200, 256):        # however it happens to be rounded
         with pytest.raises(UserError, match="--gpu-memory") as refusal:
             load(tiny, gpu_memory="1MB", context=context)
-        least = re.search(r"([\d.]+ ?\w+) is the least that works", str(refusal.value))[1]
+        least = re.search(r" ([\d.]+MB) is the least that works", str(refusal.value))[1]
         assert load(tiny, gpu_memory=least, context=context).generate(SHORT, max_new_tokens=2).token_ids
     with pytest.raises(UserError, match="--gpu-memory"):
         load(tiny, gpu_memory=int(0.98 * load(tiny, cache_experts=2).plan.total))

@@ -1,6 +1,7 @@
 """Both lanes of a run: the trace is true to the run and to the format, the picture is readable, mistakes come first."""
 
 import json
+import re
 import sys
 from collections import Counter
 from xml.etree import ElementTree
@@ -148,6 +149,27 @@ def test_of_a_long_run_a_part_is_drawn():
                 steps.append((f"expert {e}", layer, t, t + 0.2e-3))
     words, boxes = drawing(timeline.picture(timeline.trace(transfers, steps, 100)["traceEvents"]))
     assert len(boxes) < 500 and "layer 2" in words
+
+
+def test_the_picture_says_no_more_than_there_is():
+    """Visits and tokens of decode, labels no wider than their boxes, and in the legend what is to be seen."""
+    steps, t = [], 0.0
+    for _ in range(5):
+        for layer in range(11):
+            for name, length in (("attention", 0.4), ("expert 0", 0.5), ("expert 7", 0.3)):
+                steps.append((name, layer, t, t + length))
+                t += length
+    words, boxes = drawing(timeline.picture(timeline.trace([], steps, 1)["traceEvents"]))
+    assert "Prefill, all tokens at once: 11 layers" in words
+    assert "Decode, token after token: 33 layer visits, 3 tokens" in words
+    assert [name for name in timeline.COLOURS if name in words] == ["attention", "expert", "idle"]
+
+    for share, shown in ((0.02, 0), (0.03, 25)):
+        steps = [(f"expert {e}", 10, share * e, share * (e + 1)) for e in range(25)]
+        steps = [("attention", 0, 0.0, 0.0), *steps, ("attention", 10, share * 25, 1.0)]
+        svg = timeline.picture(timeline.trace([], steps, 1)["traceEvents"])
+        labels, width = re.findall(r'font-size="(\d+)"[^>]*>(10\.\d+)<', svg), share * (timeline.RIGHT - timeline.LEFT)
+        assert len(labels) == shown and all(2 + 0.6 * int(size) * len(label) <= width for size, label in labels)
 
 
 @pytest.mark.parametrize("steps", [[], [("attention", 0, 2.0, 2.5)],

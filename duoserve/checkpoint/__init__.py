@@ -246,8 +246,11 @@ def write_packed(path: Path, source: HuggingFaceSource, parts: dict[str, Shapes]
 
 
 @os_errors()
-def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: bool = True) -> None:
-    """Pack the model in `src` into `dst`, or go on with that: what is complete there is checked and kept."""
+def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: bool = True) -> bool:
+    """Pack the model in `src` into `dst`, or go on with that: what is complete there is checked and kept.
+
+    False if that was all of it.
+    """
     if group_size not in (128, 64, 32):
         raise UserError(f"group size {group_size}: it can be 128, 64 or 32")
     source, dst = open_source(src), Path(dst)
@@ -263,7 +266,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
         with suppress(UserError):
             PackedModel(dst)
             print(f"{dst}: holds this model already, complete and undamaged", file=sys.stderr)
-            return
+            return False
     check_space(dst, sum(size[file] for file in todo))
     (dst / MANIFEST).unlink(missing_ok=True)
     with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing", progress)) as bar:
@@ -272,6 +275,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
     copy_config(source.raw, source.tokenizer, dst)
     write_json(dst / MANIFEST, {"format": "duoserve", "version": 1, "group_size": group_size,
                                 "fingerprint": fingerprint(dst, list(files)), "source": source.fingerprint})
+    return True
 
 
 def ensure_packed(directory: str | Path, weights_dir: str | Path) -> Path:
@@ -346,9 +350,13 @@ def main() -> None:
     parser.add_argument("dst", metavar="DST", help="the directory to write: new, empty, or an interrupted conversion")
     parser.add_argument("--group-size", type=int, choices=(128, 64, 32), default=128, metavar="128|64|32",
                         help="columns that share a scale and a zero, at most (default 128)")
-    parser.add_argument("--to-hf", action="store_true", help="from packed to Hugging Face's layout, in float32")
+    parser.add_argument("--to-hf", action="store_true",
+                        help="from packed to Hugging Face's layout, in float32 (default: from that to packed)")
     arguments = parser.parse_args()
+    src, dst = arguments.src, Path(arguments.dst)
     if arguments.to_hf:
-        to_hf(arguments.src, arguments.dst)
-    else:
-        convert(arguments.src, arguments.dst, arguments.group_size)
+        to_hf(src, dst)
+    elif not convert(src, dst, arguments.group_size):
+        return                                                      # all was there already, and that has been said
+    made = [path.stat().st_size for path in dst.glob("*.safetensors") if path.name != "predictor.safetensors"]
+    print(f"{dst}: {human(sum(made))} in {len(made)} files", file=sys.stderr)

@@ -62,6 +62,8 @@ def parse_args():
                         ("--prompt-file -", args.prompt_file == "-")):
         if args.interactive and given:
             raise UserError(f"{flag}: not together with --interactive; leave out one of them")
+    if args.interactive and None in (sys.stdin, sys.stdout):
+        raise UserError("--interactive: standard input or output is closed; leave both open")
     return args
 
 
@@ -102,7 +104,7 @@ def answer(engine, ids: list[int], args):
             raise
     result = engine.result
     result.text = result.text.removeprefix(" ") if args.chat else result.text
-    if args.trace_dir and result.token_ids:
+    if args.trace_dir and len(engine.passed) >= result.prompt_tokens:
         engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
     if not args.json:
         print(flush=True)
@@ -119,28 +121,29 @@ def converse(engine, line: str | None, args) -> None:
             import readline                 # noqa: F401 (`input` takes arrow keys and keeps a history with it)
     said, cut = [], False                   # the tokens of all turns, and whether the last answer was cut short
     while True:
-        try:
-            line = input(hello) if line is None else line
-            ids = said
-            if line.strip():
-                ids = extend(engine.tokenizer, said, line, args.chat)
-                if said and len(ids) >= engine.context:
-                    say_full(engine)
-                    said, ids = [], extend(engine.tokenizer, [], line, args.chat)
-            if line.strip() or cut:
-                result = answer(engine, ids, args)
-                if result.token_ids or result.finish_reason == "stop":      # else it is as if nothing had been said
-                    said, cut = ids + result.token_ids, result.finish_reason != "stop"
-                if len(said) >= engine.context:
-                    say_full(engine)
-                    said, cut = [], False
-        except EOFError:
-            print(end="\n" if hello else "")
-            return
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D, the end of the input, leaves)", file=sys.stderr)
-        except UserError as error:
-            print("error:", *str(error).split(), file=sys.stderr)
+        with suppress(KeyboardInterrupt):   # (one that comes while another is answered)
+            try:
+                line = input(hello) if line is None else line
+                ids = said
+                if line.strip():
+                    ids = extend(engine.tokenizer, said, line, args.chat)
+                    if said and len(ids) >= engine.context > len(alone := extend(engine.tokenizer, [], line, args.chat)):
+                        say_full(engine)
+                        said, cut, ids = [], False, alone
+                if line.strip() or cut:
+                    result = answer(engine, ids, args)
+                    if result.token_ids or result.finish_reason == "stop":  # else it is as if nothing had been said
+                        said, cut = ids + result.token_ids, result.finish_reason != "stop"
+                    if len(said) >= engine.context:
+                        say_full(engine)
+                        said, cut = [], False
+            except EOFError:
+                print(end="\n" if hello else "")
+                return
+            except KeyboardInterrupt:
+                print("\n(Ctrl-D, the end of the input, leaves)", file=sys.stderr)
+            except UserError as error:
+                print("error:", *str(error).split(), file=sys.stderr)
         line = None
 
 
@@ -188,7 +191,7 @@ def main() -> int:
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
     from duoserve.config import MixtralConfig
-    from duoserve.engine import Engine
+    from duoserve.engine import Engine, check_options
     from duoserve.tokenizer import Tokenizer
     from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
@@ -196,20 +199,22 @@ def main() -> int:
     check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     if args.trace_dir:
         make_directory(args.trace_dir)
+    options = {name: getattr(args, name) for name in (
+        "device", "dtype", "policy", "cache_experts", "gpu_memory", "host_memory", "predictor", "simulate_link")}
+    check_options(**options)                    # before a conversion that takes its time
     directory = ensure_packed(args.model, WEIGHTS)
     if not args.interactive:
         c = MixtralConfig.read(directory)
         tokenizer = Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
         ids = extend(tokenizer, [], prompt, args.chat)
-        if len(ids) >= c.max_position_embeddings:
-            raise UserError(f"the prompt has {len(ids)} tokens; shorten it (--context is {c.max_position_embeddings} at "
-                            "most, and an answer needs one)")
+        most = c.max_position_embeddings
+        if len(ids) >= min(args.context or most, most):
+            raise UserError(f"the prompt has {len(ids)} tokens; shorten it" + (
+                f" or raise --context {args.context}" if args.context and args.context < most else "") +
+                f" (--context is {most} at most, and an answer needs one)")
         if args.context is None:            # what the KV cache has to hold, as far as the model goes
             args.context = min(c.max_position_embeddings, max(2, len(ids) + args.max_new_tokens))
-    engine = Engine.from_pretrained(
-        directory, device=args.device, dtype=args.dtype, policy=args.policy, cache_experts=args.cache_experts,
-        gpu_memory=args.gpu_memory, host_memory=args.host_memory, context=args.context, predictor=args.predictor,
-        simulate_link=args.simulate_link, compile=args.compile, progress=Progress)
+    engine = Engine.from_pretrained(directory, context=args.context, compile=args.compile, progress=Progress, **options)
     if args.trace_dir:
         c = engine.config
         engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)

@@ -68,9 +68,25 @@ class Generation:
                 "new_tokens": len(self.token_ids), "finish_reason": self.finish_reason, "stats": asdict(self.stats)}
 
 
-def check_policy(policy: str) -> None:
+def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, gpu_memory=None, host_memory=None,
+                  predictor=None, simulate_link=None, **_) -> tuple[torch.device, torch.dtype, float | None]:
+    """What can be said of `Engine`'s options without the model -> device, dtype, bytes a second of the simulated link."""
     if policy not in POLICIES:
         raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
+    device = check_device(device)
+    dtype = check_dtype(dtype, device)
+    if cache_experts is not None and cache_experts < 2:
+        raise UserError(f"--cache-experts {cache_experts}: two is the least that works")
+    for flag, amount in (("--gpu-memory", gpu_memory), ("--host-memory", host_memory)):
+        if amount is not None:
+            parse_amount(amount, 10**12, flag)
+    if predictor not in (None, "none") and not Path(predictor).exists():
+        raise UserError(f"{predictor}: no such predictor; train one with train_predictor.py, or say --predictor none")
+    if isinstance(simulate_link, str):
+        simulate_link = parse_rate(simulate_link, "--simulate-link")
+    if simulate_link is not None and not 1e3 <= simulate_link < 1e15:
+        raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
+    return device, dtype, simulate_link
 
 
 def can_compile(device: torch.device) -> bool:
@@ -190,15 +206,11 @@ class Engine:
     passed: list[int] = []                  # the tokens whose keys and values are in the KV cache, from position 0
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, device: str | torch.device | None = None,
-                        dtype: torch.dtype | str | None = None, policy: str = "duo", **options) -> "Engine":
+    def from_pretrained(cls, directory: str | Path, **options) -> "Engine":
         """Load a packed directory, or a Hugging Face one (converted once, into `weights/`); `options` are `Engine`'s."""
         from .checkpoint import ensure_packed
-        check_policy(policy)                # before a conversion that takes its time
-        device = check_device(device)
-        check_dtype(dtype, device)
-        packed = PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights"))
-        return cls(packed, device=device, dtype=dtype, policy=policy, **options)
+        check_options(**options)            # before a conversion that takes its time
+        return cls(PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights")), **options)
 
     def __init__(self, packed: PackedModel, *, device: str | torch.device | None = None,
                  dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
@@ -214,22 +226,20 @@ class Engine:
         `UserError` for whatever a user can mend.
         """
         began = time.perf_counter()
-        check_policy(policy)
-        self.device = device = check_device(device)
+        device, dtype, simulate_link = check_options(
+            device=device, dtype=dtype, policy=policy, cache_experts=cache_experts, gpu_memory=gpu_memory,
+            host_memory=host_memory, predictor=predictor, simulate_link=simulate_link)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")    # 8 MiB a stream, not Hopper's 32
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")            # (in KiB)
-        self.dtype = dtype = check_dtype(dtype, device)
-        self.packed, self.config, self.policy = packed, packed.config, policy
+        self.device, self.dtype, self.packed, self.config, self.policy = device, dtype, packed, packed.config, policy
         c = packed.config
         limit = c.max_position_embeddings
         if context is not None and not 2 <= context <= limit:
             raise UserError(f"--context {context}: this model takes from 2 to {limit} tokens")
         self.context = context or min(limit, 4096)
         total = c.num_hidden_layers * c.num_local_experts
-        if cache_experts is not None and cache_experts < 2:
-            raise UserError(f"--cache-experts {cache_experts}: two is the least that works")
         if cache_experts is not None and cache_experts > total:
             print(f"note: --cache-experts {cache_experts} is more than the model's {total} experts; using {total}",
                   file=sys.stderr)
@@ -246,11 +256,6 @@ class Engine:
         self.tokenizer = packed.tokenizer()
         self.tokenizer.check(c.vocab_size)
         self.predictor = self._load_predictor(predictor)
-        if isinstance(simulate_link, str):
-            simulate_link = parse_rate(simulate_link, "--simulate-link")
-        if simulate_link is not None and not 1e3 <= simulate_link < 1e15:
-            raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
-
         kept = [] if store else choose_kept(packed, host_bytes, self.predictor and self.predictor.popularity(),
                                             self.plan.total if device.type == "cpu" else 0)
         if host_bytes is not None and not store:

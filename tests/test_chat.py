@@ -352,3 +352,23 @@ def test_ctrl_c_and_ctrl_d_for_real(tiny):
     finally:
         run.kill()
     assert run.returncode == 0 and b"prompt tokens kept" in err and b"Traceback" not in err
+
+
+def test_a_message_too_long_by_itself_leaves_the_conversation(tiny, session, prompts):
+    """It is refused in one line; what was said before is still there for the next."""
+    status, out, err = session(tiny, ["the fox", "the quick brown fox " * 40, "dog"], "--context", 40)
+    assert status == 0 and err.count("error: ") == 1 and "--context 40" in err and "anew" not in err
+    assert prompts[-1][:len(prompts[0])] == prompts[0] and len(prompts[-1]) > len(prompts[0]) + 6
+
+
+def test_a_conversation_needs_both_streams(tiny, cli, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, out, err = cli("generate", "--model", tiny, "--interactive")
+    assert (status, out) == (2, "")
+    a_line(err, "--interactive")
+
+
+def test_an_answer_that_ends_at_once_leaves_a_trace_of_its_prompt(tiny, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))         # EOS
+    status, out, err = cli("generate", "--model", tiny, "--device", "cpu", "--prompt", "the fox", "--trace-dir", tmp_path)
+    assert status == 0 and len(list(tmp_path.glob("*.safetensors"))) == 1

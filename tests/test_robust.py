@@ -494,3 +494,13 @@ def test_two_processes_that_need_the_same_model_for_the_first_time(made, tmp_pat
         assert process.returncode == 0, err
     [out] = (tmp_path / "weights").iterdir()
     assert contents(out) == contents(made / "packed")
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--policy", "nope"), ("--device", "cuda:7"), ("--dtype", "int8"), ("--predictor", "/no/such"), ("--gpu-memory", "abc"),
+    ("--host-memory", "abc"), ("--simulate-link", "fast"), ("--cache-experts", "1")])
+def test_a_mistaken_option_is_said_before_anything_is_converted(flag, value, hf, cli, monkeypatch):
+    monkeypatch.setattr("duoserve.checkpoint.convert", lambda *_, **__: pytest.fail("converted"))
+    status, out, err = cli("generate", "--model", hf, "--prompt", "a", f"{flag}={value}")
+    assert (status, out) == (2, "")
+    a_line(err, value if flag == "--predictor" else flag)

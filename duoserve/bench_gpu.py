@@ -16,6 +16,7 @@ import statistics
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -276,6 +277,17 @@ def floors(rows: list[dict], layers: int, expert_s: float, resident: dict | None
         row["tpot_over_floor"] = row["tpot_ms"] / (row["tpot_floor_ms"] or row["tpot_ms"])
 
 
+@cache
+def made_up(config: MixtralConfig, persistence: float, recall: float, rounds: int, new: int, predict: bool):
+    """-> a trace for each round, and a predictor trained on others of the same kind."""
+    k, (*traces, a, b, c) = config.num_experts_per_tok, synthetic_traces(config, persistence, recall, rounds + 3, 2, new)
+    if not predict:
+        return traces, None
+    affinity = measure_affinity([a, b, c], k)
+    x, y = map(np.concatenate, zip(*(trace_features(trace, k, affinity) for trace in (a, b, c))))
+    return traces, Predictor(train_nets(x, y), affinity, "random")
+
+
 def gpu(args) -> dict:
     """`bench gpu`: -> all rows as plain data. Each is also appended to --append as it is measured, as a line of JSON."""
     if args.shape not in SHAPES:
@@ -330,13 +342,7 @@ def gpu(args) -> dict:
             request(engine, args.policies[0], tokens, 4, warm)
         for persistence in args.persistence:
             for recall in args.lookahead_recall:
-                decode = synthetic_traces(config, persistence, recall, args.rounds + 3, 2, args.new_tokens)
-                traces, learnt = decode[:args.rounds], decode[args.rounds:]
-                if args.predictor:
-                    affinity = measure_affinity(learnt, config.num_experts_per_tok)
-                    x, y = map(np.concatenate, zip(*(trace_features(t, config.num_experts_per_tok, affinity)
-                                                     for t in learnt)))
-                    engine.predictor = Predictor(train_nets(x, y), affinity, "random")
+                traces, engine.predictor = made_up(config, persistence, recall, args.rounds, args.new_tokens, args.predictor)
                 for round_ in range(args.rounds):
                     said_by: dict = {}
                     for policy in args.policies:

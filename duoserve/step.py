@@ -21,7 +21,8 @@ from .quant import compiled
 class DecodeStep:
     """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A] is the cache, `slots` the experts.
 
-    C is a multiple of PADDING, and what was never written is finite. Eager, a piece is run as it stands; with `compile` it is fused by torch.compile, and captured if the device is CUDA.
+    C is a multiple of PADDING, and what was never written is finite. Eager, a piece is run as it stands; with `compile`
+    it is fused by torch.compile, and captured if the device is CUDA.
     """
 
     def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compile: bool):

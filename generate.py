@@ -190,9 +190,8 @@ def main() -> int:
         raise UserError("the prompt is empty; give some text")
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
-    from duoserve.config import MixtralConfig
     from duoserve.engine import Engine, check_options
-    from duoserve.tokenizer import Tokenizer
+    from duoserve.packed import PackedModel
     from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
         timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept
@@ -202,19 +201,16 @@ def main() -> int:
     options = {name: getattr(args, name) for name in (
         "device", "dtype", "policy", "cache_experts", "gpu_memory", "host_memory", "predictor", "simulate_link")}
     check_options(**options)                    # before a conversion that takes its time
-    directory = ensure_packed(args.model, WEIGHTS)
+    packed = PackedModel(ensure_packed(args.model, WEIGHTS))
     if not args.interactive:
-        c = MixtralConfig.read(directory)
-        tokenizer = Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
-        ids = extend(tokenizer, [], prompt, args.chat)
-        most = c.max_position_embeddings
+        ids, most = extend(packed.tokenizer(), [], prompt, args.chat), packed.config.max_position_embeddings
         if len(ids) >= min(args.context or most, most):
             raise UserError(f"the prompt has {len(ids)} tokens; shorten it" + (
                 f" or raise --context {args.context}" if args.context and args.context < most else "") +
                 f" (--context is {most} at most, and an answer needs one)")
         if args.context is None:            # what the KV cache has to hold, as far as the model goes
-            args.context = min(c.max_position_embeddings, max(2, len(ids) + args.max_new_tokens))
-    engine = Engine.from_pretrained(directory, context=args.context, compile=args.compile, progress=Progress, **options)
+            args.context = min(most, max(2, len(ids) + args.max_new_tokens))
+    engine = Engine(packed, context=args.context, compile=args.compile, progress=Progress, **options)
     if args.trace_dir:
         c = engine.config
         engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)

@@ -12,7 +12,7 @@ import numpy as np
 from duoserve.checkpoint import Progress
 from duoserve.errors import Parser, UserError, count, run_main
 from duoserve.packed import PackedModel
-from duoserve.predictor import Predictor, mean_recall, measure_affinity, trace_features, train_nets
+from duoserve.predictor import Predictor, all_features, mean_recall, measure_affinity, train_nets
 from duoserve.trace import Trace, read_traces
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
@@ -61,11 +61,11 @@ def main() -> int:
     if not args.out and out.exists():
         print(f"note: replaces {out} (--out FILE writes elsewhere)", file=sys.stderr)
     affinity = measure_affinity(train, k)
-    x, y = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in train)))
+    x, y = all_features(train, k, affinity)
     weights = train_nets(x, y, progress=partial(Progress, write=count))
     predictor = Predictor(weights, affinity, model.fingerprint)
 
-    x, chosen = (np.concatenate(part) for part in zip(*(trace_features(t, k, affinity) for t in test)))
+    x, chosen = all_features(test, k, affinity)
     group = lambda i: x[..., i * experts:(i + 1) * experts]
     previous = np.concatenate([np.eye(experts, dtype=np.float32)[t.top(k)[t.prompt - 1:-1]].sum(-2) for t in test])
     scores = {"popularity": np.broadcast_to(y.mean(0), chosen.shape), "previous": previous, "affinity": group(2),

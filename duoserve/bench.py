@@ -15,7 +15,6 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -27,10 +26,10 @@ from .errors import Parser, UserError, check_budget, count, human, parse_rate, r
 from .link import SimulatedLane, VirtualClock
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Routing
-from .packed import PackedModel, resident_shapes
+from .packed import Outline, PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
-from .quant import ExpertLayout, group_size
+from .quant import ExpertLayout
 from .trace import History, Trace, read_traces
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -205,6 +204,18 @@ def check_range(flag: str, value: float, low: float, high: float, least_open: bo
         raise UserError(f"{flag} {value:g}: expected a number from {low:g} to {high:g}")
 
 
+def check_policies(policies: list[str], known: tuple[str, ...] = POLICIES) -> None:
+    for policy in policies:
+        if policy not in known:
+            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(known)}")
+
+
+def empty(engine) -> None:
+    """Every run starts with an empty cache."""
+    for key in list(engine.cache.where):
+        engine.cache.drop(key)
+
+
 def schedule(args) -> dict:
     """`bench schedule`: -> the table as plain data."""
     packed = predictor = None
@@ -258,9 +269,7 @@ def schedule(args) -> dict:
             print(f"note: --cache-experts {n} is more than the model's {total} experts; using {total}", file=sys.stderr)
     sizes = list(dict.fromkeys(min(n, total) for n in sizes))
     policies = args.policies or [*POLICIES, "oracle"]
-    for policy in policies:
-        if policy not in (*POLICIES, "oracle"):
-            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}, oracle")
+    check_policies(policies, (*POLICIES, "oracle"))
     by_size = [flag for flag, given in (("--link", args.link), ("--gpu-memory", args.gpu_memory)) if given]
     if args.traces and by_size and layout.nbytes < 10e6:
         print(f"note: with {' and '.join(by_size)} the figures are for experts of this model's size "
@@ -274,15 +283,10 @@ def schedule(args) -> dict:
 
 def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
     """How many experts fit beside weights, KV cache and workspace: the engine's own plan, without its files."""
-    shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))
-    layout, size = ExpertLayout.of(config), {"16": 2, "u8": 1, "f16": 2}
-    resident = sum(torch.Size(shape).numel() * size[kind] for kind, shape in shapes.values())
-    nbytes = resident + config.num_hidden_layers * config.num_local_experts * layout.nbytes
-    stand_in = SimpleNamespace(config=config, shapes=shapes, layout=layout)
-    budget = check_budget(gpu_memory, nbytes, torch.device("cpu"), None)
-    plan = plan_memory(stand_in, torch.bfloat16, min(context, config.max_position_embeddings), True, True, budget,
-                       None)
-    print(f"note: 4-bit model {human(nbytes)} ({human(nbytes - resident)} of experts in host memory); of "
+    model = Outline(config)
+    budget = check_budget(gpu_memory, model.nbytes, torch.device("cpu"), None)
+    plan = plan_memory(model, torch.bfloat16, min(context, config.max_position_embeddings), True, True, budget, None)
+    print(f"note: 4-bit model {human(model.nbytes)} ({human(model.nbytes - model.resident_bytes())} of experts in host memory); of "
           f"{human(budget)} on the GPU, {human(plan.resident)} resident weights, {human(plan.kv)} KV cache for {context} tokens, "
           f"{human(plan.workspace)} workspace, {plan.slots} slots of {human(plan.expert)}; the CUDA context is on top",
           file=sys.stderr)
@@ -308,9 +312,7 @@ def run(args) -> dict:
     """`bench run`: the engine itself, policies in turn, several rounds; medians, and ratios within a round."""
     from .engine import Engine
     policies = args.policies or list(POLICIES)
-    for policy in policies:
-        if policy not in POLICIES:
-            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}")
+    check_policies(policies)
     if args.cache_experts and len(args.cache_experts) > 1:
         raise UserError(f"--cache-experts {args.cache_experts}: bench run takes one size at a time")
     check_range("--rounds", args.rounds, 1, 1000)
@@ -323,8 +325,7 @@ def run(args) -> dict:
     for _ in range(args.rounds):            # policies in turn within a round: a busy machine slows them all alike
         one = {}
         for engine.policy in policies:
-            for key in list(engine.cache.where):
-                engine.cache.drop(key)      # every run starts with an empty cache
+            empty(engine)
             one[engine.policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
         if any(stats.tpot_s is None for stats in one.values()):
             raise UserError("--prompt: the model stops after a single token; give another prompt")
@@ -369,15 +370,13 @@ def quality(args) -> dict:
     """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
     from .checkpoint import Progress, ensure_packed
     from .engine import Engine
-    from .tokenizer import Tokenizer
-    text, directory = read_text(args.file), ensure_packed(args.model, WEIGHTS)
-    c = MixtralConfig.read(directory)
-    bos, *ids = Tokenizer(directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids).encode(text)
+    text, packed = read_text(args.file), PackedModel(ensure_packed(args.model, WEIGHTS))
+    bos, *ids = packed.tokenizer().encode(text)
     if len(ids) < LEAST_TEXT:
         raise UserError(f"{args.file}: {len(ids)} tokens are too short a text to tell anything; give some pages")
-    context = min(2048, c.max_position_embeddings) if args.context is None else args.context
-    engine = Engine.from_pretrained(directory, device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory,
-                                    context=context, predictor="none", progress=Progress)
+    context = min(2048, packed.config.max_position_embeddings) if args.context is None else args.context
+    engine = Engine(packed, device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory, context=context,
+                    predictor="none", progress=Progress)
     nats, starts, nbytes = 0.0, range(0, len(ids), context), len(text.encode())
     with closing(Progress(len(ids), "tokens", write=count)) as bar:
         for window in (ids[start:start + context] for start in starts):

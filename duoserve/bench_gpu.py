@@ -23,15 +23,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from .bench import check_range, synthetic_traces
+from .bench import check_policies, check_range, empty, synthetic_traces
 from .config import MixtralConfig
 from .engine import Engine, StreamedExperts
 from .errors import UserError, check_budget, check_device, parse_rate
 from .model import Routing
-from .packed import resident_shapes
-from .policies import POLICIES
-from .predictor import Predictor, measure_affinity, trace_features, train_nets
-from .quant import ExpertLayout, group_size
+from .packed import Outline
+from .predictor import Predictor, all_features, measure_affinity, train_nets
 from .store import ExpertStore
 
 SHAPES = {
@@ -43,17 +41,14 @@ SHAPES = {
 }
 
 
-class RandomModel:
+class RandomModel(Outline):
     """Stands in for a `PackedModel`: its shapes, and random bytes that keep activations finite."""
 
-    largest_group, fingerprint, directory = 128, "random", Path("random weights")
+    fingerprint, directory = "random", Path("random weights")
 
     def __init__(self, config: MixtralConfig, device: torch.device):
-        self.config, self.device, self.layout = config, device, ExpertLayout.of(config)
-        self.shapes = resident_shapes(config, lambda columns, name: group_size(columns, 128, name))
-        size = {"16": 2, "u8": 1, "f16": 2}
-        self.resident_bytes = sum(torch.Size(shape).numel() * size[kind] for kind, shape in self.shapes.values())
-        self.nbytes = self.resident_bytes + config.num_hidden_layers * config.num_local_experts * self.layout.nbytes
+        super().__init__(config)
+        self.device = device
         self.blocks: queue.Queue | None = None                      # memory on the device in which to make experts
         self.lock = threading.Lock()
         self.left = config.num_hidden_layers * config.num_local_experts
@@ -185,11 +180,6 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def empty(engine: Engine) -> None:
-    for key in list(engine.cache.where):
-        engine.cache.drop(key)
-
-
 def request(engine: Engine, policy: str, tokens: int, new: int, trace, seed: int = 0):
     """-> (Generation, seconds of the lane in prefill and in decode): from an empty cache, greedy."""
     engine.policy = policy
@@ -284,8 +274,7 @@ def made_up(config: MixtralConfig, persistence: float, recall: float, rounds: in
     if not predict:
         return traces, None
     affinity = measure_affinity([a, b, c], k)
-    x, y = map(np.concatenate, zip(*(trace_features(trace, k, affinity) for trace in (a, b, c))))
-    return traces, Predictor(train_nets(x, y), affinity, "random")
+    return traces, Predictor(train_nets(*all_features([a, b, c], k, affinity)), affinity, "random")
 
 
 def gpu(args) -> dict:
@@ -295,9 +284,7 @@ def gpu(args) -> dict:
     device = args.device = check_device(args.device)
     if device.type == "cpu" and args.shape != "tiny":
         raise UserError(f"--shape {args.shape}: needs a GPU; --shape tiny runs anywhere")
-    for policy in args.policies:
-        if policy not in POLICIES:
-            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(POLICIES)}")
+    check_policies(args.policies)
     for value in (*args.persistence, *args.lookahead_recall):
         check_range("--persistence and --lookahead-recall", value, 0, 1)
     for tokens in args.prompts:

@@ -24,7 +24,7 @@ from .memory import LOGIT_ROWS, padded, plan_memory
 from .model import Expert, Mixtral, Routing
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
-from .predictor import Forecast, Predictor
+from .predictor import Forecast, Predictor, check_exists
 from .quant import PackedLinear
 from .step import DecodeStep
 from .store import ExpertStore, choose_kept
@@ -80,8 +80,8 @@ def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, 
     for flag, amount in (("--gpu-memory", gpu_memory), ("--host-memory", host_memory)):
         if amount is not None:
             parse_amount(amount, 10**12, flag)
-    if predictor not in (None, "none") and not Path(predictor).exists():
-        raise UserError(f"{predictor}: no such predictor; train one with train_predictor.py, or say --predictor none")
+    if predictor not in (None, "none"):
+        check_exists(predictor)
     if isinstance(simulate_link, str):
         simulate_link = parse_rate(simulate_link, "--simulate-link")
     if simulate_link is not None and not 1e3 <= simulate_link < 1e15:

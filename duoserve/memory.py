@@ -9,7 +9,7 @@ import torch
 
 from .errors import UserError, human, rounded_up
 from .model import ATTENTION_ROWS, EXPERT_ROWS, PADDING
-from .packed import PackedModel
+from .packed import Outline
 from .quant import part_rows
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
@@ -38,14 +38,11 @@ def padded(context: int) -> int:
     return -(-context // PADDING) * PADDING
 
 
-def plan_memory(packed: PackedModel, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
+def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
                 cache_experts: int | None) -> MemoryPlan:
     """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
     c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
-    numel = {"16": 0, "u8": 0, "f16": 0}
-    for kind, shape in packed.shapes.values():
-        numel[kind] += torch.Size(shape).numel()
-    resident = numel["16"] * size + numel["u8"] + 2 * numel["f16"]
+    resident = packed.resident_bytes(size)
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * padded(context) * size
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
     # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.

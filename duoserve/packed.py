@@ -197,7 +197,22 @@ def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tup
     return shapes
 
 
-class PackedModel:
+class Outline:
+    """What a configuration alone says of a packed model: layout of an expert, resident tensors, bytes."""
+
+    def __init__(self, config: MixtralConfig, largest_group: int = 128):
+        self.config, self.largest_group = config, largest_group
+        self.layout = ExpertLayout.of(config, largest_group)
+        self.shapes = resident_shapes(config, lambda columns, name: group_size(columns, largest_group, name))
+        self.nbytes = self.resident_bytes() + config.num_hidden_layers * config.num_local_experts * self.layout.nbytes
+
+    def resident_bytes(self, size: int = 2) -> int:
+        """Of all but the experts, with `size` bytes for what came in 16 bits."""
+        each = {"16": size, "u8": 1, "f16": 2}
+        return sum(prod(shape) * each[kind] for kind, shape in self.shapes.values())
+
+
+class PackedModel(Outline):
     """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the file."""
 
     def __init__(self, directory: str | Path):
@@ -207,18 +222,17 @@ class PackedModel:
         path = directory / MANIFEST
         try:
             self.manifest = json.loads(path.read_bytes())
-            self.largest_group, version = self.manifest["group_size"], self.manifest["version"]
+            largest_group, version = self.manifest["group_size"], self.manifest["version"]
             self.fingerprint = self.manifest["fingerprint"]
         except FileNotFoundError:
             raise UserError(f"{directory}: no {MANIFEST}, so this is not a (complete) packed model; "
                             "convert one with python -m duoserve.checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: damaged ({error!r}); convert the model again") from None
-        if version != 1 or self.largest_group not in (32, 64, 128):
-            raise UserError(f"{path}: version {version}, group size {self.largest_group}: not made by this duoserve; "
+        if version != 1 or largest_group not in (32, 64, 128):
+            raise UserError(f"{path}: version {version}, group size {largest_group}: not made by this duoserve; "
                             "convert the model again")
-        self.config = MixtralConfig.read(directory)
-        self.layout = ExpertLayout.of(self.config, self.largest_group)
+        super().__init__(MixtralConfig.read(directory), largest_group)
         self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
         made = fingerprint(directory, tensor_files(self.config))
         if made != self.fingerprint:
@@ -230,7 +244,6 @@ class PackedModel:
             if len(table) != len(header.tensors):
                 raise UserError(f"{header.path}: holds no CRC table; convert the model again")
             self.crc |= {(name, tensor): crc for tensor, crc in zip(header.tensors, table)}
-        self.shapes = resident_shapes(self.config, lambda columns, name: group_size(columns, self.largest_group, name))
         for name, (kind, shape) in self.shapes.items():
             self.locate(name, shape, KINDS[kind])
         for i in range(self.config.num_hidden_layers):

@@ -78,8 +78,7 @@ class Predictor:
     @classmethod
     def read(cls, path: Path, model: str, layers: int, experts: int) -> "Predictor":
         """`UserError` if it is missing, damaged, or another model's."""
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such predictor; train one with train_predictor.py, or say --predictor none")
+        check_exists(path)
         try:
             with safe_open(path, "np") as file:
                 meta = file.metadata() or {}
@@ -98,6 +97,11 @@ class Predictor:
                 for net, (votes, w1, b1, w2, b2) in weights.items()):
             raise UserError(f"{path}: its shapes do not fit this model; train it again with train_predictor.py")
         return cls(weights, affinity, model)
+
+
+def check_exists(path: str | Path) -> None:
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such predictor; train one with train_predictor.py, or say --predictor none")
 
 
 class Forecast:
@@ -151,6 +155,11 @@ def trace_features(trace: Trace, top_k: int, affinity: np.ndarray) -> tuple[np.n
     followed = affinity[np.arange(layers)[:, None], before_top].mean(-2)
     x = np.concatenate((margin(trace.lookahead, top_k)[p:], before, followed, log[p - 1:tokens - 1], recent, share), -1)
     return x.astype(np.float32), chosen[p:]
+
+
+def all_features(traces: list[Trace], top_k: int, affinity: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`trace_features` of several traces, one after the other."""
+    return tuple(map(np.concatenate, zip(*(trace_features(trace, top_k, affinity) for trace in traces))))
 
 
 def measure_affinity(traces: list[Trace], top_k: int) -> np.ndarray:

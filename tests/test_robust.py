@@ -164,7 +164,7 @@ def test_other_mistakes(arguments, name, ask):
 
 
 def test_what_is_wrong_with_the_prompt_is_said_before_anything_is_loaded(ask, tmp_path, monkeypatch):
-    monkeypatch.setattr(Engine, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(Engine, "__init__", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "empty").write_bytes(b" \n")
     for arguments in (("--prompt", "fox " * 400), ("--prompt-file", tmp_path / "empty")):
         status, out, err = ask(*arguments)

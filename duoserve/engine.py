@@ -298,6 +298,12 @@ class Engine:
         self.source = StreamedExperts(slots, self.cache, c.num_experts_per_tok)
         with torch.inference_mode():
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
+            if self.step.capturing:         # what a prompt unpacks lies at fixed addresses too
+                matrices = [m for owner in (self.model, *slots) for m in owner.modules() if isinstance(m, PackedLinear)]
+                workspace = torch.empty(max(2 * m.q[part].numel() for m in matrices for part in m.parts()),
+                                        dtype=dtype, device=device)
+                for matrix in matrices:
+                    matrix.capture(workspace, self.step.capture)
             if compiled:                    # compiling counts as loading, never as time to first token
                 self._warm_up(slots[0])
 

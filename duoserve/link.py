@@ -36,6 +36,7 @@ class Transfer:
     sent: int = 0
     loaded: Any = None                      # the lane's mark for "all of it is there": an event, or a time
     order: int = 0                          # the lane delivers in this order
+    arrived: bool = False                   # the host has seen that all of it is there: nothing need wait
     used: bool = False                      # something was computed with it
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
 
@@ -155,6 +156,7 @@ class CudaLane:
             seconds = start.elapsed_time(end) / 1e3
             self.busy += seconds
             transfer.spans.append((begin, begin + seconds))
+            transfer.arrived = end is transfer.loaded
 
     def room(self, asked: float) -> bool:
         return len(self.flying) < IN_FLIGHT
@@ -176,7 +178,8 @@ class CudaLane:
         transfer.sent += nbytes
 
     def wait(self, transfer: Transfer) -> None:
-        torch.cuda.current_stream(self.device).wait_event(transfer.loaded)
+        if not transfer.arrived:
+            torch.cuda.current_stream(self.device).wait_event(transfer.loaded)
 
     def used(self, slot: int) -> None:
         if self.last_use[slot] is None:

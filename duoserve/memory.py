@@ -13,8 +13,8 @@ from .packed import Outline
 from .quant import part_rows
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
-LIBRARIES = 120 * 2**20                     # what cuBLAS takes of torch's memory, and what is lost to rounding; and for
-GRAPH = 192 * 2**10                         # each captured expert: measured on an H200, with 5 to 256 slots
+LIBRARIES = 40 * 2**20                      # what cuBLAS takes of torch's memory, and what is lost to rounding; and for
+GRAPH = 80 * 2**10                          # each captured expert: measured on an H200, with 19 to 256 slots
 
 
 @dataclass

@@ -51,9 +51,9 @@ class Routing:
 
     @classmethod
     def unpack(cls, values: list[float], experts: int, top_k: int) -> "Routing":
-        ends = list(accumulate((experts, top_k, top_k, experts)))
-        counts, ids, weights, logits, lookahead = (values[a:b] for a, b in zip((0, *ends), (*ends, None)))
-        return cls([int(n) for n in counts], [int(e) for e in ids], weights, logits, lookahead or None)
+        a, b, c = experts, experts + top_k, experts + 2 * top_k
+        return cls([int(n) for n in values[:a]], [int(e) for e in values[a:b]], values[b:c], values[c:c + experts],
+                   values[c + experts:] or None)
 
 
 class ExpertSource(Protocol):
@@ -169,7 +169,7 @@ def add_answers(h: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> ids [T, K] in rank order and their weights [T, K] in fp32, which sum to one."""
-    weights, ids = logits.float().softmax(-1).topk(top_k, -1)
+    weights, ids = (part[:, :top_k] for part in logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True))
     return ids, weights / weights.sum(-1, keepdim=True)
 
 

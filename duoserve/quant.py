@@ -6,8 +6,9 @@ nibbles of a row of bytes are contiguous runs of columns, so unpacking needs no 
 """
 
 from dataclasses import dataclass
-from functools import cache
-from math import prod
+from functools import cache, partial
+from math import gcd, prod
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -91,8 +92,8 @@ def one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return y.to(x.dtype)[None]
 
 
-def unpack_to(q: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize(q, scale, zero).to(dtype)
+def unpack_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
+    out.copy_(dequantize(q, scale, zero))
 
 
 def part_rows(rows: int, columns: int) -> int:
@@ -102,21 +103,49 @@ def part_rows(rows: int, columns: int) -> int:
 
 @cache
 def compiled(function):
-    """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a prompt."""
+    """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a prompt.
+
+    `deterministic`: else the compiler times a few ways to block each sum and keeps the fastest, and which that is,
+    so the last bits of a result, would change from one process to the next.
+    """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, options={"deterministic": True})
 
 
-@torch.library.custom_op("duoserve::one_row", mutates_args=())
 def fused_one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`one_row`, compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into
-    the product and do it again for every row of the matrix (a SwiGLU for each weight: half the speed)."""
-    return compiled(one_row)(x, q, scale, zero)
+    """`one_row` for the compiler: the same sums, told so that a weight costs a mask, a conversion and a product.
+
+    Four bytes are read as one word, and a nibble is left where it lies in it: k places up it is 16^k times too large,
+    and x, which is laid out as the words meet it, was made as much smaller.
+    """
+    groups = scale.shape[-1]
+    parts = x.float().view(groups, 2, -1, 4).permute(0, 3, 1, 2).flatten(1, 2)      # [groups, nibble, word]
+    smaller = torch.exp2(-4.0 * torch.arange(8, device=x.device).clamp(max=6))
+    return dot_words(parts * smaller[:, None], parts.sum((1, 2)), q, scale, zero).to(x.dtype)[None]
 
 
-@fused_one_row.register_fake
-def _(x, q, scale, zero):
-    return x.new_empty(1, len(q))
+@torch.library.custom_op("duoserve::dot_words", mutates_args=())
+def dot_words(parts: Tensor, sums: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the product,
+    and do it again for every row of the matrix."""
+    return compiled(_dot_words)(parts, sums, q, scale, zero)
+
+
+@dot_words.register_fake
+def _(parts, sums, q, scale, zero):
+    return parts.new_empty(len(q))
+
+
+def _dot_words(parts, sums, q, scale, zero):
+    w = q.view(torch.int32).unflatten(-1, (len(sums), -1)).unflatten(0, (gcd(4, len(q)), -1))
+    dot = torch.cat([                       # four rows at a time: what is read of x is read once for the four
+        sum(nibble * parts[:, k] for k, nibble in enumerate(nibbles(rows))).sum(-1) for rows in w])
+    return ((dot - zero.float() * sums) * scale.float()).sum(-1)
+
+
+def nibbles(w: Tensor) -> list[Tensor]:
+    """Words -> their nibbles, each in its place but the last, which moves one down, out of the sign bit."""
+    return [w & 15 << 4 * k for k in range(7)] + [w >> 4 & 15 << 24]
 
 
 class PackedLinear(nn.Module):
@@ -126,7 +155,8 @@ class PackedLinear(nn.Module):
                  device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.one_row, self.unpack_to = (fused_one_row, compiled(unpack_to)) if compile else (one_row, unpack_to)
+        self.one_row, self.unpack_into = map(compiled, (fused_one_row, unpack_into)) if compile else (one_row, unpack_into)
+        self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
         self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
@@ -137,11 +167,32 @@ class PackedLinear(nn.Module):
         if len(flat) == 1:
             return self.one_row(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
         y = x.new_empty(len(flat), len(self.q))
-        rows = part_rows(len(self.q), flat.shape[1])
-        for i in range(0, len(self.q), rows):
-            part = slice(i, i + rows)       # (its unpacked weights are given back before the next part's are made)
-            torch.mm(flat, self.unpack_to(self.q[part], self.scale[part], self.zero[part], x.dtype).T, out=y[:, part])
+        for i, part in enumerate(self.parts()):     # (one's unpacked weights are given back before the next's are made)
+            torch.mm(flat, self.unpacked(i, part, x).T, out=y[:, part])
         return y.view(*x.shape[:-1], -1)
+
+    def parts(self) -> list[slice]:
+        """Rows that are unpacked at a time."""
+        rows = part_rows(len(self.q), 2 * self.q.shape[1])
+        return [slice(i, i + rows) for i in range(0, len(self.q), rows)]
+
+    def unpacked(self, i: int, part: slice, like: Tensor) -> Tensor:
+        """Weights of the i-th part, [rows, columns]; valid until any matrix's next are asked for."""
+        if self.graphs:
+            weights, replay = self.graphs[i]
+            replay()
+        else:
+            q = self.q[part]
+            weights = like.new_empty(len(q), 2 * q.shape[1])
+            self.unpack_into(q, self.scale[part], self.zero[part], weights)
+        return weights
+
+    def capture(self, workspace: Tensor, graph: Callable) -> None:
+        """From now on unpack into `workspace`, through what `graph` makes of a call: the host has less to do."""
+        for part in self.parts():
+            q = self.q[part]
+            weights = workspace[:2 * q.numel()].view(len(q), -1)
+            self.graphs.append((weights, graph(partial(self.unpack_into, q, self.scale[part], self.zero[part], weights))))
 
 
 @dataclass(frozen=True)

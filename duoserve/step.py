@@ -92,24 +92,23 @@ class DecodeStep:
     def _layer(self, i: int) -> None:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :self.keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
-        h, x, weights, numbers = self.run_layer(layers[i], following, self.h, self.weights, self.answers, self.rope, k, v,
-                                                self.position)
-        self.h.copy_(h), self.x.copy_(x), self.weights.copy_(weights)
-        self.numbers[following is None].copy_(numbers)
+        self.run_layer(layers[i], following, self.answers, self.rope, k, v, self.position,
+                       self.h, self.x, self.weights, self.numbers[following is None])
 
     def _expert(self, slot: Expert, rank: int) -> None:
-        self.answers[:, rank].copy_(self.run_expert(slot, self.x))
+        self.run_expert(slot, self.x, self.answers[:, rank])
 
     def _end(self) -> None:
         h = self.model.norm(add_answers(self.h, self.weights, self.answers))
         self.logits.copy_(self.model.head(h)[0])
 
 
-def run_layer(layer, following, h, weights, answers, rope, k, v, position):
-    """The experts' answers of the layer before, then this one up to its router's choice."""
-    h = add_answers(h, weights, answers)
-    return layer.step(h, rope, k, v, position, weights.shape[1], following)
+def run_layer(layer, following, answers, rope, k, v, position, h, x, weights, numbers):
+    """The experts' answers of the layer before, then this one up to its router's choice; the last four are written."""
+    out = layer.step(add_answers(h, weights, answers), rope, k, v, position, weights.shape[1], following)
+    for buffer, value in zip((h, x, weights, numbers), out):
+        buffer.copy_(value)
 
 
-def run_expert(expert, x):
-    return expert(x)
+def run_expert(expert, x, answer):
+    answer.copy_(expert(x))

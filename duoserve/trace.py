@@ -39,7 +39,9 @@ class History:
         counts = np.asarray(routing.counts, np.float32)
         tokens = sum(routing.counts) // max(1, len(routing.ids))
         keep = RECENT if tokens == 1 and self.tokens[layer] else 0.0     # a prompt's use is its average
-        self.recent[layer] = keep * self.recent[layer] + (1 - keep) * counts / tokens
+        recent = self.recent[layer]         # (in place: this stands between a router and its experts)
+        recent *= keep
+        recent += (1 - keep) / tokens * counts
         self.counts[layer] += counts
         self.tokens[layer] += tokens
         self.logits[layer] = routing.logits

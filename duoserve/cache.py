@@ -49,6 +49,7 @@ class GPUExpertCache:
         self.queue: list[Transfer] = []     # speculation not fully sent, in order of priority
         self.needed: set[Key] = set()       # asked for by the router and not yet computed: may not be evicted
         self.policy = None
+        self.refused: Transfer | None = None                        # a guess with no slot to take, as things stand
         self.sent = 0                       # transfers fully enqueued so far
         self.decoding = False
         self.counts = Counts()
@@ -67,6 +68,7 @@ class GPUExpertCache:
                       for key in keys if not self.resident(key)]
         for transfer in waiting.values():
             self._drop(transfer)
+        self.refused = None
         self.pump()
 
     def pump(self) -> None:
@@ -74,8 +76,9 @@ class GPUExpertCache:
         self.lane.poll()
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
-            if transfer.slot < 0 and not self._take(transfer):
+            if transfer.slot < 0 and (transfer is self.refused or not self._take(transfer)):
                 # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on meanwhile.
+                self.refused = transfer
                 transfer = next((begun for begun in self.queue if begun.slot >= 0), None)
                 if transfer is None:
                     break
@@ -126,7 +129,7 @@ class GPUExpertCache:
     def release(self, key: Key) -> None:
         """The expert has been computed (or its computation enqueued): its slot may be taken."""
         slot = self.where[key]
-        slot.pinned = False
+        slot.pinned, self.refused = False, None
         self.needed.discard(key)
         self.lane.used(slot.index)
 
@@ -140,6 +143,7 @@ class GPUExpertCache:
         """After a failure or an interruption, wherever it came: no request, no pin; what is loaded stays."""
         self.queue.clear()
         self.needed.clear()
+        self.refused = None
         for slot in self.slots:
             slot.pinned = False
             if not slot.whole or self.where.get(slot.key) is not slot:
@@ -154,22 +158,21 @@ class GPUExpertCache:
                 self.log.append(transfer)
         if transfer.sent == transfer.size:
             self.sent += 1
-            transfer.order = self.sent
+            transfer.order, self.refused = self.sent, None
         self.counts.bytes_moved += nbytes
         if self.decoding:
             self.counts.decode_bytes += nbytes
 
     def _take(self, transfer: Transfer, urgent: bool = False) -> bool:
         """Give a transfer its slot, now that its first chunk is due."""
-        slot, candidates = None, []
-        for candidate in self.slots:
-            if candidate.key is None:
-                slot = candidate
-                break
-            # A guess never takes the slot of another guess under way: that would only lose what has been sent.
-            if not (candidate.pinned or candidate.key in self.needed) and (urgent or candidate.whole):
-                candidates.append(candidate)
-        slot = slot or (self.policy.victim(transfer.key, candidates, urgent) if candidates else None)
+        slot = None
+        if len(self.where) < len(self.slots):
+            slot = next(slot for slot in self.slots if slot.key is None)
+        else:                               # a guess never takes the slot of another under way: what was sent is lost
+            candidates = [slot for slot in self.slots if not slot.pinned and slot.key not in self.needed
+                          and (urgent or slot.transfer.sent == slot.transfer.size)]
+            if candidates:
+                slot = self.policy.victim(transfer.key, candidates, urgent)
         if slot is None:
             return False
         if slot.key is not None:
@@ -186,7 +189,7 @@ class GPUExpertCache:
         if slot.fresh:
             self.counts.wasted += slot.transfer.sent / self.expert_bytes
         del self.where[slot.key]
-        slot.key, slot.transfer, slot.fresh, slot.missed = None, None, False, False
+        slot.key, slot.transfer, slot.fresh, slot.missed, self.refused = None, None, False, False, None
 
     def _drop(self, transfer: Transfer) -> None:
         slot = self.where.get(transfer.key)

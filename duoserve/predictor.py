@@ -112,6 +112,7 @@ class Forecast:
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
+        self.own: dict[int, tuple] = {}     # by layer: after how many tokens, and what `_own` said then
 
     def next_layer(self, layer: int, lookahead: list[float]) -> list[float]:
         """Chances [experts] for the layer whose lookahead this is."""
@@ -119,8 +120,9 @@ class Forecast:
         if self.predictor is None:
             return soft(1.5 * ahead).tolist()
         h, before = self.history, layer - 1                         # (layer 0 comes after the last layer)
+        ids = h.ids[before]
         return self.predictor("full", layer, np.concatenate((
-            ahead, margin(h.logits[before], self.top_k), self.predictor.affinity[layer][h.ids[before]].mean(0),
+            ahead, self._own(before % h.layers)[0], self.predictor.affinity[layer][ids].sum(0) / max(1, len(ids)),
             *self._own(layer))))
 
     def next_visit(self, layer: int) -> list[float]:
@@ -131,8 +133,12 @@ class Forecast:
         return self.predictor("next", layer, np.concatenate(self._own(layer)))
 
     def _own(self, layer: int) -> tuple[np.ndarray, ...]:
-        h = self.history
-        return margin(h.logits[layer], self.top_k), h.recent[layer], h.counts[layer] / max(1, h.tokens[layer])
+        h, (tokens, own) = self.history, self.own.get(layer, (None, None))
+        if tokens != h.tokens[layer]:
+            tokens = h.tokens[layer]
+            own = margin(h.logits[layer], self.top_k), h.recent[layer], h.counts[layer] / max(1, tokens)
+            self.own[layer] = tokens, own
+        return own
 
 
 def trace_features(trace: Trace, top_k: int, affinity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -105,11 +105,11 @@ def part_rows(rows: int, columns: int) -> int:
 def compiled(function):
     """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a prompt.
 
-    `deterministic`: else the compiler times a few ways to block each sum and keeps the fastest, and which that is,
-    so the last bits of a result, would change from one process to the next.
+    No kernel is chosen by timing: which one is fastest, and so the last bits of a sum, would change from one process to
+    the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, options={"deterministic": True})
+    return torch.compile(function, dynamic=False, options={"deterministic": True, "triton.autotune_pointwise": False})
 
 
 def fused_one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ class DecodeScheduler(ExpertScheduler):
         self.chance = np.zeros((self.layers, self.experts_a_layer))
         self.heard: dict[int, list[float] | None] = dict.fromkeys(range(self.layers))
         self.value: list[list[float]] | None = None
+        self.idle: list[list[float]] = []   # what an expert is worth whose layer has just been visited without it
         steps = np.arange(1, self.layers + 1) / self.layers
         self.discount = np.tile(PATIENCE ** steps, 2)[:, None]      # of a use so many layers away, twice around
 
@@ -182,7 +183,10 @@ class DecodeScheduler(ExpertScheduler):
         self.replan()
 
     def spoken(self, layer: int, routing: Routing) -> None:
-        self.heard[layer] = self.value = None
+        """What is missing goes to the lane before anything is thought about: its slot is found by what was known."""
+        self.heard[layer] = None
+        if self.value is not None:
+            self.value[layer] = self.idle[layer]
 
     def planning(self, layer: int, routing: Routing) -> None:
         if routing.lookahead is not None:
@@ -218,6 +222,7 @@ class DecodeScheduler(ExpertScheduler):
         later = q * PATIENCE / (1 - PATIENCE * (1 - q))
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
         self.value = (self.discount[first:first + self.layers] * (p + (1 - p) * later)).tolist()
+        self.idle = (PATIENCE * (q + (1 - q) * later)).tolist()
 
     def worth(self, key: Key) -> float:
         if self.value is None:
@@ -225,5 +230,7 @@ class DecodeScheduler(ExpertScheduler):
         return self.value[key[0]][key[1]]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
-        least = min(candidates, key=lambda slot: self.worth(slot.key))
-        return least if urgent or self.worth(least.key) < self.worth(key) else None
+        worth = self.worth(key)
+        value = self.value                  # (by now there is one, and this runs for every slot)
+        least = min(candidates, key=lambda slot: value[slot.key[0]][slot.key[1]])
+        return least if urgent or self.worth(least.key) < worth else None

@@ -116,6 +116,23 @@ def test_packed_linear_takes_any_leading_shape_and_splits_large_matrices(monkeyp
     assert torch.allclose(whole, x @ dequantize(linear.q, linear.scale, linear.zero).T, atol=1e-4)
 
 
+def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
+    monkeypatch.setattr("duoserve.quant.UNPACK", 256 * 10)
+    matrices, calls = [PackedLinear(256, rows) for rows in (24, 40)], []
+    for seed, linear in enumerate(matrices):
+        linear.q, linear.scale, linear.zero = quantize(gaussian(len(linear.q), 256, seed=seed), 128)
+    x = gaussian(5, 256, seed=4)
+    expected = [linear(x) for linear in matrices]
+    workspace = torch.full((256 * 10,), torch.nan)
+    for linear in matrices:
+        linear.capture(workspace, lambda piece: lambda: (calls.append(1), piece()))
+    for _ in range(2):
+        assert all(torch.equal(linear(x), y) for linear, y in zip(matrices, expected))
+    assert len(calls) == 2 * (3 + 4)
+    one = matrices[0](x[:1])                # a single row goes its own way
+    assert len(calls) == 14 and torch.allclose(one, expected[0][:1], atol=1e-4)
+
+
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_one_row_product_does_not_unpack_the_matrix():
     from torch._inductor.utils import run_and_get_code

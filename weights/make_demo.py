@@ -87,11 +87,14 @@ class Trainee(Mixtral):
 
     dense = False
 
-    def __init__(self, config: MixtralConfig):
+    def __init__(self, config: MixtralConfig, dropout: float):
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.__class__ = FusedNorm
+        self.drop = lambda y: F.dropout(y, dropout) if dropout and torch.is_grad_enabled() else y
+        for layer in self.layers:
+            layer.attention.register_forward_hook(lambda attention, args, y: self.drop(y))
 
     def mix(self, i, h, source):
         if not self.dense:
@@ -100,7 +103,7 @@ class Trainee(Mixtral):
         logits = self.layers[i].router(x)
         ids, weights = route(logits, self.config.num_experts_per_tok)
         source.note(logits, ids)
-        return h + source.all(i, x, torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype)))
+        return h + self.drop(source.all(i, x, torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype))))
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
@@ -332,6 +335,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=1.0, help="of the matrices that Muon trains")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of what attention and (on a GPU) experts write")
     parser.add_argument("--eval-every", type=float, default=10, metavar="MINUTES", help="save and measure this often")
     parser.add_argument("--compile", action="store_true", help="fuse the experts' activation (needs Triton)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -368,7 +372,7 @@ def main() -> None:
            "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2,
            "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     config = MixtralConfig.from_dict(raw)
-    model, source = Trainee(config).to(device), DenseExperts(config).to(device)
+    model, source = Trainee(config, args.dropout).to(device), DenseExperts(config).to(device)
     model.dense = device.type == "cuda"                     # (a CPU had better not do the work of idle experts)
     init_weights(model, args.layers), init_weights(source, args.layers)
     if args.resume:

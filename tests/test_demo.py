@@ -47,7 +47,7 @@ def test_it_has_learned_to_read(engine):
 def test_it_writes_the_same_whatever_the_policy(engine):
     texts = set()
     for engine.policy in POLICIES:
-        texts.add(engine.generate("Once upon a time", max_new_tokens=24).text)
+        texts.add(engine.generate("Once upon a time", max_new_tokens=32).text)
     engine.policy = "duo"
     assert len(texts) == 1 and len(texts.pop().split()) > 8
 
@@ -94,6 +94,17 @@ def test_training_all_experts_at_once_changes_nothing(trainee):
         answers.append((logits.detach(), *torch.autograd.grad(loss, [*model.parameters(), *source.parameters()])))
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", (False, True))
+def test_dropout_is_of_training_alone(make_demo, trainee, dense):
+    model, source = make_demo["Trainee"](trainee[0].config, dropout=0.5), trainee[1]
+    model.load_state_dict(trainee[0].state_dict())
+    trainee[0].dense = model.dense = dense
+    tokens = torch.randint(64, (2, 24))
+    with torch.no_grad():
+        assert torch.equal(model(tokens, source), trainee[0](tokens, source))
+    assert not torch.allclose(model(tokens, source), model(tokens, source))
 
 
 def test_the_optimizer_is_muon_and_adamw(make_demo, trainee):

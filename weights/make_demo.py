@@ -87,7 +87,7 @@ class Trainee(Mixtral):
 
     dense = False
 
-    def __init__(self, config: MixtralConfig, dropout: float):
+    def __init__(self, config: MixtralConfig, dropout: float = 0.0):
         super().__init__(config)
         for module in self.modules():
             if isinstance(module, RMSNorm):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from models import DEFAULTS, tokenizer_model
 from test_engine import LONG, SAMPLED, SHORT, InterruptAt, LateLane, answers, at_rest, hostile, load, put_lane, same
 
@@ -76,6 +77,42 @@ def test_converting_takes_a_few_matrices_of_memory_whatever_the_model(tmp_path):
                               env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     PackedModel(tmp_path / "out")
+
+
+EXACT = """
+import sys
+import torch
+from duoserve.bench_gpu import RandomModel
+from duoserve.config import MixtralConfig
+from duoserve.store import ExpertStore, stride_of
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
+def make(experts):
+    config = MixtralConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_local_experts=experts,
+                           vocab_size=512, num_attention_heads=4, num_key_value_heads=2)
+    model = RandomModel(config, torch.device("cpu"))
+    store = ExpertStore(model, [(layer, e) for layer in range(8) for e in range(experts)], pin=sys.argv[1] == "cuda")
+    assert store.pinned == (sys.argv[1] == "cuda")
+    return store, 8 * experts * stride_of(model)
+if sys.argv[1] == "cuda":
+    torch.ones(1, device="cuda")
+small, _ = make(2)                          # (threads, and what libraries take at their first call)
+before = resident()
+store, wanted = make(16)
+print(resident() - before, wanted, store.nbytes)
+"""
+
+
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU")])))
+def test_host_memory_is_taken_exactly(device):
+    """The process grows by the experts and no more; a power of two for each block would be nearly twice as much."""
+    done = subprocess.run([sys.executable, "-c", EXACT, device], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown, wanted, expert = map(int, done.stdout.split())
+    assert wanted > 140 * 10**6 and 2 ** expert.bit_length() > 1.7 * expert
+    assert wanted <= grown < wanted + 6 * 10**6
 
 
 # Experts on the disk

@@ -70,7 +70,7 @@ class Generation:
 
 def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, gpu_memory=None, host_memory=None,
                   predictor=None, simulate_link=None, **_) -> tuple[torch.device, torch.dtype, float | None]:
-    """What can be said of `Engine`'s options without the model -> device, dtype, bytes a second of the simulated link."""
+    """What can be said of `Engine`'s options without the model -> device, dtype, speed of the simulated link."""
     if policy not in POLICIES:
         raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
     device = check_device(device)
@@ -123,7 +123,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     ranked, ids = ((logits - logits.max()) / temperature).sort(descending=True)
     p = ranked.softmax(-1)
     p[p.cumsum(-1) - p >= top_p] = 0        # keep the smallest set that reaches top_p
-    token = ids.gather(0, torch.multinomial(p.nan_to_num(1.0), 1, generator=generator))     # (NaN would end the process)
+    token = ids.gather(0, torch.multinomial(p.nan_to_num(1.0), 1, generator=generator))   # (NaN would end the process)
     return torch.where(finite, token, -1)
 
 
@@ -207,10 +207,11 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options) -> "Engine":
-        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`); `options` are `Engine`'s."""
+        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`); options as in `Engine`."""
         from .checkpoint import ensure_packed
         check_options(**options)            # before a conversion that takes its time
-        return cls(PackedModel(ensure_packed(Path(directory), Path(__file__).resolve().parents[1] / "weights")), **options)
+        beside = Path(__file__).resolve().parents[1] / "weights"
+        return cls(PackedModel(ensure_packed(Path(directory), beside)), **options)
 
     def __init__(self, packed: PackedModel, *, device: str | torch.device | None = None,
                  dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
@@ -251,8 +252,8 @@ class Engine:
         host_bytes = None if host_memory is None else parse_amount(host_memory, packed.nbytes, "--host-memory")
         self.plan = plan_memory(packed, dtype, self.context, compiled, device.type == "cuda", budget, cache_experts)
         if device.type == "cuda" and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
-            raise UserError(f"--gpu-memory: {human(self.plan.total)} are planned and {human(free)} are free on {device}; "
-                            "ask for less (--gpu-memory, --cache-experts or --context)")
+            raise UserError(f"--gpu-memory: {human(self.plan.total)} are planned and {human(free)} are free on "
+                            f"{device}; ask for less (--gpu-memory, --cache-experts or --context)")
         self.tokenizer = packed.tokenizer()
         self.tokenizer.check(c.vocab_size)
         self.predictor = self._load_predictor(predictor)
@@ -271,9 +272,10 @@ class Engine:
     def _load(self, kept, compiled: bool, simulate_link: float | None, progress, store: ExpertStore | None) -> None:
         """Take all that the device will hold, once, the largest first; read the experts in memory; compile."""
         c, packed, device, dtype = self.config, self.packed, self.device, self.dtype
-        self.slots_memory = experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
-        self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, padded(self.context), c.head_dim, dtype=dtype,
-                                device=device)
+        experts = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
+        self.slots_memory = experts
+        self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, padded(self.context), c.head_dim,
+                              dtype=dtype, device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
             self.model = Mixtral(c, linear)

@@ -47,7 +47,8 @@ def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: boo
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
     # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
     unpacked = max(part_rows(rows, columns) * columns for rows, columns in (
-        (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size))) * (size if compiled else size + 9)
+        (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)))
+    unpacked *= size if compiled else size + 9
     prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
     shared = c.num_attention_heads // c.num_key_value_heads

@@ -44,7 +44,7 @@ class Routing:
 
     @staticmethod
     def pack(logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Tensor:
-        """logits, lookahead [T, E], ids, weights [T, K] -> one row of numbers in fp32, to be read by the host at once."""
+        """logits, lookahead [T, E], ids, weights [T, K] -> one row of fp32 numbers, read by the host at once."""
         counts = (ids.flatten()[:, None] == torch.arange(logits.shape[1], device=ids.device)).sum(0)
         last = [part[-1] for part in (ids, weights, logits, lookahead) if part is not None]
         return torch.cat([part.float() for part in (counts, *last)])
@@ -119,8 +119,8 @@ class Attention(nn.Module):
     def seen(self, query: Tensor, keys: int) -> Tensor:
         """Which of the first `keys` positions a query at these positions [T] sees: [T, keys]."""
         key = torch.arange(keys, device=query.device)
-        seen = key <= query[:, None]
-        return seen if self.config.sliding_window is None else seen & (key > query[:, None] - self.config.sliding_window)
+        seen, window = key <= query[:, None], self.config.sliding_window
+        return seen if window is None else seen & (key > query[:, None] - window)
 
     def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
         """x [B, T, D] at positions start.. -> [B, T, D]; kv [2, G, C, A] is this layer's cache, written in place."""
@@ -160,8 +160,8 @@ class Expert(nn.Module):
 
 
 def add_answers(h: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
-    """h [T, D], weights [T, K], what the experts of each rank answer [T, K, D] -> [T, D], summed in rank order, whatever
-    order they came in."""
+    """h [T, D], weights [T, K], what the experts of each rank answer [T, K, D] -> [T, D], summed in rank
+    order, whatever order they came in."""
     for rank, answer in enumerate(answers.unbind(1)):
         h = h + weights[:, rank, None].to(h.dtype) * answer
     return h
@@ -188,7 +188,8 @@ class Layer(nn.Module):
             block + self.attention(self.attention_norm(block), rope[:, i * rows:(i + 1) * rows], kv, start + i * rows)
             for i, block in enumerate(h.split(rows, 1))], 1)
 
-    def step(self, h: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor, top_k: int, following: "Layer | None"):
+    def step(self, h: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor, top_k: int,
+             following: "Layer | None"):
         """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights [1, K], and
         what the host must know."""
         h = h + self.attention.step(self.attention_norm(h), rope, k, v, position)

@@ -37,7 +37,7 @@ def soft(z: np.ndarray) -> np.ndarray:
 
 
 class Predictor:
-    """Trained weights, run with a few numpy lines. `weights[net] = (votes, w1, b1, w2, b2)`, each with a row a layer."""
+    """Trained weights, run with a few numpy lines: `weights[net] = (votes, w1, b1, w2, b2)`, each a row a layer."""
 
     def __init__(self, weights: dict[str, tuple[np.ndarray, ...]], affinity: np.ndarray, model: str):
         self.weights, self.affinity, self.model = weights, affinity, model

@@ -155,7 +155,8 @@ class PackedLinear(nn.Module):
                  device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.one_row, self.unpack_into = map(compiled, (fused_one_row, unpack_into)) if compile else (one_row, unpack_into)
+        self.one_row = compiled(fused_one_row) if compile else one_row
+        self.unpack_into = compiled(unpack_into) if compile else unpack_into
         self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
@@ -192,7 +193,8 @@ class PackedLinear(nn.Module):
         for part in self.parts():
             q = self.q[part]
             weights = workspace[:2 * q.numel()].view(len(q), -1)
-            self.graphs.append((weights, graph(partial(self.unpack_into, q, self.scale[part], self.zero[part], weights))))
+            unpack = partial(self.unpack_into, q, self.scale[part], self.zero[part], weights)
+            self.graphs.append((weights, graph(unpack)))
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """One token through the model, in pieces of fixed shape: each piece is one CUDA graph where there is CUDA.
 
-A decode step is some thirty small kernels a layer, and launching them costs the host more than running them costs the
-GPU. But the host must speak in between: it reads what the router chose, and only then knows which slots to compute with.
-So the step is cut where the host speaks, and each piece is captured once and replayed as a whole: one piece a layer, up
-to the router's choice, and one for each slot and rank, since a graph's addresses are fixed. What passes from piece to
-piece lies in buffers of its own, and all that changes from token to token is read from the device.
+A decode step is some twenty small kernels a layer, and launching them costs the host more than running them costs
+the GPU. But the host must speak in between: it reads what the router chose, and only then knows which slots to compute
+with. So the step is cut where the host speaks, and each piece is captured once and replayed as a whole: one piece a
+layer, up to the router's choice, and one for each slot and rank, since a graph's addresses are fixed. What passes from
+piece to piece lies in buffers of its own, and all that changes from token to token is read from the device.
 """
 
 from contextlib import closing
@@ -19,7 +19,7 @@ from .quant import compiled
 
 
 class DecodeStep:
-    """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A] is the cache, `slots` the experts.
+    """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A]: the cache; `slots`: the experts.
 
     C is a multiple of PADDING, and what was never written is finite. Eager, a piece is run as it stands; with `compile`
     it is fused by torch.compile, and captured if the device is CUDA.

@@ -102,7 +102,8 @@ class Trace:
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a trace, or truncated ({error}); delete it or record it again") from None
         if trace.logits.ndim != 3 or trace.lookahead.shape != trace.logits.shape or tokens != len(trace.logits) \
-                or not 1 <= trace.prompt <= tokens or not (np.isfinite(trace.logits).all() and np.isfinite(trace.lookahead).all()):
+                or not 1 <= trace.prompt <= tokens \
+                or not (np.isfinite(trace.logits).all() and np.isfinite(trace.lookahead).all()):
             raise UserError(f"{path}: its tensors do not fit together; delete it or record it again")
         return trace
 

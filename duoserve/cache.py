@@ -167,8 +167,8 @@ class GPUExpertCache:
         """Give a transfer its slot, now that its first chunk is due."""
         slot = None
         if len(self.where) < len(self.slots):
-            slot = next(slot for slot in self.slots if slot.key is None)
-        else:                               # a guess never takes the slot of another under way: what was sent is lost
+            slot = next((slot for slot in self.slots if slot.key is None), None)    # (None: interrupted half-way)
+        else:                               # a guess never takes the slot of another under way, which would lose it
             candidates = [slot for slot in self.slots if not slot.pinned and slot.key not in self.needed
                           and (urgent or slot.transfer.sent == slot.transfer.size)]
             if candidates:

@@ -457,10 +457,12 @@ class Engine:
                 yield new
         finally:                            # also when the consumer stops early, or on Ctrl-C
             if self.request == request:     # not overtaken by another, whose state this now is
-                self.cache.plan([])
-                self.cache.lane.finish()
-                self.passed = (prompt_ids + out)[:position]             # what went through the model, for traces
-                self.result = result()
+                try:
+                    self.cache.plan([])
+                    self.cache.lane.finish()
+                finally:                    # (a second Ctrl-C)
+                    self.passed = (prompt_ids + out)[:position]         # what went through the model, for traces
+                    self.result = result()
 
     def peak_bytes(self) -> int:
         """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""

@@ -139,7 +139,7 @@ class CudaLane:
         self.stream = torch.cuda.Stream(device)
         self.last_use: list[torch.cuda.Event | None] = [None] * slots
         self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
-        self.buffer, self.arrived = torch.empty(4096, pin_memory=True), torch.cuda.Event()
+        self.buffer, self.copied = torch.empty(4096, pin_memory=True), torch.cuda.Event()
         self.busy = 0.0
         self.origin = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -189,8 +189,8 @@ class CudaLane:
     def read(self, values: torch.Tensor, pump: Callable[[], None]) -> list[float]:
         buffer = self.buffer[:len(values)]
         buffer.copy_(values, non_blocking=True)
-        self.arrived.record()
-        while not self.arrived.query():
+        self.copied.record()
+        while not self.copied.query():
             pump()
         return buffer.tolist()
 

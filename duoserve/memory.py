@@ -14,7 +14,7 @@ from .quant import part_rows
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
 LIBRARIES = 40 * 2**20                      # what cuBLAS takes of torch's memory, and what is lost to rounding; and for
-GRAPH = 80 * 2**10                          # each captured expert: measured on an H200, with 19 to 256 slots
+GRAPH = 32 * 2**10                          # each CUDA graph of a slot: measured on an H200, with 6 to 256 slots
 
 
 @dataclass
@@ -46,8 +46,10 @@ def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: boo
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * padded(context) * size
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
     # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
-    unpacked = max(part_rows(rows, columns) * columns for rows, columns in (
-        (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)))
+    heads = c.num_attention_heads * c.head_dim
+    expert = (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+    attention = (heads + 2 * c.num_key_value_heads * c.head_dim, c.hidden_size), (c.hidden_size, heads)
+    unpacked = max(part_rows(rows, columns) * columns for rows, columns in expert + attention)
     unpacked *= size if compiled else size + 9
     prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
@@ -55,7 +57,8 @@ def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: boo
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
     trace = 4 * context * c.num_hidden_layers * c.num_local_experts             # (if it is recorded)
     workspace = unpacked + prompt + block + mask + trace + (LIBRARIES if cuda else 0)
-    graphs = GRAPH * c.num_experts_per_tok if cuda and compiled else 0
+    pieces = c.num_experts_per_tok + sum(-(-rows // part_rows(rows, columns)) for rows, columns in expert)
+    graphs = GRAPH * pieces if cuda and compiled else 0
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, graphs, 2)
     if budget is not None and plan.total > budget:
         raise UserError(f"--gpu-memory {human(budget)} is too small: {rounded_up(plan.total)} is the least that works ("

@@ -112,7 +112,7 @@ class Forecast:
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
-        self.own: dict[int, tuple] = {}     # by layer: after how many tokens, and what `_own` said then
+        self.remembered: dict[int, tuple] = {}                      # by layer: after how many tokens, what `_own` said
 
     def next_layer(self, layer: int, lookahead: list[float]) -> list[float]:
         """Chances [experts] for the layer whose lookahead this is."""
@@ -133,11 +133,11 @@ class Forecast:
         return self.predictor("next", layer, np.concatenate(self._own(layer)))
 
     def _own(self, layer: int) -> tuple[np.ndarray, ...]:
-        h, (tokens, own) = self.history, self.own.get(layer, (None, None))
+        h, (tokens, own) = self.history, self.remembered.get(layer, (None, None))
         if tokens != h.tokens[layer]:
             tokens = h.tokens[layer]
             own = margin(h.logits[layer], self.top_k), h.recent[layer], h.counts[layer] / max(1, tokens)
-            self.own[layer] = tokens, own
+            self.remembered[layer] = tokens, own
         return own
 
 

@@ -7,7 +7,7 @@ nibbles of a row of bytes are contiguous runs of columns, so unpacking needs no 
 
 from dataclasses import dataclass
 from functools import cache, partial
-from math import gcd, prod
+from math import prod
 from typing import Callable
 
 import torch
@@ -113,7 +113,7 @@ def compiled(function):
 
 
 def fused_one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`one_row` for the compiler: the same sums, told so that a weight costs a mask, a conversion and a product.
+    """`one_row` for the compiler: the same products, told so that a weight costs a mask, a conversion and a product.
 
     Four bytes are read as one word, and a nibble is left where it lies in it: k places up it is 16^k times too large,
     and x, which is laid out as the words meet it, was made as much smaller.
@@ -137,7 +137,7 @@ def _(parts, sums, q, scale, zero):
 
 
 def _dot_words(parts, sums, q, scale, zero):
-    w = q.view(torch.int32).unflatten(-1, (len(sums), -1)).unflatten(0, (gcd(4, len(q)), -1))
+    w = q.view(torch.int32).unflatten(-1, (len(sums), -1)).unflatten(0, (4, -1))
     dot = torch.cat([                       # four rows at a time: what is read of x is read once for the four
         sum(nibble * parts[:, k] for k, nibble in enumerate(nibbles(rows))).sum(-1) for rows in w])
     return ((dot - zero.float() * sums) * scale.float()).sum(-1)

@@ -42,7 +42,7 @@ class ExpertScheduler:
 
     def begin_layer(self, layer: int) -> None:
         """Before a layer's attention: transfers may start."""
-        self.layer = layer
+        self.layer, self.cache.refused = layer, None                # (what a slot is worth may depend on the layer)
         self.cache.pump()
 
     def end_layer(self, layer: int) -> None:
@@ -172,7 +172,6 @@ class DecodeScheduler(ExpertScheduler):
         self.chance = np.zeros((self.layers, self.experts_a_layer))
         self.heard: dict[int, list[float] | None] = dict.fromkeys(range(self.layers))
         self.value: list[list[float]] | None = None
-        self.idle: list[list[float]] = []   # what an expert is worth whose layer has just been visited without it
         steps = np.arange(1, self.layers + 1) / self.layers
         self.discount = np.tile(PATIENCE ** steps, 2)[:, None]      # of a use so many layers away, twice around
 
@@ -183,10 +182,7 @@ class DecodeScheduler(ExpertScheduler):
         self.replan()
 
     def spoken(self, layer: int, routing: Routing) -> None:
-        """What is missing goes to the lane before anything is thought about: its slot is found by what was known."""
-        self.heard[layer] = None
-        if self.value is not None:
-            self.value[layer] = self.idle[layer]
+        self.heard[layer] = None            # (what is missing goes to the lane first, and its slot by what was known)
 
     def planning(self, layer: int, routing: Routing) -> None:
         if routing.lookahead is not None:
@@ -222,7 +218,6 @@ class DecodeScheduler(ExpertScheduler):
         later = q * PATIENCE / (1 - PATIENCE * (1 - q))
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
         self.value = (self.discount[first:first + self.layers] * (p + (1 - p) * later)).tolist()
-        self.idle = (PATIENCE * (q + (1 - q) * later)).tolist()
 
     def worth(self, key: Key) -> float:
         if self.value is None:

@@ -104,7 +104,7 @@ class DecodeStep:
 
 
 def run_layer(layer, following, answers, rope, k, v, position, h, x, weights, numbers):
-    """The experts' answers of the layer before, then this one up to its router's choice; the last four are written."""
+    """The experts' answers of the layer before, then this one up to its router's choice. Keys and values and the last four are written."""
     out = layer.step(add_answers(h, weights, answers), rope, k, v, position, weights.shape[1], following)
     for buffer, value in zip((h, x, weights, numbers), out):
         buffer.copy_(value)

@@ -638,6 +638,39 @@ def test_a_request_that_went_wrong_leaves_nothing_behind(tiny):
     assert engine.generate(SHORT, max_new_tokens=4).token_ids == want
 
 
+def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
+    """There the engine is between two passes, and what it does at its end is all that puts things right."""
+    engine, want = load(tiny, cache_experts=4, simulate_link="50MB/s"), load(tiny).generate(SHORT, **SAMPLED)
+    files = {sys.modules[f"duoserve.{name}"].__file__ for name in ("cache", "link")}
+
+    def passing(frame):
+        return frame is not None and (frame.f_code.co_name in ("_prefill", "_decode", "_begin") or passing(frame.f_back))
+
+    def interrupt_at(countdown):
+        def trace(frame, event, _):
+            nonlocal countdown
+            if frame.f_code.co_filename not in files or event == "call" and passing(frame):
+                return None
+            countdown -= event == "line"
+            if countdown == 0:
+                raise KeyboardInterrupt
+            return trace
+        return trace
+
+    interrupted = 0
+    for line in range(1, 400, 4):
+        sys.settrace(interrupt_at(line))
+        try:
+            engine.generate(SHORT, **SAMPLED)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        tokens = engine.result.token_ids
+        assert tokens == want.token_ids[:len(tokens)]
+    assert interrupted > 5 and engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
+
+
 @pytest.mark.parametrize("policy", ("duo", "lru"))
 def test_an_interruption_at_any_line_leaves_an_engine_that_works(policy, tiny):
     engine, want = load(tiny, policy=policy, cache_experts=4, simulate_link="1GB/s"), load(tiny).generate(SHORT, **SAMPLED)

@@ -23,6 +23,11 @@ TOLERANCE = 1e-4    # of logits with a deviation of about 3
 POLICIES = "duo", "on-demand", "layer-prefetch", "cache", "lru", "activation"
 
 
+def test_of_equal_logits_the_first_are_chosen():
+    ids, weights = duoserve.model.route(torch.tensor([[1.0, 2, 2, 2, 0], [3, 3, 3, 3, 3], [0, 0, 1, 0, 1]]), 2)
+    assert ids.tolist() == [[1, 2], [0, 1], [2, 4]] and weights.tolist() == [[0.5, 0.5]] * 3
+
+
 class AllExperts:
     """An `ExpertSource` with every expert at hand, handed out last first: the order must not matter."""
 

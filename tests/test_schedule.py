@@ -4,6 +4,7 @@ An expert here is six chunks of one byte, and the link moves a byte a second.
 """
 
 import random
+from collections import deque
 from dataclasses import replace
 from itertools import combinations
 
@@ -13,7 +14,7 @@ import pytest
 from duoserve.bench import Costs, Replay, belady, row, synthetic_traces
 from duoserve.cache import GPUExpertCache
 from duoserve.config import MixtralConfig
-from duoserve.link import LinkError, SimulatedLane, VirtualClock
+from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock
 from duoserve.model import Routing
 from duoserve.policies import POLICIES, schedulers
 from duoserve.predictor import Forecast
@@ -69,6 +70,29 @@ def counts(cache):
 
 
 # The lane
+
+
+class Arrival:
+    """A CUDA event as the lane sees it."""
+
+    def __init__(self):
+        self.done = False
+
+    def query(self):
+        return self.done
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
+    lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0, False)
+    lane.origin, lane.epoch, lane.busy, transfer.loaded = Arrival(), 0.0, 0.0, ends[1]
+    lane.flying = deque((Arrival(), end, transfer) for end in ends)
+    for end, arrived in zip(ends, (False, True)):
+        end.done = True
+        lane.poll()
+        assert transfer.arrived == arrived
 
 
 def test_a_chunk_starts_when_it_was_asked_for_or_the_lane_falls_free():
@@ -343,6 +367,41 @@ def test_abandon_after_an_interruption_in_the_middle_of_sending():
         cache.demand(A)
     cache.abandon()
     assert not cache.where and all(slot.key is None for slot in cache.slots)
+
+
+def test_a_guess_with_no_slot_to_take_is_not_asked_about_again_until_there_may_be_one():
+    cache, _ = rig(1, lambda key, candidates, urgent: candidates[0] if urgent else None)
+    use(cache, A)
+    cache.plan([B])
+    asked = len(cache.policy.calls)
+    for _ in range(5):
+        cache.pump()
+    assert asked > 0 and len(cache.policy.calls) == asked and cache.resident(A)
+    cache.plan([B])                         # a new plan may be worth more
+    assert len(cache.policy.calls) > asked
+    cache.drop(A)
+    cache.pump()
+    assert B in cache.where
+
+    cache, _ = rig(1)                       # pinned, and then released
+    cache.needed.add(A)
+    assert cache.demand(A)
+    cache.acquire(A)
+    cache.plan([B])
+    assert B not in cache.where
+    cache.release(A)
+    cache.pump()
+    assert B in cache.where
+
+    cache, clock = rig(1)                   # the slot is another guess's, until that is whole
+    cache.plan([B])
+    clock.advance(2)
+    cache.plan([C, B])
+    assert C not in cache.where and not cache.resident(B)
+    for _ in range(CHUNKS):
+        clock.advance(1)
+        cache.pump()
+    assert C in cache.where
 
 
 # The schedulers

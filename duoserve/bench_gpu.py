@@ -22,6 +22,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from .bench import check_policies, check_range, empty, synthetic_traces
 from .config import MixtralConfig
@@ -221,7 +223,8 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool =
 
 
 def kernels(engine: Engine) -> dict:
-    """Microseconds of the pieces of a decode step, run by themselves, and their share of the memory's bandwidth."""
+    """Microseconds of the pieces of a decode step, of their kernels alone and run one after the other, and the memory
+    bandwidth that this makes."""
     def timed(pieces, rounds: int = 5) -> float:
         for piece in pieces:
             piece()
@@ -234,8 +237,19 @@ def kernels(engine: Engine) -> dict:
         end.synchronize()
         return 1e3 * begin.elapsed_time(end) / rounds / len(pieces)
 
+    def busy(pieces) -> float:
+        """What their kernels alone take, without the launching of graphs and what lies between."""
+        wait(engine.device)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            for piece in pieces:
+                piece()
+            wait(engine.device)
+        return sum(event.time_range.elapsed_us() for event in seen.events()
+                   if event.device_type == DeviceType.CUDA) / len(pieces)
+
     c, step = engine.config, engine.step
-    out = {"layer_us": timed(step.layers), "end_us": timed([step.end]),
+    out = {"layer_kernels_us": busy(step.layers), "expert_kernels_us": busy([ranks[0] for ranks in step.experts[:64]]),
+           "layer_us": timed(step.layers), "end_us": timed([step.end]),
            "expert_us": timed([ranks[0] for ranks in step.experts[:64]])}
     out["expert_TB_s"] = engine.plan.expert / out["expert_us"] / 1e6
     matrices = ((2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size))

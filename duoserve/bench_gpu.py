@@ -126,18 +126,15 @@ class SyntheticExperts(StreamedExperts):
         self.lane.read(lookahead[-1], self.cache.pump)              # its cost is real, its content is the trace's
         self.scheduler.begin_step(self.trace.lookahead[self.t, 0].tolist())
 
-    def _hear(self, layer, numbers):
+    def _routing(self, layer, numbers):
+        real = super()._routing(layer, numbers)
         if not self.cache.decoding:
-            routing = super()._hear(layer, numbers)
-            self.used += sum(n > 0 for n in routing.counts)
-            return routing
-        real = Routing.unpack(self.lane.read(numbers, self.cache.pump), self.history.experts, self.top_k)
+            self.used += sum(n > 0 for n in real.counts)
+            return real
         ids, following = self.top[self.t, layer].tolist(), layer + 1 < self.history.layers
-        routing = Routing([int(e in ids) for e in range(self.history.experts)], ids, real.weights,
-                          self.trace.logits[self.t, layer].tolist(),
-                          self.trace.lookahead[self.t, layer + 1].tolist() if following else None)
-        self.history.observe(layer, routing)
-        return routing
+        return Routing([int(e in ids) for e in range(self.history.experts)], ids, real.weights,
+                       self.trace.logits[self.t, layer].tolist(),
+                       self.trace.lookahead[self.t, layer + 1].tolist() if following else None)
 
     def _crossed(self) -> int:
         return self.cache.counts.misses + self.cache.counts.prefetched_used

@@ -20,8 +20,8 @@ from .cache import Counts, GPUExpertCache
 from .errors import (UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount,
                      parse_rate, read_as_bytes)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
-from .memory import LOGIT_ROWS, padded, plan_memory
-from .model import Expert, Mixtral, Routing
+from .memory import LOGIT_ROWS, plan_memory
+from .model import Expert, Mixtral, Routing, padded
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor, check_exists
@@ -165,10 +165,13 @@ class StreamedExperts:
         return self._hear(layer, numbers)
 
     def _hear(self, layer: int, numbers: Tensor) -> Routing:
-        routing = Routing.unpack(self.lane.read(numbers, self.cache.pump), self.history.experts, self.top_k)
+        routing = self._routing(layer, numbers)
         self._span("attention", layer)
         self.history.observe(layer, routing)
         return routing
+
+    def _routing(self, layer: int, numbers: Tensor) -> Routing:
+        return Routing.unpack(self.lane.read(numbers, self.cache.pump), self.history.experts, self.top_k)
 
     def ready(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """(expert, slot) of every expert with a token, as the scheduler has it ready."""
@@ -302,8 +305,8 @@ class Engine:
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
             if self.step.capturing:         # what a prompt unpacks lies at fixed addresses too
                 matrices = [m for owner in (self.model, *slots) for m in owner.modules() if isinstance(m, PackedLinear)]
-                workspace = torch.empty(max(2 * m.q[part].numel() for m in matrices for part in m.parts()),
-                                        dtype=dtype, device=device)
+                largest = max(2 * m.q[m.parts()[0]].numel() for m in matrices)
+                workspace = torch.empty(largest, dtype=dtype, device=device)
                 for matrix in matrices:
                     matrix.capture(workspace, self.step.capture)
             if compiled:                    # compiling counts as loading, never as time to first token

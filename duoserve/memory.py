@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .errors import UserError, human, rounded_up
-from .model import ATTENTION_ROWS, EXPERT_ROWS, PADDING
+from .model import ATTENTION_ROWS, EXPERT_ROWS, padded
 from .packed import Outline
-from .quant import part_rows
+from .quant import parts
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
 LIBRARIES = 40 * 2**20                      # what cuBLAS takes of torch's memory, and what is lost to rounding; and for
@@ -33,11 +33,6 @@ class MemoryPlan:
         return self.resident + self.kv + self.workspace + self.slots * (self.expert + self.graphs)
 
 
-def padded(context: int) -> int:
-    """Positions that the KV cache holds for a context."""
-    return -(-context // PADDING) * PADDING
-
-
 def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
                 cache_experts: int | None) -> MemoryPlan:
     """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
@@ -46,10 +41,9 @@ def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: boo
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * padded(context) * size
     # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
     # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
-    heads = c.num_attention_heads * c.head_dim
-    expert = (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
-    attention = (heads + 2 * c.num_key_value_heads * c.head_dim, c.hidden_size), (c.hidden_size, heads)
-    unpacked = max(part_rows(rows, columns) * columns for rows, columns in expert + attention)
+    expert = [packed.layout.fields[f"{name}.q"][2] for name in ("w13", "w2")]
+    attention = [packed.shapes[f"layers.0.attention.{name}.q"][1] for name in ("qkv", "o")]
+    unpacked = max(parts(rows, 2 * half)[0].stop * 2 * half for rows, half in expert + attention)
     unpacked *= size if compiled else size + 9
     prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
     block = EXPERT_ROWS * 4 * c.intermediate_size * size + LOGIT_ROWS * c.vocab_size * (size + 4)
@@ -57,7 +51,7 @@ def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: boo
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
     trace = 4 * context * c.num_hidden_layers * c.num_local_experts             # (if it is recorded)
     workspace = unpacked + prompt + block + mask + trace + (LIBRARIES if cuda else 0)
-    pieces = c.num_experts_per_tok + sum(-(-rows // part_rows(rows, columns)) for rows, columns in expert)
+    pieces = c.num_experts_per_tok + sum(len(parts(rows, 2 * half)) for rows, half in expert)
     graphs = GRAPH * pieces if cuda and compiled else 0
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, graphs, 2)
     if budget is not None and plan.total > budget:

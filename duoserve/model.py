@@ -27,6 +27,10 @@ EXPERT_ROWS = 512
 PADDING = 64                                # a decode step reads its keys in multiples of this
 
 
+def padded(positions: int) -> int:
+    return -(-positions // PADDING) * PADDING
+
+
 @dataclass(slots=True)
 class Routing:
     """What one layer's router decided, as plain Python: all that the host needs to know of a pass.

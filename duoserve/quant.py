@@ -96,9 +96,10 @@ def unpack_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
     out.copy_(dequantize(q, scale, zero))
 
 
-def part_rows(rows: int, columns: int) -> int:
-    """How many rows of a matrix are unpacked at a time: in equal parts, which is one shape to compile."""
-    return -(-rows // -(-rows * columns // UNPACK))
+def parts(rows: int, columns: int) -> list[slice]:
+    """The rows of a matrix that are unpacked at a time: in equal parts, which is one shape to compile."""
+    each = -(-rows // -(-rows * columns // UNPACK))
+    return [slice(i, i + each) for i in range(0, rows, each)]
 
 
 @cache
@@ -173,9 +174,7 @@ class PackedLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def parts(self) -> list[slice]:
-        """Rows that are unpacked at a time."""
-        rows = part_rows(len(self.q), 2 * self.q.shape[1])
-        return [slice(i, i + rows) for i in range(0, len(self.q), rows)]
+        return parts(len(self.q), 2 * self.q.shape[1])
 
     def unpacked(self, i: int, part: slice, like: Tensor) -> Tensor:
         """Weights of the i-th part, [rows, columns]; valid until any matrix's next are asked for."""

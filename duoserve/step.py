@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .model import PADDING, Expert, Mixtral, add_answers, rope_table
+from .model import Expert, Mixtral, add_answers, padded, rope_table
 from .quant import compiled
 
 
@@ -68,7 +68,7 @@ class DecodeStep:
         """token [1] on the device, at `position` -> logits [vocab] in fp32, overwritten by the next call."""
         self.token.copy_(token)
         self.position.fill_(position)
-        self.keys = self.context if self.whole else position + PADDING - position % PADDING
+        self.keys = self.context if self.whole else padded(position + 1)
         self.begin()
         source.begin_step(self.lookahead[None])
         for i, run in enumerate(self.layers):

@@ -638,18 +638,15 @@ def test_a_request_that_went_wrong_leaves_nothing_behind(tiny):
     assert engine.generate(SHORT, max_new_tokens=4).token_ids == want
 
 
-def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
-    """There the engine is between two passes, and what it does at its end is all that puts things right."""
-    engine, want = load(tiny, cache_experts=4, simulate_link="50MB/s"), load(tiny).generate(SHORT, **SAMPLED)
+def interruptions(engine, lines, counts):
+    """A request for each of `lines`, with a Ctrl-C at that one of the lines of cache and lane, of the calls that
+    `counts(frame)`; yields whether it came."""
     files = {sys.modules[f"duoserve.{name}"].__file__ for name in ("cache", "link")}
-
-    def passing(frame):
-        return frame is not None and (frame.f_code.co_name in ("_prefill", "_decode", "_begin") or passing(frame.f_back))
 
     def interrupt_at(countdown):
         def trace(frame, event, _):
             nonlocal countdown
-            if frame.f_code.co_filename not in files or event == "call" and passing(frame):
+            if event == "call" and not (frame.f_code.co_filename in files and counts(frame)):
                 return None
             countdown -= event == "line"
             if countdown == 0:
@@ -657,15 +654,28 @@ def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
             return trace
         return trace
 
-    interrupted = 0
-    for line in range(1, 400, 4):
+    for line in lines:
+        came = False
         sys.settrace(interrupt_at(line))
         try:
             engine.generate(SHORT, **SAMPLED)
         except KeyboardInterrupt:
-            interrupted += 1
+            came = True
         finally:
             sys.settrace(None)
+        yield came
+
+
+def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
+    """There the engine is between two passes, and what it does at its end is all that puts things right."""
+    engine, want = load(tiny, cache_experts=4, simulate_link="50MB/s"), load(tiny).generate(SHORT, **SAMPLED)
+
+    def passing(frame):
+        return frame is not None and (frame.f_code.co_name in ("_prefill", "_decode", "_begin") or passing(frame.f_back))
+
+    interrupted = 0
+    for came in interruptions(engine, range(1, 400, 4), lambda frame: not passing(frame)):
+        interrupted += came
         tokens = engine.result.token_ids
         assert tokens == want.token_ids[:len(tokens)]
     assert interrupted > 5 and engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
@@ -674,25 +684,5 @@ def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
 @pytest.mark.parametrize("policy", ("duo", "lru"))
 def test_an_interruption_at_any_line_leaves_an_engine_that_works(policy, tiny):
     engine, want = load(tiny, policy=policy, cache_experts=4, simulate_link="1GB/s"), load(tiny).generate(SHORT, **SAMPLED)
-    files = {sys.modules[f"duoserve.{name}"].__file__ for name in ("cache", "link")}
-
-    def interrupt_at(countdown):
-        def trace(frame, event, _):
-            nonlocal countdown
-            if frame.f_code.co_filename not in files or frame.f_code.co_name not in ("_take", "_evict", "send"):
-                return None
-            countdown -= event == "line"
-            if countdown == 0:
-                raise KeyboardInterrupt
-            return trace
-        return trace
-
-    for line in range(1, 220, 3):
-        sys.settrace(interrupt_at(line))
-        try:
-            engine.generate(SHORT, **SAMPLED)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
+    for _ in interruptions(engine, range(1, 220, 3), lambda frame: frame.f_code.co_name in ("_take", "_evict", "send")):
         assert engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids

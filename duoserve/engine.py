@@ -313,13 +313,17 @@ class Engine:
                 self._warm_up(slots[0])
 
     def _warm_up(self, expert: Expert) -> None:
-        """Run once what a prompt runs: each matrix by one row and by several; then a request, with its sampling."""
+        """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling, and a step."""
         c, attention = self.config, self.model.layers[0].attention
         for rows in (1, 2):
             for module, columns in ((expert, c.hidden_size), (attention.qkv, c.hidden_size),
                                     (attention.o, c.num_attention_heads * c.head_dim)):
                 module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
-        self.generate([c.bos_token_id] * min(8, self.context - 1), max_new_tokens=2)
+        prompt = [c.bos_token_id] * min(8, self.context - 1)
+        self.generate(prompt, max_new_tokens=1)
+        self._decode(torch.tensor(prompt[:1], device=self.device), len(prompt))     # (whatever the sample said)
+        self.cache.plan([])
+        self.cache.lane.finish()
         self.passed = []                    # (nobody recorded it)
 
     def _load_predictor(self, named: str | Path | None) -> Predictor | None:

@@ -603,6 +603,17 @@ def test_compiled_with_the_smallest_context(tiny):
     assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1
 
 
+def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sample(tiny, monkeypatch):
+    torch._dynamo.reset()                   # (what other tests have compiled)
+    monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))            # the end, at once
+    engine = load(tiny, cache_experts=4, context=6, compile=True)
+    assert 2 in engine.tokenizer.eos
+    monkeypatch.setattr(engine_module, "sample", sample)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0 and len(engine.generate([1, 40], max_new_tokens=4, temperature=0).token_ids) > 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
 @pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))
 def test_a_damaged_manifest_is_named(tiny, tmp_path, damage):
     for path in tiny.iterdir():

@@ -123,7 +123,7 @@ class SyntheticExperts(StreamedExperts):
             self.lane.poll()
             self.prefill_busy, self.before = self.lane.busy, self._crossed()
         self.t += 1
-        self.lane.read(lookahead[-1], self.cache.pump)              # its cost is real, its content is the trace's
+        self.lane.read(lookahead[-1])              # its cost is real, its content is the trace's
         self.scheduler.begin_step(self.trace.lookahead[self.t, 0].tolist())
 
     def _routing(self, layer, numbers):

@@ -54,6 +54,7 @@ class GPUExpertCache:
         self.decoding = False
         self.counts = Counts()
         self.log: list[Transfer] | None = None                     # every transfer that moved, for the timeline
+        lane.fed_by(self.pump)
 
     def resident(self, key: Key) -> bool:
         """All of it is here or enqueued."""
@@ -78,10 +79,12 @@ class GPUExpertCache:
             transfer = self.queue[0]
             if transfer.slot < 0 and (transfer is self.refused or not self._take(transfer)):
                 # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on meanwhile.
-                self.refused = transfer
+                self.refused, transfer.held = transfer, True
                 transfer = next((begun for begun in self.queue if begun.slot >= 0), None)
                 if transfer is None:
                     break
+            elif transfer.held:
+                transfer.held, transfer.asked = False, self.lane.now()
             try:
                 self._send(transfer, min(self.lane.chunk, transfer.size - transfer.sent))
             except LinkError:

@@ -142,7 +142,7 @@ class StreamedExperts:
     def begin_step(self, lookahead: Tensor) -> None:
         self._record("lookahead", 0, lookahead)
         decoding = self.cache.decoding
-        self.scheduler.begin_step(self.lane.read(lookahead[-1].float(), self.cache.pump) if decoding else None)
+        self.scheduler.begin_step(self.lane.read(lookahead[-1].float()) if decoding else None)
 
     def begin_layer(self, layer: int) -> None:
         if self.spans is not None:
@@ -171,7 +171,7 @@ class StreamedExperts:
         return routing
 
     def _routing(self, layer: int, numbers: Tensor) -> Routing:
-        return Routing.unpack(self.lane.read(numbers, self.cache.pump), self.history.experts, self.top_k)
+        return Routing.unpack(self.lane.read(numbers), self.history.experts, self.top_k)
 
     def ready(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """(expert, slot) of every expert with a token, as the scheduler has it ready."""
@@ -438,7 +438,7 @@ class Engine:
             self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()    # what prefill left is decode's
             while True:
                 token = sample(logits, temperature, top_k, top_p, generator).view(1)
-                tid = int(self.cache.lane.read(token.float(), self.cache.pump)[0])      # exact: ids stay below 2^24
+                tid = int(self.cache.lane.read(token.float())[0])      # exact: ids stay below 2^24
                 now = time.perf_counter()
                 first = now if position == n else first
                 if tid < 0:

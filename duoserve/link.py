@@ -8,6 +8,7 @@ Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's
 above this file asks which it has.
 """
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ class Transfer:
     size: int
     asked: float                            # when, on the lane's clock
     urgent: bool
+    held: bool = False                      # a guess that found no slot to take: it starts no earlier than it gets one
     predicted: bool = False                 # moved on a prediction, in decode
     slot: int = -1
     sent: int = 0
@@ -46,29 +48,46 @@ def chunk_size(expert_bytes: int, chunks: int = 6) -> int:
     return max(1, min(8 * 2**20, -(-expert_bytes // chunks)))
 
 
-class WallClock:
-    now = staticmethod(time.perf_counter)
+class Clock:
+    """Time, for a simulated lane. Whoever waits stops at each moment at which a chunk falls due, and the lane is fed:
+    what is sent, and what is evicted for it, is decided with what was known at that moment."""
+
+    due = math.inf                          # when the lane will have room for the chunk that is next
+
+    def __init__(self):
+        self.pump: Callable[[], None] = lambda: None
 
     def wait_until(self, t: float) -> None:
+        self.pump()
+        while self.now() < self.due < t:
+            self._pass(self.due)
+            self.pump()
+        self._pass(t)
+        self.pump()
+
+
+class WallClock(Clock):
+    now = staticmethod(time.perf_counter)
+
+    def _pass(self, t: float) -> None:
         while (left := t - time.perf_counter()) > 0:
             if left > 0.0005:
                 time.sleep(left - 0.0004)   # sleep oversleeps: spin the rest
 
 
-class VirtualClock:
+class VirtualClock(Clock):
     """Time that passes only when told: `advance` for the replay's compute, `wait_until` for its waits."""
 
-    def __init__(self):
-        self.time = 0.0
+    time = 0.0
 
     def now(self) -> float:
         return self.time
 
-    def wait_until(self, t: float) -> None:
+    def _pass(self, t: float) -> None:
         self.time = max(self.time, t)
 
     def advance(self, seconds: float) -> None:
-        self.time += seconds
+        self.wait_until(self.time + seconds)
 
 
 class SimulatedLane:
@@ -78,18 +97,25 @@ class SimulatedLane:
     that: this models a host that feeds the lane while the accelerator computes.
     """
 
-    def __init__(self, clock, rate: float, chunk: int, copy: Callable[[Transfer, int, int], None] | None = None):
+    def __init__(self, clock: Clock, rate: float, chunk: int,
+                 copy: Callable[[Transfer, int, int], None] | None = None):
         self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
         self.now = clock.now
         self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # when the latest pieces are (or will be) done
         self.busy = 0.0
 
+    def fed_by(self, pump: Callable[[], None]) -> None:
+        """`pump` sends what is due: called whenever the host waits."""
+        self.clock.pump = pump
+
     def poll(self) -> None:
         """Take note of what has arrived. `pump` asks once, so it sends no more than may be in flight."""
+        self.clock.due = math.inf
 
     def room(self, asked: float) -> bool:
         """Is a chunk asked for then due to be sent by now?"""
-        return max(asked, self.ends[0]) <= self.now()
+        self.clock.due = max(asked, self.ends[0])
+        return self.clock.due <= self.now()
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
         """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
@@ -111,9 +137,9 @@ class SimulatedLane:
     def used(self, slot: int) -> None:
         """What was computed up to here is the slot's last use, until the next call: it may be overwritten after it."""
 
-    def read(self, values: torch.Tensor, pump: Callable[[], None]) -> list[float]:
-        """A few numbers from the device; `pump` feeds the lane meanwhile."""
-        pump()
+    def read(self, values: torch.Tensor) -> list[float]:
+        """A few numbers from the device; the lane is fed meanwhile."""
+        self.clock.pump()
         return values.tolist()
 
     def mark(self) -> float:
@@ -147,6 +173,9 @@ class CudaLane:
         self.origin.synchronize()
         self.epoch = time.perf_counter()
         self.now = time.perf_counter
+
+    def fed_by(self, pump: Callable[[], None]) -> None:
+        self.pump = pump
 
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
@@ -186,12 +215,12 @@ class CudaLane:
             self.last_use[slot] = torch.cuda.Event()
         self.last_use[slot].record(torch.cuda.current_stream(self.device))
 
-    def read(self, values: torch.Tensor, pump: Callable[[], None]) -> list[float]:
+    def read(self, values: torch.Tensor) -> list[float]:
         buffer = self.buffer[:len(values)]
         buffer.copy_(values, non_blocking=True)
         self.copied.record()
         while not self.copied.query():
-            pump()
+            self.pump()
         return buffer.tolist()
 
     def mark(self) -> torch.cuda.Event:

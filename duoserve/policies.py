@@ -4,6 +4,8 @@ A uniform policy is one `ExpertScheduler` for both phases. What they share with 
 expert, demands before guesses, every expert computed as soon as it is there.
 """
 
+import numpy as np
+
 from .cache import Slot
 from .link import Key
 from .model import Routing
@@ -59,6 +61,38 @@ class LookaheadLru(ExpertScheduler):
         return super().victim(key, own if own and full else candidates, urgent)
 
 
+class Combined(LookaheadLru):
+    """Guesses the next layer's top_k by lookahead, and for a guess always evicts somebody: whose share of this
+    sequence's tokens is least, the further off its layer is the less. Nobody's, but what a good engineer writes in
+    twelve lines, and ahead of what has been published."""
+
+    def worth(self, key: Key) -> float:
+        layer, e = key
+        share = self.history.counts[layer][e] / max(1, self.history.tokens[layer])
+        return share * 0.6 ** (self.distance(layer) / self.layers)
+
+    def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        return min(candidates, key=lambda slot: (self.worth(slot.key), self.last_used.get(slot.key, 0)))
+
+
+class Score(Combined):
+    """Evicts by a running mean of the router's scores, in which only the 2 top_k best of each time count: HybriMoE's
+    cache (arXiv 2504.05897)."""
+
+    def __init__(self, cache, history):
+        super().__init__(cache, history)
+        self.scores = np.zeros((self.layers, self.experts_a_layer))
+
+    def spoken(self, layer: int, routing: Routing) -> None:
+        share = np.exp(np.asarray(routing.logits) - max(routing.logits))
+        share /= share.sum()
+        share[np.argsort(-share, kind="stable")[2 * len(routing.ids):]] = 0
+        self.scores[layer] = (self.scores[layer] + share) / 2
+
+    def worth(self, key: Key) -> float:
+        return self.scores[key]
+
+
 class Activation(ExpertScheduler):
     """Guesses the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing more, as
     MoE-Infinity does (arXiv 2401.14361)."""
@@ -80,7 +114,7 @@ class Activation(ExpertScheduler):
 
 
 UNIFORM = {"on-demand": OnDemand, "layer-prefetch": LayerPrefetch, "cache": Lru, "lru": LookaheadLru,
-           "activation": Activation}
+           "activation": Activation, "score": Score, "combined": Combined}
 POLICIES = ("duo", *UNIFORM)
 
 

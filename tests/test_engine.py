@@ -33,6 +33,7 @@ def load(directory, **options) -> Engine:
 
 def put_lane(engine, lane):
     engine.cache.lane = engine.source.lane = lane
+    lane.fed_by(engine.cache.pump)
     return lane
 
 
@@ -63,9 +64,9 @@ class LateLane(SimulatedLane):
         super().wait(transfer)
         self.land()
 
-    def read(self, values, pump):
+    def read(self, values):
         self.clock.advance(self.random.choice((0, 0.1, 0.5, 3)))
-        return super().read(values, pump)
+        return super().read(values)
 
 
 def hostile(engine, seed=0):

@@ -158,7 +158,7 @@ def closing_line(result, config) -> str:
     speed = f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
     kept = f" ({s.prompt_tokens_kept} of {result.prompt_tokens} prompt tokens kept)" if s.prompt_tokens_kept else ""
     uses = s.hits + s.prefetched_used + s.misses
-    found = f", {100 * (s.hits + s.prefetched_used) / uses:.0f} % of experts were there in time" if uses else ""
+    found = f", {100 * s.in_time / uses:.0f} % of experts were there in time" if uses else ""
     first = "" if s.ttft_s is None else f"; first after {s.ttft_s:.2f} s"
     return (f"[{len(result.token_ids)} tokens ({result.finish_reason}){first}{kept}{speed}"
             f"{found}; {s.cache_experts} slots, {human(s.peak_device_bytes)} at peak; {what_bounded(s, config)}]")

@@ -34,6 +34,7 @@ class Counts:
     misses: int = 0
     prefetched: int = 0                     # predictions whose first chunk moved
     prefetched_used: int = 0
+    in_time: int = 0                        # of the hits and used prefetches: all of it was here when the router spoke
     wasted: float = 0.0                     # predictions evicted or dropped before a use, in experts' worth of bytes
     bytes_moved: int = 0
     decode_bytes: int = 0
@@ -60,6 +61,13 @@ class GPUExpertCache:
         """All of it is here or enqueued."""
         slot = self.where.get(key)
         return slot is not None and slot.whole
+
+    def require(self, keys: list[Key]) -> None:
+        """The router asks for these: none may be evicted before it is computed."""
+        self.needed.update(keys)
+        if self.decoding:
+            self.counts.in_time += sum(
+                self.resident(key) and self.lane.arrived(self.where[key].transfer) for key in keys)
 
     def plan(self, keys: list[Key]) -> None:
         """Replace the speculation by these guesses, best first. A guess no longer wanted stops at its chunk's end."""
@@ -100,15 +108,16 @@ class GPUExpertCache:
         slot = self.where.get(key)
         if slot is not None and slot.whole:
             return True
-        guess = next((transfer for transfer in self.queue if transfer.key == key), None)
+        begun = slot is not None
+        guess = slot.transfer if begun else next((t for t in self.queue if t.key == key), None)
         transfer = guess or Transfer(key, self.expert_bytes, self.lane.now(), True)
-        if slot is None:
+        if not begun:
             if not self._take(transfer, urgent=True):
                 return False
             self.where[key].missed = self.decoding
-        if guess:
-            self.queue.remove(guess)
-        begun, transfer.urgent, transfer.asked = transfer.sent > 0, True, self.lane.now()
+        if transfer in self.queue:
+            self.queue.remove(transfer)
+        transfer.urgent, transfer.asked = True, self.lane.now()
         try:
             self._send(transfer, transfer.size - transfer.sent)
         except LinkError:

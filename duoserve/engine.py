@@ -7,7 +7,8 @@ that reads the router's choice, tells the scheduler, and yields slots as the sch
 import os
 import sys
 import time
-from contextlib import closing, contextmanager
+import weakref
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ class Stats:
     misses: int
     prefetched: int
     prefetched_used: int
+    in_time: int                            # of hits and used prefetches: all of it had arrived when the router spoke
     bytes_moved: int
     peak_device_bytes: int
     link_busy_fraction: float
@@ -120,11 +122,17 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
         return torch.where(finite, logits.argmax(), -1)
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
-    ranked, ids = ((logits - logits.max()) / temperature).sort(descending=True)
+    ranked, ids = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
     p = ranked.softmax(-1)
-    p[p.cumsum(-1) - p >= top_p] = 0        # keep the smallest set that reaches top_p
+    if top_p < 1:                           # keep the smallest set that reaches top_p, added up in whole numbers:
+        parts = (p * 2**40).long()          # a GPU adds in no fixed order, and the same seed gives the same text
+        p[parts.cumsum(-1) - parts >= top_p * 2**40] = 0
     token = ids.gather(0, torch.multinomial(p.nan_to_num(1.0), 1, generator=generator))   # (NaN would end the process)
     return torch.where(finite, token, -1)
+
+
+class Request:
+    """One that holds the engine."""
 
 
 class StreamedExperts:
@@ -203,7 +211,6 @@ class Engine:
     """A loaded model. One request at a time; the cache stays warm between requests."""
 
     result: Generation | None = None        # of the last `stream` or `generate`, also if it was interrupted
-    request = 0                             # how many have begun
     load_s = 0.0
     written = 0                             # positions of the KV cache that hold anything
     passed: list[int] = []                  # the tokens whose keys and values are in the KV cache, from position 0
@@ -230,6 +237,7 @@ class Engine:
         `UserError` for whatever a user can mend.
         """
         began = time.perf_counter()
+        self.claims: list[weakref.ref] = []                         # the request that holds the engine, and who asks
         device, dtype, simulate_link = check_options(
             device=device, dtype=dtype, policy=policy, cache_experts=cache_experts, gpu_memory=gpu_memory,
             host_memory=host_memory, predictor=predictor, simulate_link=simulate_link)
@@ -346,10 +354,10 @@ class Engine:
         c = self.config
         if not 0 < kept == len(self.passed):
             self.history = History(c.num_hidden_layers, c.num_local_experts)
+        self.passed = self.passed[:kept]    # what follows will be overwritten (said first: an interruption may follow)
         self.cache.abandon()                # (what an interruption may have left)
         self.kv[:, :, :, kept:self.written].zero_()                 # masked is times zero, which NaN comes through
         self.written = kept
-        self.passed = self.passed[:kept]    # what follows will be overwritten
         forecast = Forecast(self.history, self.predictor, c.num_experts_per_tok)
         self.cache.counts, self.cache.decoding = Counts(), False
         self.cache.lane.busy, self.read_before = 0.0, self.store.bytes_read
@@ -381,24 +389,43 @@ class Engine:
         with self._running(position, 1):
             return self.step(token, position, self.source)
 
+    @contextmanager
+    def _held(self):
+        """The engine is this request's alone, from here to the end of the `with`; another one meanwhile is refused.
+
+        A request whose frames are gone holds nothing, however it ended (a second Ctrl-C may come at any line): so the
+        claims are weak references. Appending is atomic: of two threads one is the first.
+        """
+        request = Request()
+        claim = weakref.ref(request)
+        self.claims.append(claim)
+        try:
+            if next(other for other in self.claims if other() is not None) is not claim:
+                raise UserError("the engine is busy with another request: finish it or close its stream first "
+                                "(or load another Engine)")
+            yield
+        finally:
+            self.claims.remove(claim)
+
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
-        self.request += 1
         ids = self._check_ids(token_ids, self.context)
-        self._begin(len(ids))
-        try:
-            with self._running(0, len(ids)):
-                hidden = self.model(ids[None], self.source, self.kv)[0]
-                return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
-        finally:
-            self.cache.plan([])
-            self.cache.lane.finish()
+        with self._held():
+            self._begin(len(ids))
+            try:
+                with self._running(0, len(ids)):
+                    hidden = self.model(ids[None], self.source, self.kv)[0]
+                    return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
+            finally:
+                self.cache.plan([])
+                self.cache.lane.finish()
 
     def generate(self, prompt: str | list[int], **options) -> Generation:
         """As `stream`, all at once."""
-        for _ in self.stream(prompt, **options):
-            pass
+        with closing(self.stream(prompt, **options)) as pieces:
+            for _ in pieces:
+                pass
         return self.result
 
     @torch.inference_mode()
@@ -408,67 +435,67 @@ class Engine:
 
         Text gets BOS, ids are taken as they are. Stops at EOS, at `max_new_tokens`, or where the context is full.
         With `resume` the prompt, a whole conversation, is prefilled only from where it differs from the request before.
-        Raises `UserError` for a bad prompt or option.
+        From its first piece to its end the stream holds the engine: finish it, or `close()` it (a `for` loop that is
+        left does so). Raises `UserError` for a bad prompt or option, and if the engine is held by another request.
         """
-        self.result, self.request = None, self.request + 1
-        request = self.request
+        began = last = time.perf_counter()
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty; give some text")
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         ids = self._check_ids(prompt_ids, self.context - 1)
-        n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
-        kept = in_common(self.passed, prompt_ids[:-1]) if resume else 0     # (one token at least must pass)
-        self._begin(n - kept, kept)
-        out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", kept
-        began = last = time.perf_counter()
-        first = None
+        with self._held():
+            self.result = None
+            n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
+            kept = in_common(self.passed, prompt_ids[:-1]) if resume else 0         # (one token at least must pass)
+            self._begin(n - kept, kept)
+            out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", kept
+            first = None
 
-        def result() -> Generation:
-            wall, counts = max(last - began, (first or began) - began, 1e-9), self.cache.counts
-            tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
-            return Generation(text, out, n, reason, Stats(
-                self.load_s, first and first - began, tpot, self.policy, self.plan.slots, counts.hits, counts.misses,
-                counts.prefetched, counts.prefetched_used, counts.bytes_moved, self.peak_bytes(),
-                min(1.0, self.cache.lane.busy / wall), self.store.bytes_read - self.read_before, kept))
+            def result() -> Generation:
+                wall, counts = max(last - began, (first or began) - began, 1e-9), self.cache.counts
+                tpot = (last - first) / (len(out) - 1) if len(out) > 1 else None
+                return Generation(text, out, n, reason, Stats(
+                    self.load_s, first and first - began, tpot, self.policy, self.plan.slots, counts.hits,
+                    counts.misses, counts.prefetched, counts.prefetched_used, counts.in_time, counts.bytes_moved,
+                    self.peak_bytes(), min(1.0, self.cache.lane.busy / wall), self.store.bytes_read - self.read_before,
+                    kept))
 
-        try:
-            logits = self._prefill(ids[kept:], kept)
-            position = n
-            self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()    # what prefill left is decode's
-            while True:
-                token = sample(logits, temperature, top_k, top_p, generator).view(1)
-                tid = int(self.cache.lane.read(token.float())[0])      # exact: ids stay below 2^24
-                now = time.perf_counter()
-                first = now if position == n else first
-                if tid < 0:
-                    raise UserError(f"the model's logits are not finite in {str(self.dtype).removeprefix('torch.')}; "
-                                    "use --dtype bfloat16 or float32, or convert the model again")
-                if tid in self.tokenizer.eos:
-                    reason = "stop"
-                    break
-                last = now
-                out.append(tid)
-                if new := piece.push(tid):
+            try:
+                logits = self._prefill(ids[kept:], kept)
+                position = n
+                self.cache.decoding, self.scheduler = True, self.make_decode_scheduler()
+                while True:                 # (what prefill left is decode's)
+                    token = sample(logits, temperature, top_k, top_p, generator).view(1)
+                    tid = int(self.cache.lane.read(token.float())[0])       # exact: ids stay below 2^24
+                    now = time.perf_counter()
+                    first = now if position == n else first
+                    if tid < 0:
+                        raise UserError(f"the model's logits are not finite in "
+                                        f"{str(self.dtype).removeprefix('torch.')}; use --dtype bfloat16 or float32, "
+                                        "or convert the model again")
+                    if tid in self.tokenizer.eos:
+                        reason = "stop"
+                        break
+                    last = now
+                    out.append(tid)
+                    if new := piece.push(tid):
+                        text += new
+                        yield new
+                    if len(out) >= max_new_tokens or n + len(out) >= self.context:
+                        reason = "length"
+                        break
+                    logits = self._decode(token, position)
+                    position += 1
+                if new := piece.close():
                     text += new
                     yield new
-                if len(out) >= max_new_tokens or n + len(out) >= self.context:
-                    reason = "length"
-                    break
-                if self.request != request:
-                    raise UserError("this stream was overtaken by another request; an engine takes one at a time")
-                logits = self._decode(token, position)
-                position += 1
-            if new := piece.close():
-                text += new
-                yield new
-        finally:                            # also when the consumer stops early, or on Ctrl-C
-            if self.request == request:     # not overtaken by another, whose state this now is
+            finally:                        # also when the consumer stops early, or on Ctrl-C
                 try:
                     self.cache.plan([])
                     self.cache.lane.finish()
                 finally:                    # (a second Ctrl-C)
-                    self.passed = (prompt_ids + out)[:position]         # what went through the model, for traces
+                    self.passed = (prompt_ids + out)[:position]             # what went through the model, for traces
                     self.result = result()
 
     def peak_bytes(self) -> int:

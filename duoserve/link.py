@@ -32,7 +32,6 @@ class Transfer:
     size: int
     asked: float                            # when, on the lane's clock
     urgent: bool
-    held: bool = False                      # a guess that found no slot to take: it starts no earlier than it gets one
     predicted: bool = False                 # moved on a prediction, in decode
     slot: int = -1
     sent: int = 0
@@ -40,6 +39,7 @@ class Transfer:
     order: int = 0                          # the lane delivers in this order
     arrived: bool = False                   # the host has seen that all of it is there: nothing need wait
     used: bool = False                      # something was computed with it
+    held: bool = False                      # a guess with no slot to take: it starts no earlier than it gets one
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
 
 
@@ -130,6 +130,10 @@ class SimulatedLane:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
 
+    def arrived(self, transfer: Transfer) -> bool:
+        """Is all of it there, as far as the host has seen?"""
+        return transfer.loaded is not None and transfer.loaded <= self.now()
+
     def wait(self, transfer: Transfer) -> None:
         """What is computed from here on finds the expert in its slot."""
         self.clock.wait_until(transfer.loaded)
@@ -165,7 +169,7 @@ class CudaLane:
         self.stream = torch.cuda.Stream(device)
         self.last_use: list[torch.cuda.Event | None] = [None] * slots
         self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
-        self.buffer, self.copied = torch.empty(4096, pin_memory=True), torch.cuda.Event()
+        self.buffer, self.copied = torch.empty(0, pin_memory=True), torch.cuda.Event()
         self.busy = 0.0
         self.origin = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
@@ -206,6 +210,9 @@ class CudaLane:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
 
+    def arrived(self, transfer: Transfer) -> bool:
+        return transfer.arrived
+
     def wait(self, transfer: Transfer) -> None:
         if not transfer.arrived:
             torch.cuda.current_stream(self.device).wait_event(transfer.loaded)
@@ -216,6 +223,8 @@ class CudaLane:
         self.last_use[slot].record(torch.cuda.current_stream(self.device))
 
     def read(self, values: torch.Tensor) -> list[float]:
+        if len(self.buffer) < len(values):  # (once a size, while the engine warms up)
+            self.buffer = torch.empty(len(values), pin_memory=True)
         buffer = self.buffer[:len(values)]
         buffer.copy_(values, non_blocking=True)
         self.copied.record()

@@ -51,7 +51,7 @@ class ExpertScheduler:
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or closed."""
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
-        cache.needed.update(remaining)
+        cache.require(remaining)
         self.spoken(layer, routing)
         planned = False
         try:

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import sys
+import threading
 import time
 import tracemalloc
 from collections import deque
@@ -366,6 +367,22 @@ def test_what_can_be_drawn(options, possible):
     assert set(drawn([0.3, 0.1, 0.4, 0.2], **options)) == possible
 
 
+def test_top_p_adds_whole_numbers(monkeypatch):
+    """PyTorch lists a floating-point cumsum on CUDA as not deterministic: the same seed might give another text."""
+    cumsum, seen = torch.Tensor.cumsum, []
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, dim: seen.append(p.dtype) or cumsum(p, dim))
+    assert set(drawn([0.3, 0.1, 0.4, 0.2], top_p=0.75)) == {2, 0, 3} and set(seen) == {torch.int64}
+
+
+def test_time_to_the_first_token_counts_from_the_requests_arrival(tiny, monkeypatch):
+    engine = load(tiny)
+    encode, begin = Tokenizer.encode, Engine._begin
+    slow = lambda f: lambda *args: (time.sleep(0.1), f(*args))[1]
+    monkeypatch.setattr(Tokenizer, "encode", slow(encode))
+    monkeypatch.setattr(Engine, "_begin", slow(begin))
+    assert engine.generate("the quick dog", max_new_tokens=1).stats.ttft_s >= 0.2
+
+
 def test_temperature_scales_the_odds():
     for temperature in (0.5, 1.0, 2.0):
         odds = [p ** (1 / temperature) for p in (0.8, 0.2)]
@@ -574,15 +591,42 @@ def test_bad_prompts(prompt, tiny):
     assert engine.generate(SHORT, max_new_tokens=2).token_ids
 
 
-def test_a_stream_overtaken_by_another_says_so(tiny):
+def test_a_request_holds_the_engine_until_it_is_finished_or_closed(tiny):
+    """A suspended stream too: another request is refused at once, and the first is not harmed."""
     engine = load(tiny, cache_experts=4)
-    first = engine.stream(SHORT, max_new_tokens=20)
-    next(first)
-    expected = load(tiny, cache_experts=4).generate(LONG, max_new_tokens=6, temperature=0).token_ids
-    assert engine.generate(LONG, max_new_tokens=6, temperature=0).token_ids == expected
-    with pytest.raises(UserError, match="one at a time"):
-        list(first)
-    assert engine.result.token_ids == expected
+    want = list(engine.stream(SHORT, **SAMPLED))
+    stream = engine.stream(SHORT, **SAMPLED)
+    pieces = [next(stream)]
+    for ask in (lambda: engine.generate(LONG), lambda: next(engine.stream(LONG)), lambda: engine.logits(SHORT)):
+        with pytest.raises(UserError, match="busy with another request"):
+            ask()
+    assert pieces + list(stream) == want and engine.result.finish_reason == "length"
+    for _ in engine.stream(SHORT, **SAMPLED):
+        break                               # a loop that is left closes its stream
+    assert engine.result.finish_reason == "interrupted"
+    engine.stream(SHORT)                    # one that has not begun holds nothing
+    assert list(engine.stream(SHORT, **SAMPLED)) == want
+
+
+def test_threads_on_one_engine_get_the_right_answer_or_a_clear_refusal(tiny):
+    engine, answers, errors = load(tiny, cache_experts=4, simulate_link="50MB/s"), [], []
+    want = {seed: engine.generate(SHORT, **SAMPLED | {"seed": seed}).token_ids for seed in range(4)}
+
+    def ask(seed):
+        for _ in range(6):
+            try:
+                answers.append((seed, engine.generate(SHORT, **SAMPLED | {"seed": seed}).token_ids))
+            except Exception as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in want]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(answers) + len(errors) == 24 and answers
+    assert all(tokens == want[seed] for seed, tokens in answers)
+    assert all(isinstance(error, UserError) and "busy" in str(error) for error in errors)
 
 
 def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
@@ -698,3 +742,49 @@ def test_an_interruption_at_any_line_leaves_an_engine_that_works(policy, tiny):
     engine, want = load(tiny, policy=policy, cache_experts=4, simulate_link="1GB/s"), load(tiny).generate(SHORT, **SAMPLED)
     for _ in interruptions(engine, range(1, 220, 3), lambda frame: frame.f_code.co_name in ("_take", "_evict", "send")):
         assert engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
+
+
+def lines_met(ask, interrupt=None):
+    """Ask, and note each line of engine, step and model at its first execution before and after the first decode step;
+    a Ctrl-C comes where it is `interrupt`."""
+    files = [sys.modules[f"duoserve.{name}"].__file__ for name in ("engine", "step", "model")]
+    met, decoding = {}, False
+
+    def trace(frame, event, _):
+        nonlocal decoding
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            decoding = decoding or frame.f_code.co_filename == files[1]
+            key = frame.f_code.co_filename, frame.f_lineno, decoding
+            if key not in met:
+                met[key] = True
+                if key == interrupt:
+                    raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        ask()
+    finally:
+        sys.settrace(None)
+    return list(met)
+
+
+def test_an_interruption_at_any_line_never_changes_what_comes_next(tmp_path):
+    """Of engine, step and model, at the beginning of a resumed request, in its prefill and in its decode."""
+    directory = packed(tmp_path, seed=7, num_hidden_layers=1, eos_token_id=[])
+    engine, untouched = load(directory, cache_experts=3), load(directory, cache_experts=3)
+    options = dict(max_new_tokens=2, temperature=0.9, seed=3, resume=True)
+    ask = lambda engine, i: engine.generate(said[i], **options).token_ids
+    said = [SHORT, [*SHORT[:3], 9, 90, 19, 8]]                      # the second keeps three tokens of the first
+    said.append(SHORT + ask(untouched, 0) + [7, 70])                # and the third goes on from it
+    want = [ask(untouched, i) for i in (0, 1, 2)]
+    ask(engine, 0)
+    points = lines_met(lambda: ask(engine, 1))
+    assert len(points) > 200 and len({(file, decoding) for file, _, decoding in points}) == 5
+    for point in points:
+        ask(engine, 0)
+        with pytest.raises(KeyboardInterrupt):
+            lines_met(lambda: ask(engine, 1), point)
+        assert [ask(engine, i) for i in (2, 1)] == [want[2], want[1]], point

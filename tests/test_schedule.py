@@ -11,8 +11,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from duoserve import bench as replay
 from duoserve.bench import Costs, Replay, belady, row, synthetic_traces
-from duoserve.cache import GPUExpertCache
+from duoserve.cache import GPUExpertCache, Slot
 from duoserve.config import MixtralConfig
 from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock
 from duoserve.model import Routing
@@ -312,6 +313,33 @@ def test_counting_a_prefetch_evicted_before_its_use():
     assert cache.counts.decode_bytes == cache.counts.bytes_moved == 2 * CHUNKS
 
 
+def test_in_time_is_what_had_arrived_when_the_router_spoke():
+    cache, clock = rig(4)
+    cache.decoding = False
+    cache.require([D])
+    use(cache, D)
+    cache.decoding = True
+    cache.plan([A, B])
+    clock.advance(CHUNKS + 2)               # A is here, B under way, C was never asked for
+    cache.require([A, B, C, D])
+    for key in (A, B, C, D):
+        use(cache, key)
+    assert counts(cache) == dict(hits=1, prefetched_used=2, misses=1) and cache.counts.in_time == 2
+
+
+def test_a_demand_for_a_slot_half_filled_and_no_longer_queued_fills_that_slot():
+    cache, clock = rig(3)
+    use(cache, C)
+    cache.plan([A])
+    clock.advance(1)
+    assert 0 < cache.where[A].transfer.sent < CHUNKS
+    cache.queue.clear()
+    slot = use(cache, A)
+    assert cache.slots[slot].key == A and {piece[0].slot for piece in cache.lane.pieces if piece[0].key == A} == {slot}
+    assert sum(end - start for transfer, start, end, _ in cache.lane.pieces if transfer.key == A) == CHUNKS
+    assert cache.resident(C)
+
+
 class Failing(Lane):
     """Refuses the pieces whose numbers are in `fail`."""
 
@@ -565,6 +593,48 @@ def test_activation_guesses_and_evicts_by_this_sequences_counts():
     assert (1, 6) not in s.cache.where      # used once, while the others were used again and again
 
 
+def test_combined_evicts_whom_this_sequence_used_least_and_who_is_furthest_off():
+    s = Schedule("combined", 6)
+    for ids in ((4, 5), (4, 5), (4, 6)):
+        s.step([[ids]] * 3)
+    keys = [(layer, e) for layer in range(3) for e in (4, 5, 6)]
+    worth = lambda key: s.scheduler.worth(key)
+    s.scheduler.layer = 0
+    for layer, away in ((1, 1), (2, 2), (0, 3)):
+        for e, n in ((4, 3), (5, 2), (6, 1), (7, 0)):
+            assert worth((layer, e)) == pytest.approx(n / 3 * 0.6 ** (away / 3))
+    slots = [Slot(i, key) for i, key in enumerate(keys)]
+    assert s.scheduler.victim((1, 0), slots, False).key == (0, 6)               # for a guess worth nothing, too
+    s.scheduler.last_used |= {(0, 1): 7, (0, 2): 3, (0, 3): 9}
+    assert s.scheduler.victim((1, 0), [Slot(i, (0, i)) for i in (1, 2, 3)], True).key == (0, 2)     # ties: the oldest
+
+
+def test_score_keeps_a_running_mean_of_the_best_scores():
+    """HybriMoE's rule, written out: S = (S + share) / 2, the share being 0 beyond the 2 top_k best."""
+    s = Schedule("score", 6)
+    logits = [3.0, 2.0, 1.0, 0.5, 0.0, -1.0, -2.0, -3.0]
+    share = np.exp(logits) / np.exp(logits).sum()
+    for k in (1, 2):
+        spoken = Routing([1, 1] + [0] * 6, [0, 1], [], logits, None)
+        s.history.observe(1, spoken)
+        list(s.scheduler.experts(1, spoken))
+        want = [share[e] * (1 - 0.5 ** k) if e < 4 else 0 for e in range(8)]
+        np.testing.assert_allclose([s.scheduler.worth((1, e)) for e in range(8)], want)
+        assert s.scheduler.worth((0, 0)) == 0
+    assert s.scheduler.victim((0, 0), [Slot(0, (1, 0)), Slot(1, (1, 3)), Slot(2, (1, 2))], False).key == (1, 3)
+
+
+@pytest.mark.parametrize("policy", ("combined", "score"))
+def test_combined_and_score_guess_by_lookahead(policy):
+    s = Schedule(policy, 9, attention=100.0)
+    s.step([[(0, 1)]] * 3)
+    s.decode()
+    first = len(s.cache.lane.pieces)
+    s.visit(0, [(0, 1)], AHEAD)
+    s.visit(1, [(2, 6)], AHEAD)
+    assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 2)], [(1, 6)]]
+
+
 def test_a_good_lookahead_hides_the_transfer():
     """Duo, compute longer than a transfer: the next layer's experts are there when the router asks for them."""
     s = Schedule("duo", 6, attention=2 * CHUNKS + 2.0)      # (two chunks of another guess may be in flight)
@@ -653,6 +723,65 @@ def test_replay_is_deterministic():
     traces = skewed_traces(0)
     for policy in (*POLICIES, "oracle"):
         assert row(traces, 2, policy, 12, COSTS, None) == row(traces, 2, policy, 12, COSTS, None)
+
+
+class NervousClock(VirtualClock):
+    """Pumps also at moments that mean nothing."""
+
+    def wait_until(self, t):
+        for _ in range(self.rng.randrange(4)):
+            super().wait_until(self.time + self.rng.random() * (t - self.time))
+        super().wait_until(t)
+
+
+@pytest.mark.parametrize("policy", (*POLICIES, "oracle"))
+def test_what_happens_does_not_depend_on_how_often_it_is_pumped(policy, monkeypatch):
+    """To the last digit: what is sent, and evicted for it, is decided when it is due, by what is known then."""
+    traces = skewed_traces(0, layers=5, recall=0.7, sequences=1, new=16)
+    costs = replace(COSTS, attention_ms=2.0, expert_ms=0.6)         # several chunks fall due in one of these
+    for slots in (3, 9, 20):
+        rows = [row(traces, 2, policy, slots, costs, None)]
+        for seed in range(3):
+            NervousClock.rng = random.Random(seed)
+            with monkeypatch.context() as patch:
+                patch.setattr(replay, "VirtualClock", NervousClock)
+                rows.append(row(traces, 2, policy, slots, costs, None))
+        assert all(r == rows[0] for r in rows)
+
+
+def test_the_cache_does_the_same_however_often_it_is_pumped():
+    """Random plans and demands, of a policy that often has no slot to give for a guess."""
+    def least(key, candidates, urgent):
+        slot = min(candidates, key=lambda slot: slot.key[1])
+        return slot if urgent or slot.key[1] < key[1] else None
+
+    for seed in range(60):
+        pieces = []
+        for kind in (VirtualClock, NervousClock):
+            rng, clock = random.Random(seed), kind()
+            clock.rng = random.Random(seed)
+            cache = GPUExpertCache(rng.randint(2, 3), CHUNKS, Lane(clock))
+            cache.policy = Victims(clock, least)
+            for _ in range(20):
+                keys = rng.sample([(0, e) for e in range(6)], 3)
+                if rng.random() < 0.4:
+                    use(cache, keys[0])
+                else:
+                    cache.plan(keys)
+                clock.advance(rng.choice((1.7, 4.1, 12.3, 20.9)))
+            pieces.append([(transfer.key, *rest) for transfer, *rest in cache.lane.pieces])
+        assert pieces[0] == pieces[1], seed
+
+
+def test_a_guess_that_waits_for_a_slot_starts_when_it_gets_one():
+    cache, clock = rig(1)
+    cache.needed.add(A)
+    cache.demand(A), cache.acquire(A)       # at 6 s, and pinned
+    cache.plan([B])
+    clock.advance(4)
+    cache.release(A)
+    clock.advance(1)
+    assert [piece[1:3] for piece in cache.lane.pieces[1:3]] == [(10, 11), (11, 12)]
 
 
 ROUTING = {"even": lambda: synthetic_traces(MixtralConfig(num_hidden_layers=8), 0.36, 0.8, 2, 80, 24),

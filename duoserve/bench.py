@@ -431,13 +431,13 @@ def parse_args():
                  help="instead: the model's own experts at this speed (default with a config alone: 25GB/s)")
             add("--chunks", type=int, default=12, metavar="N",
                 help="pieces an expert is moved in (default %(default)s)")
-            add("--predict-ms", type=float, default=0.0, metavar="X",
-                help="ms a layer of the trained predictor (default %(default)s)")
+            add("--predict-ms", type=float, default=0.05, metavar="X",
+                help="ms that a layer visit takes longer where the trained predictor runs (default %(default)s)")
             add("--prefill-attention-ms", type=float, metavar="A",
                 help="of a prompt (default: --attention-ms x (1 + tokens / 128))")
             add("--prefill-expert-ms", type=float, metavar="B",
                 help="of a prompt (default: --expert-ms x (1 + its tokens / 128))")
-            add("--persistence", type=float, default=0.36, metavar="P",
+            add("--persistence", type=float, default=0.30, metavar="P",
                 help="made-up routing: the chance that the next token chooses an expert again (default %(default)s)")
             add("--lookahead-recall", type=float, default=0.8, metavar="R",
                 help="made-up routing: the chance that the lookahead finds a chosen expert (default %(default)s)")
@@ -468,8 +468,8 @@ def parse_args():
     add("--new-tokens", type=int, default=64, metavar="N",
         help="decoded by each policy (default %(default)s; layer-prefetch: 8)")
     add("--rounds", type=int, default=3, metavar="N", help="each with routing of its own (default %(default)s)")
-    add("--persistence", type=float, nargs="+", default=[0.36], metavar="P",
-        help="the chance that the next token chooses an expert again (default 0.36)")
+    add("--persistence", type=float, nargs="+", default=[0.30], metavar="P",
+        help="the chance that the next token chooses an expert again (default 0.30)")
     add("--lookahead-recall", type=float, nargs="+", default=[0.8], metavar="R",
         help="the chance that the lookahead finds a chosen expert (default 0.8)")
     add("--predictor", action=argparse.BooleanOptionalAction, default=True,

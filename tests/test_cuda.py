@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from duoserve import Engine
-from duoserve.engine import POLICIES
+from duoserve.engine import POLICIES, sample
 from duoserve.errors import UserError
 from models import packed
 
@@ -171,3 +171,18 @@ def test_experts_on_the_disk_change_nothing(directory, policy):
         e = engine(directory, policy=policy, cache_experts=4, host_memory=kept)
         assert e.store.crc and e.store.pinned == (kept == "50%")
         assert tokens(e) == expected
+
+
+def test_sampling_uses_nothing_that_is_not_deterministic():
+    logits, generator = torch.randn(32000, device="cuda"), torch.Generator("cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        drawn = {sample(logits, 0.8, 50, 0.9, generator.manual_seed(5)).item() for _ in range(20)}
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(drawn) == 1
+
+
+def test_the_lane_reads_as_many_numbers_as_there_are(directory):
+    numbers = torch.arange(9000, device="cuda", dtype=torch.float32)
+    assert engine(directory).cache.lane.read(numbers) == list(range(9000))

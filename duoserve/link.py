@@ -169,7 +169,7 @@ class CudaLane:
         self.stream = torch.cuda.Stream(device)
         self.last_use: list[torch.cuda.Event | None] = [None] * slots
         self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
-        self.buffer, self.copied = torch.empty(0, pin_memory=True), torch.cuda.Event()
+        self.buffer, self.copied = torch.empty(0), torch.cuda.Event()
         self.busy = 0.0
         self.origin = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)

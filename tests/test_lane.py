@@ -1,0 +1,184 @@
+"""CudaLane's order of waits, on a model of CUDA's streams and events that needs no GPU."""
+
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from duoserve.cache import GPUExpertCache
+from duoserve.link import CudaLane
+
+CHUNKS = 4
+NOTHING = (None,) * CHUNKS
+
+
+class Device:
+    """Streams run their operations in order, and no stream waits for another unless it is told to: which of them goes
+    on is decided by chance, whenever the host asks, and at the end."""
+
+    def __init__(self, seed, slots):
+        self.random, self.streams, self.memory = random.Random(seed), [], [NOTHING] * slots
+        self.compute = self.current = Stream(self)
+        self.seen = []                      # (what should have been in a slot, what was)
+        self.lazy = [self.random.choice((0.02, 1, 1)) for _ in range(4)]     # a stream may be far behind
+
+    def step(self) -> bool:
+        """One operation of some stream that can go on; False if there is none."""
+        ready = [s for s in self.streams if s.operations and s.operations[0][0]()]
+        if ready:
+            weights = [self.lazy[self.streams.index(s)] for s in ready]
+            self.random.choices(ready, weights)[0].operations.pop(0)[1]()
+        return bool(ready)
+
+    def run(self):
+        while self.step():
+            pass
+        assert not any(s.operations for s in self.streams), "a stream waits for what never comes"
+
+    def read(self, slot, key):
+        """The compute stream reads a slot for as long as two operations."""
+        for _ in range(2):
+            self.compute.add(lambda: self.seen.append(((key,) * CHUNKS, self.memory[slot])))
+
+    def write(self, slot, chunk, key):
+        def write():
+            self.memory[slot] = (*self.memory[slot][:chunk], key, *self.memory[slot][chunk + 1:])
+        self.current.add(write)
+
+
+class Stream:
+    def __init__(self, device):
+        self.device, self.operations = device, []
+        device.streams.append(self)
+
+    def add(self, run, ready=lambda: True):
+        self.operations.append((ready, run))
+
+    def wait_event(self, event):
+        record = event.last                 # CUDA takes an event that was never recorded as done
+        self.add(lambda: None, lambda: record is None or record[0])
+
+    def synchronize(self):
+        while self.operations and self.device.step():
+            pass
+
+
+class Event:
+    def __init__(self, device):
+        self.device, self.last = device, None
+
+    def record(self, stream=None):
+        self.last = record = [False]
+        (stream or self.device.current).add(lambda: record.__setitem__(0, True))
+
+    def query(self):
+        for _ in range(self.device.random.randrange(4)):
+            self.device.step()
+        return self.last is None or self.last[0]
+
+    def synchronize(self):
+        while not self.last[0]:
+            assert self.device.step()
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A function that puts a new model in place of torch.cuda's streams and events."""
+    def install(seed, slots):
+        device = Device(seed, slots)
+
+        @contextmanager
+        def stream(s):
+            device.current, before = s, device.current
+            yield
+            device.current = before
+
+        for name, stand_in in {"Stream": lambda _=None: Stream(device), "stream": stream,
+                               "Event": lambda enable_timing=False: Event(device),
+                               "current_stream": lambda _=None: device.current,
+                               "synchronize": lambda _=None: device.run()}.items():
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        return device
+    return install
+
+
+class Eldest:
+    def victim(self, key, candidates, urgent):
+        return candidates[0]
+
+
+def wrong_reads(cuda, seed, spoil=lambda lane: None) -> int:
+    """Random demands and guesses through cache and lane; how many reads of a slot found something else there."""
+    slots = 3
+    device, rng = cuda(seed, slots), random.Random(seed)
+
+    def copy(transfer, start, stop):
+        for chunk in range(start, stop):
+            device.write(transfer.slot, chunk, transfer.key)
+
+    lane = CudaLane(torch.device("cpu"), 1, slots, copy)
+    spoil(lane)
+    cache = GPUExpertCache(slots, CHUNKS, lane)
+    cache.policy = Eldest()
+    keys = [(0, e) for e in range(6)]
+    for _ in range(25):
+        wanted = rng.sample(keys, 2)
+        cache.require(wanted)
+        for key in wanted:
+            assert cache.demand(key)
+            device.read(cache.acquire(key), key)
+            cache.release(key)
+        cache.plan(rng.sample(keys, 2))
+        for _ in range(rng.randrange(6)):
+            cache.pump()
+    device.run()
+    assert len(device.seen) == 100
+    return sum(want != got for want, got in device.seen)
+
+
+def no_wait_for_a_load(lane):
+    lane.wait = lambda transfer: None
+
+
+def no_mark_of_the_last_use(lane):
+    lane.used = lambda slot: None
+
+
+def loaded_after_the_first_chunk(lane):
+    send, first = lane.send, {}
+
+    def hasty(transfer, nbytes):
+        send(transfer, nbytes)
+        first.setdefault(transfer, lane.flying[-1][1])
+        if transfer.loaded:
+            transfer.loaded = first[transfer]
+    lane.send = hasty
+
+
+def the_last_chunk_withheld(lane):
+    copy = lane.copy
+    lane.copy = lambda transfer, start, stop: copy(transfer, start, min(stop, CHUNKS - 1))
+
+
+def arrived_before_the_last_chunk(lane):
+    poll = lane.poll
+
+    def hasty():
+        poll()
+        for *_, transfer in lane.flying:
+            transfer.arrived = True
+    lane.poll = hasty
+
+
+def test_every_read_of_a_slot_finds_its_expert(cuda):
+    assert not any(wrong_reads(cuda, seed) for seed in range(200))
+
+
+@pytest.mark.parametrize("spoil", (no_wait_for_a_load, no_mark_of_the_last_use, loaded_after_the_first_chunk,
+                                   the_last_chunk_withheld, arrived_before_the_last_chunk))
+def test_each_wait_matters(spoil, cuda):
+    assert any(wrong_reads(cuda, seed, spoil) for seed in range(200))

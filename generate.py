@@ -6,7 +6,7 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
-from duoserve.errors import Parser, UserError, check_sampling, human, run_main
+from duoserve.errors import Parser, UserError, check_sampling, human, import_requirements, run_main
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -84,6 +84,7 @@ def read_prompt(args) -> str | None:
 
 def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
     """The ids of what was said `before` (none at first) with the text, or the message, that comes next."""
+    text = text.removeprefix("\ufeff")     # a byte order mark is an editor's, not the writer's
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
     return tokenizer.chat(text, before) if chat else [*before, *tokenizer.encode(text)[bool(before):]]
@@ -102,12 +103,17 @@ def answer(engine, ids: list[int], args):
     except KeyboardInterrupt:
         if engine.result is None:           # before there was anything to show
             raise
+    except UserError:
+        if engine.result and engine.result.text and not args.json:
+            print(flush=True)               # the error begins on a line of its own
+        raise
+    if not args.json:
+        print(flush=True)
     result = engine.result
     result.text = result.text.removeprefix(" ") if args.chat else result.text
     if args.trace_dir and len(engine.passed) >= result.prompt_tokens:
         engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
     if not args.json:
-        print(flush=True)
         print(closing_line(result, engine.config), file=sys.stderr)
     return result
 
@@ -188,6 +194,7 @@ def main() -> int:
     prompt = read_prompt(args)
     if not (args.interactive or prompt.strip()):            # said before gigabytes are loaded
         raise UserError("the prompt is empty; give some text")
+    import_requirements()
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
     from duoserve.engine import Engine, check_options

@@ -16,13 +16,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .errors import Parser, UserError, check_budget, count, human, import_requirements, parse_rate, run_main
+
+import_requirements()
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .cache import Counts, GPUExpertCache
 from .config import MixtralConfig
-from .errors import Parser, UserError, check_budget, count, human, parse_rate, run_main
 from .link import SimulatedLane, VirtualClock
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Routing

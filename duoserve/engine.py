@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
-from .errors import (UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount,
-                     parse_rate, read_as_bytes)
+from .errors import (UserError, as_ids, check_budget, check_context, check_device, check_dtype, check_sampling, human,
+                     parse_amount, parse_rate)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Expert, Mixtral, Routing, padded
@@ -240,8 +240,8 @@ class Engine:
         self.device, self.dtype, self.packed, self.config, self.policy = device, dtype, packed, packed.config, policy
         c = packed.config
         limit = c.max_position_embeddings
-        if context is not None and not 2 <= context <= limit:
-            raise UserError(f"--context {context}: this model takes from 2 to {limit} tokens")
+        if context is not None:
+            check_context(context, limit)
         self.context = context or min(limit, 4096)
         total = c.num_hidden_layers * c.num_local_experts
         if cache_experts is not None and cache_experts > total:
@@ -264,9 +264,7 @@ class Engine:
                                             self.plan.total if device.type == "cpu" else 0)
         if host_bytes is not None and not store:
             rest = "; the others are read from the disk" if len(kept) < total else ""
-            hint = read_as_bytes(host_memory)
-            print(f"note: {len(kept)} of {total} experts are kept in memory{rest}{hint and f' ({hint})'}",
-                  file=sys.stderr)
+            print(f"note: {len(kept)} of {total} experts are kept in memory{rest}", file=sys.stderr)
 
         with enough_memory():
             self._load(kept, compiled, simulate_link, progress, store)
@@ -385,7 +383,7 @@ class Engine:
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
         self.request += 1
-        ids = self._check_ids(token_ids, self.context)
+        ids = self._check_ids(as_ids(token_ids, "`logits` takes a list of token ids"), self.context)
         self._begin(len(ids))
         try:
             with self._running(0, len(ids)):
@@ -415,9 +413,10 @@ class Engine:
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty; give some text")
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else \
+            as_ids(prompt, "the prompt must be text or a list of token ids")
         ids = self._check_ids(prompt_ids, self.context - 1)
-        n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
+        n, generator = len(ids), torch.Generator(self.device).manual_seed(int(seed))
         kept = in_common(self.passed, prompt_ids[:-1]) if resume else 0     # (one token at least must pass)
         self._begin(n - kept, kept)
         out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", kept

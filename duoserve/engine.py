@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
 from .errors import (UserError, as_ids, check_budget, check_context, check_device, check_dtype, check_sampling, human,
-                     parse_amount, parse_rate)
+                     parse_amount, parse_rate, unknown)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Expert, Mixtral, Routing, padded
@@ -72,7 +72,7 @@ def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, 
                   predictor=None, simulate_link=None, **_) -> tuple[torch.device, torch.dtype, float | None]:
     """What can be said of `Engine`'s options without the model -> device, dtype, speed of the simulated link."""
     if policy not in POLICIES:
-        raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
+        raise unknown("--policy", policy, POLICIES)
     device = check_device(device)
     dtype = check_dtype(dtype, device)
     if cache_experts is not None and cache_experts < 2:

@@ -1,6 +1,7 @@
 """What a user can get wrong: the error itself, sizes as people write them, and the checks of common options."""
 
 import argparse
+import difflib
 import re
 import sys
 from importlib import import_module
@@ -16,10 +17,31 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as one line like every other."""
+    """argparse, with its complaints as one line like every other, and a guess at what was meant."""
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args, flags = sys.argv[1:] if args is None else args, self._option_string_actions
+        for word in args:                   # `-prompt` would be -p with the value "rompt"
+            name = f"-{word.partition('=')[0]}"
+            if word[:2] in flags and name in flags and name != "--help":
+                self.error(f"unrecognized arguments: {word}; did you mean {name}?")
+        namespace, rest = super().parse_known_args(args, namespace)
+        if flag := next((word for word in rest if word.startswith("-")), None):
+            self.error(f"unrecognized arguments: {' '.join(rest)}{did_you_mean(flag.partition('=')[0], flags)}")
+        return namespace, rest
+
+
+def did_you_mean(word: str, known) -> str:
+    likely = difflib.get_close_matches(word.lower(), known, 1)
+    return f"; did you mean {likely[0]}?" if likely else ""
+
+
+def unknown(flag: str, name: str, known) -> UserError:
+    """A name that is none of the `known`."""
+    return UserError(f"{flag} {name}: unknown{did_you_mean(name, known)}; choose from {', '.join(known)}")
 
 
 def parse_size(text: str, flag: str = "size", example: str = "4GiB or 500MB") -> int:

@@ -1,9 +1,13 @@
 """What somebody meets who has not read everything: slips of many kinds, and that each is told of in useful words."""
 
+import io
+import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -152,3 +156,120 @@ def test_whole_numbers_of_any_kind_are_token_ids(engine):
     result = engine.generate([1, 263], max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int32(5), top_p=np.float64(0.9),
                              seed=np.int64(3))
     assert result.token_ids == engine.generate([1, 263], max_new_tokens=3, temperature=0.5, top_k=5, top_p=0.9, seed=3).token_ids
+
+
+# Flags
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("generate", "--prompt", "a", "--modle", "x"), "did you mean --model?"),
+    (("generate", "--prompt", "a", "--gpu_memory=8GiB"), "did you mean --gpu-memory?"),
+    (("generate", "--prompt", "a", "-json"), "did you mean --json?"),
+    (("generate", "-prompt", "a"), "did you mean --prompt?"),
+    (("generate", "-prompt=a"), "did you mean --prompt?"),
+    (("generate", "--prompt", "a", "--policy", "LRU"), "did you mean lru?"),
+    (("generate", "--prompt", "a", "--policy", "ondemand"), "did you mean on-demand?"),
+    (("bench", "schedule", "t", "--chunk-size", "4"), "did you mean --chunks?"),
+    (("bench", "run", "--policies", "duo", "lur"), "did you mean lru?"),
+    (("bench", "schedule", "t", "--policies", "orakle"), "did you mean oracle?"),
+    (("train", "t", "--ouput", "p"), "did you mean --out?"),
+    (("checkpoint", "a", "b", "--group_size", "64"), "did you mean --group-size?")], ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_did_you_mean(arguments, words, cli, traces, tiny):
+    arguments = [traces if word == "t" else word for word in arguments]
+    model = ("--model", tiny) if arguments[0] in ("bench", "train") else ()
+    status, out, err = cli(*arguments, *model)
+    assert (status, out) == (2, "")
+    a_line(err, words)
+
+
+def test_what_is_like_nothing_gets_no_guess(ask):
+    for arguments in (("--frobnicate",), ("--policy", "nope")):
+        assert "did you mean" not in ask("--prompt", "a", *arguments)[2]
+
+
+def test_short_flags(cli, tiny, tmp_path):
+    (tmp_path / "p").write_text("the quick")
+    rest = ("--device", "cpu", "--predictor", "none", "--json")
+    run = lambda *arguments: json.loads(cli("generate", *arguments, *rest)[1])
+    long = run("--model", tiny, "--prompt", "the quick", "--max-new-tokens", 5, "--context", 100)
+    for prompt in (("-p", "the quick"), ("-f", tmp_path / "p")):
+        short = run("-m", tiny, *prompt, "-n", 5, "-c", 100)
+        assert short["token_ids"] == long["token_ids"] and short["new_tokens"] == 5
+        assert short["stats"]["peak_device_bytes"] == long["stats"]["peak_device_bytes"]
+
+
+# bench schedule
+
+
+@pytest.mark.parametrize("options", [("--policies", "lru"), ("--policies", "lru", "duo"), ("--cache-experts", 9, 22),
+                                     ("--policies", "lru", "--cache-experts", 6), ("--cache-experts", 6, "--policies", "lru")],
+                         ids=lambda options: " ".join(map(str, options)))
+def test_a_list_does_not_swallow_the_traces(options, cli, tiny, traces, predictor):
+    run = ("--model", tiny, "--predictor", predictor, "--json")
+    status, out, err = cli("bench", "schedule", *run, *options, traces)
+    assert status == 0, err
+    assert out == cli("bench", "schedule", traces, *run, *options)[1]
+
+
+@pytest.mark.parametrize("options, name", [(("--policies", "duo", "tarces"), "--policies tarces: unknown"),
+                                           (("--cache-experts", "nine"), "--cache-experts nine"),
+                                           (("--cache-experts", "9", "2.5"), "--cache-experts 2.5")])
+def test_what_is_neither_of_the_list_nor_a_directory(options, name, cli, tiny, traces):
+    status, out, err = cli("bench", "schedule", "--model-config", tiny / "config.json", *options)
+    assert (status, out) == (2, "")
+    a_line(err, name)
+
+
+def test_bench_schedule_obeys_memory_and_slots_together(cli, tiny, traces):
+    """The slots asked for, if they fit; as generate.py does."""
+    run = ("bench", "schedule", traces, "--model", tiny, "--predictor", "none", "--policies", "cache", "--json")
+    sizes = lambda *options: [row["cache_experts"] for row in json.loads(cli(*run, *options)[1])["rows"]]
+    assert sizes("--gpu-memory", "1GB", "--cache-experts", 6, 9) == [6, 9] and sizes("--gpu-memory", "1GB") == [24]
+    tight = cli(*run, "--gpu-memory", "1MB")[2].split(": ")[2].split(" is the least")[0]
+    assert sizes("--gpu-memory", tight) == [2]
+    status, out, err = cli(*run, "--gpu-memory", tight, "--cache-experts", 2, 6)
+    assert (status, out) == (2, "")
+    a_line(err, "--cache-experts 6", "leaves room for 2")
+
+
+@pytest.mark.parametrize("context", (1_000_000, 1, -5))
+def test_bench_schedule_refuses_the_context_that_generate_refuses(context, cli, ask, tiny, traces):
+    status, out, err = cli("bench", "schedule", traces, "--model", tiny, "--context", context)
+    assert (status, out) == (2, "")
+    a_line(err, f"--context {context}: this model takes from 2 to 256 tokens")
+    assert ask("--prompt", "a", "--context", context)[0] == 2
+
+
+# What is said meanwhile
+
+
+@pytest.mark.parametrize("command", ("schedule", "run"))
+def test_the_bench_shows_that_it_goes_on(command, cli, tiny, traces, monkeypatch):
+    """On a terminal, when it takes long; all of it counted, and the line gone at the end."""
+    from duoserve import checkpoint
+    shown, ticks = io.StringIO(), itertools.count()
+    shown.isatty = lambda: True
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 3.0 * next(ticks)))
+    what = ("rows", (traces, "--cache-experts", 2, 6)) if command == "schedule" else \
+        ("answers", ("--rounds", 2, "--max-new-tokens", 2, "--device", "cpu"))
+    run = ("bench", command, *what[1], "--model", tiny, "--predictor", "none", "--policies", "duo", "lru")
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert cli(*run)[0] == 0
+    assert f"\r{what[0]}: 4 of 4" in shown.getvalue() and shown.getvalue().endswith("\r\033[K")
+
+
+@pytest.mark.parametrize("word", ("exit", "quit", " exit "))
+def test_a_word_leaves_a_conversation(word, tiny, session):
+    status, out, err = session(tiny, ["the quick", word, "the fox"])
+    assert status == 0 and out == session(tiny, ["the quick"])[1] and err.count("tokens (length)") == 1
+    assert session(tiny, ["the quick", f"{word} now"])[1].count("\n") == 2     # not alone: it is text
+
+
+def test_a_conversation_says_how_to_leave(tiny, session, monkeypatch):
+    assert "leaves" not in session(tiny, ["the quick"])[2]       # nobody types there
+
+    class Terminal(io.TextIOWrapper):
+        isatty = lambda self: True
+    monkeypatch.setattr(io, "TextIOWrapper", Terminal)
+    hint = [line for line in session(tiny, ["the quick"])[2].splitlines() if "leaves" in line]
+    assert len(hint) == 1 and all(word in hint[0] for word in ("exit", "quit", "Ctrl-D"))

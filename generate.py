@@ -6,7 +6,7 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 
-from duoserve.errors import Parser, UserError, check_sampling, human, run_main
+from duoserve.errors import Parser, UserError, check_sampling, human, import_requirements, run_main
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -15,16 +15,18 @@ def parse_args():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="what to go on from")
-    prompt.add_argument("--prompt-file", metavar="F", help="the same from a file, or - for standard input")
-    add("--model", default=str(WEIGHTS / "demo"), help="a packed or Hugging Face directory (default: weights/demo)")
+    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="what to go on from")
+    prompt.add_argument("--prompt-file", "-f", metavar="F", help="the same from a file, or - for standard input")
+    add("--model", "-m", default=str(WEIGHTS / "demo"), metavar="DIR",
+        help="a packed or Hugging Face directory (default: weights/demo)")
     add("--chat", action="store_true", help="the prompt is a message to an instruct model: the [INST] template "
         "(default: text to go on from)")
     add("--interactive", action="store_true",
         help="go on with what is typed, keeping what was said: text, or with --chat a conversation. Ctrl-C stops an "
-             "answer, an empty line has it continued where it was cut off, Ctrl-D ends it all (default: one answer)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="stop after so many (default %(default)s)")
-    add("--context", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens; "
+             "answer, an empty line has it continued where it was cut off; exit, quit or Ctrl-D leaves (default: one "
+             "answer)")
+    add("--max-new-tokens", "-n", type=int, default=128, metavar="N", help="stop after so many (default %(default)s)")
+    add("--context", "-c", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens; "
         "with --interactive as far as the model goes, 4096 at most)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default %(default)s)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: from all)")
@@ -51,7 +53,7 @@ def parse_args():
         help="both lanes of the run: .json for Perfetto, .svg a picture (default: none)")
     add("--json", action="store_true", help="one JSON object on standard output (default: the text, as it comes)")
     args, rest = parser.parse_known_args()
-    if rest and not args.prompt_file and not any(word.startswith("-") for word in rest):
+    if rest and not args.prompt_file:
         quoted = shlex.quote(" ".join([*[args.prompt] * (args.prompt is not None), *rest]))
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; a prompt is given in quotes: --prompt {quoted}")
     if rest:
@@ -84,6 +86,7 @@ def read_prompt(args) -> str | None:
 
 def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
     """The ids of what was said `before` (none at first) with the text, or the message, that comes next."""
+    text = text.removeprefix("\ufeff")     # a byte order mark is an editor's, not the writer's
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
     return tokenizer.chat(text, before) if chat else [*before, *tokenizer.encode(text)[bool(before):]]
@@ -102,12 +105,17 @@ def answer(engine, ids: list[int], args):
     except KeyboardInterrupt:
         if engine.result is None:           # before there was anything to show
             raise
+    except UserError:
+        if engine.result and engine.result.text and not args.json:
+            print(flush=True)               # the error begins on a line of its own
+        raise
+    if not args.json:
+        print(flush=True)
     result = engine.result
     result.text = result.text.removeprefix(" ") if args.chat else result.text
     if args.trace_dir and len(engine.passed) >= result.prompt_tokens:
         engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
     if not args.json:
-        print(flush=True)
         print(closing_line(result, engine.config), file=sys.stderr)
     return result
 
@@ -116,6 +124,8 @@ def converse(engine, line: str | None, args) -> None:
     """Turn after turn, `line` the first, until the input ends. What goes wrong in one is a line; the next may come."""
     sys.stdin.reconfigure(errors="surrogateescape")     # what is typed and is no text will be told of as such
     hello = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    if sys.stdin.isatty():
+        print("(exit, quit or Ctrl-D leaves; Ctrl-C stops an answer)", file=sys.stderr)
     if hello:
         with suppress(ImportError):
             import readline                 # noqa: F401 (`input` takes arrow keys and keeps a history with it)
@@ -123,7 +133,8 @@ def converse(engine, line: str | None, args) -> None:
     while True:
         with suppress(KeyboardInterrupt):   # (one that comes while another is answered)
             try:
-                line = input(hello) if line is None else line
+                if line is None and (line := input(hello)).strip() in ("exit", "quit"):
+                    return
                 ids = said
                 if line.strip():
                     ids = extend(engine.tokenizer, said, line, args.chat)
@@ -141,7 +152,7 @@ def converse(engine, line: str | None, args) -> None:
                 print(end="\n" if hello else "")
                 return
             except KeyboardInterrupt:
-                print("\n(Ctrl-D, the end of the input, leaves)", file=sys.stderr)
+                print("\n(exit, quit or Ctrl-D, the end of the input, leaves)", file=sys.stderr)
             except UserError as error:
                 print("error:", *str(error).split(), file=sys.stderr)
         line = None
@@ -188,6 +199,7 @@ def main() -> int:
     prompt = read_prompt(args)
     if not (args.interactive or prompt.strip()):            # said before gigabytes are loaded
         raise UserError("the prompt is empty; give some text")
+    import_requirements()
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
     from duoserve.engine import Engine, check_options

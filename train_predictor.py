@@ -7,10 +7,12 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
+from duoserve.errors import Parser, UserError, count, import_requirements, run_main
+
+import_requirements()
 import numpy as np
 
 from duoserve.checkpoint import Progress
-from duoserve.errors import Parser, UserError, count, run_main
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor, all_features, mean_recall, measure_affinity, train_nets
 from duoserve.trace import Trace, read_traces

@@ -16,13 +16,17 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .errors import (Parser, UserError, check_budget, check_context, count, human, import_requirements, parse_rate,
+                     run_main, unknown)
+
+import_requirements()
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .cache import Counts, GPUExpertCache
+from .checkpoint import Progress, ensure_packed
 from .config import MixtralConfig
-from .errors import Parser, UserError, check_budget, count, human, parse_rate, run_main
 from .link import SimulatedLane, VirtualClock
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Routing
@@ -207,7 +211,7 @@ def check_range(flag: str, value: float, low: float, high: float, least_open: bo
 def check_policies(policies: list[str], known: tuple[str, ...] = POLICIES) -> None:
     for policy in policies:
         if policy not in known:
-            raise UserError(f"--policies {policy}: unknown; choose from {', '.join(known)}")
+            raise unknown("--policies", policy, known)
 
 
 def empty(engine) -> None:
@@ -226,6 +230,10 @@ def schedule(args) -> dict:
         config = packed.config
     k, total = config.num_experts_per_tok, config.num_hidden_layers * config.num_local_experts
     layout = packed.layout if packed else ExpertLayout.of(config)
+    policies = args.policies or [*POLICIES, "oracle"]
+    check_policies(policies, (*POLICIES, "oracle"))
+    context = min(2048, config.max_position_embeddings) if args.context is None else args.context
+    check_context(context, config.max_position_embeddings)
     if args.traces:
         traces = read_traces(args.traces, packed.fingerprint if packed else None,
                              (config.num_hidden_layers, config.num_local_experts))
@@ -255,42 +263,46 @@ def schedule(args) -> dict:
         rate = parse_rate(args.link or "25GB/s", "--link")
         transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / rate
     check_range("--chunks", args.chunks, 1, 10_000)
-    check_range("--context", args.context, 2, 1e9)
     costs = Costs(args.attention_ms, args.expert_ms, transfer, args.chunks, args.predict_ms, args.prefill_attention_ms,
                   args.prefill_expert_ms)
-    if args.gpu_memory:
-        sizes = [slots_in(args.gpu_memory, config, args.context)]
-    else:
-        sizes = args.cache_experts or sorted({max(2, round(total * share)) for share in (0.10, 0.25, 0.40, 0.50, 0.60)})
+    sizes = args.cache_experts or sorted({max(2, round(total * share)) for share in (0.10, 0.25, 0.40, 0.50, 0.60)})
     for n in sizes:
         if n < 2:
             raise UserError(f"--cache-experts {n}: two is the least that works")
         if n > total:
             print(f"note: --cache-experts {n} is more than the model's {total} experts; using {total}", file=sys.stderr)
     sizes = list(dict.fromkeys(min(n, total) for n in sizes))
-    policies = args.policies or [*POLICIES, "oracle"]
-    check_policies(policies, (*POLICIES, "oracle"))
+    if args.gpu_memory:
+        sizes = slots_in(args.gpu_memory, config, context, sizes if args.cache_experts else [None])
     by_size = [flag for flag, given in (("--link", args.link), ("--gpu-memory", args.gpu_memory)) if given]
     if args.traces and by_size and layout.nbytes < 10e6:
         print(f"note: with {' and '.join(by_size)} the figures are for experts of this model's size "
               f"({human(layout.nbytes)}), not of Mixtral's", file=sys.stderr)
+    rows = []
+    with closing(Progress(len(sizes) * len(policies), "rows", write=count)) as bar:
+        for n in sizes:
+            for policy in policies:
+                rows.append(row(traces, k, policy, n, costs, predictor))
+                bar.add(1)
     result = {"costs": asdict(costs), "belady_transfers_per_token": {str(n): belady(traces, k, n) for n in sizes},
-              "rows": [row(traces, k, policy, n, costs, predictor) for n in sizes for policy in policies]}
+              "rows": rows}
     if not args.json:
         print_schedule(result)
     return result
 
 
-def slots_in(gpu_memory: str, config: MixtralConfig, context: int) -> int:
-    """How many experts fit beside weights, KV cache and workspace: the engine's own plan, without its files."""
+def slots_in(gpu_memory: str, config: MixtralConfig, context: int, wanted: list[int | None]) -> list[int]:
+    """How many experts fit beside weights, KV cache and workspace (None), or those wanted, which must: the engine's own
+    plan, without its files."""
     model = Outline(config)
     budget = check_budget(gpu_memory, model.nbytes, torch.device("cpu"), None)
-    plan = plan_memory(model, torch.bfloat16, min(context, config.max_position_embeddings), True, True, budget, None)
+    plans = [plan_memory(model, torch.bfloat16, context, True, True, budget, n) for n in wanted]
+    plan = max(plans, key=lambda plan: plan.slots)
     print(f"note: 4-bit model {human(model.nbytes)} ({human(model.nbytes - model.resident_bytes())} of experts in host memory); of "
           f"{human(budget)} on the GPU, {human(plan.resident)} resident weights, {human(plan.kv)} KV cache for {context} tokens, "
           f"{human(plan.workspace)} workspace, {plan.slots} slots of {human(plan.expert)}; the CUDA context is on top",
           file=sys.stderr)
-    return plan.slots
+    return [plan.slots for plan in plans]
 
 
 def print_schedule(result: dict) -> None:
@@ -320,16 +332,18 @@ def run(args) -> dict:
     engine = Engine.from_pretrained(args.model, device=args.device, gpu_memory=args.gpu_memory,
                                     host_memory=args.host_memory,
                                     cache_experts=args.cache_experts[0] if args.cache_experts else None,
-                                    predictor=args.predictor, simulate_link=args.simulate_link)
+                                    predictor=args.predictor, simulate_link=args.simulate_link, progress=Progress)
     rounds: list[dict] = []
-    for _ in range(args.rounds):            # policies in turn within a round: a busy machine slows them all alike
-        one = {}
-        for engine.policy in policies:
-            empty(engine)
-            one[engine.policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
-        if any(stats.tpot_s is None for stats in one.values()):
-            raise UserError("--prompt: the model stops after a single token; give another prompt")
-        rounds.append(one)
+    with closing(Progress(args.rounds * len(policies), "answers", write=count)) as bar:
+        for _ in range(args.rounds):        # policies in turn within a round: a busy machine slows them all alike
+            one = {}
+            for engine.policy in policies:
+                empty(engine)
+                one[engine.policy] = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0).stats
+                bar.add(1)
+            if any(stats.tpot_s is None for stats in one.values()):
+                raise UserError("--prompt: the model stops after a single token; give another prompt")
+            rounds.append(one)
     reference = policies[0]
     rows = []
     for policy in policies:
@@ -368,7 +382,6 @@ def read_text(path: str) -> str:
 
 def quality(args) -> dict:
     """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
-    from .checkpoint import Progress, ensure_packed
     from .engine import Engine
     text, packed = read_text(args.file), PackedModel(ensure_packed(args.model, WEIGHTS))
     bos, *ids = packed.tokenizer().encode(text)
@@ -409,17 +422,18 @@ def parse_args():
         add("--predictor", metavar="FILE|none", help="what duo predicts with (default: the model's own, if it has one)")
         add("--policies", nargs="+", metavar="P",
             help=f"default: all ({', '.join([*POLICIES, *['oracle'] * (name == 'schedule')])})")
-        add("--cache-experts", type=int, nargs="+", metavar="N", help="slots for experts (default: " + (
+        add("--cache-experts", type=int_or_word, nargs="+", metavar="N", help="slots for experts (default: " + (
             "for 10, 25, 40, 50 and 60 %% of them)" if name == "schedule" else "as many as fit; on a CPU a quarter)"))
-        add("--gpu-memory", metavar="SIZE|PERCENT", help="as many slots as fit into this much (default: " + (
+        add("--gpu-memory", metavar="SIZE|PERCENT", help="as many slots as fit into this much, or see that those of "
+            "--cache-experts do (default: " + (
             "see --cache-experts)" if name == "schedule" else "what is free on the GPU)"))
         add("--json", action="store_true", help="one JSON object on standard output (default: a table)")
         if name == "schedule":
             add("traces", nargs="?", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
             add("--model-config", metavar="FILE", help="a config.json instead of --model; without traces the routing "
                 "is made up (default: none)")
-            add("--context", type=int, default=2048, metavar="N",
-                help="tokens of KV cache in a --gpu-memory plan (default %(default)s)")
+            add("--context", type=int, metavar="N",
+                help="tokens of KV cache in a --gpu-memory plan (default: 2048, or what the model takes)")
             add("--attention-ms", type=float, default=0.3, metavar="A",
                 help="milliseconds to compute a layer without its experts (default %(default)s)")
             add("--expert-ms", type=float, default=0.15, metavar="B",
@@ -486,7 +500,28 @@ def parse_args():
     args = parser.parse_args()
     if args.command is None:
         raise UserError(f"no command given: choose one of {', '.join(helped)}; --help says what they do")
+    if args.command == "schedule":
+        take_traces(args)
+    if args.command in ("schedule", "run"):
+        for word in args.cache_experts or []:
+            if isinstance(word, str):
+                raise UserError(f"--cache-experts {word}: not a whole number")
     return args
+
+
+def int_or_word(word: str) -> int | str:
+    try:
+        return int(word)
+    except ValueError:
+        return word
+
+
+def take_traces(args) -> None:
+    """`--policies lru tests/traces`: argparse gives the directory to the list before it, where no policy is called so."""
+    for words, known in ((args.policies, (*POLICIES, "oracle")), (args.cache_experts, ())):
+        if args.traces is None and words and len(words) > 1 and isinstance(word := words[-1], str) \
+                and word not in known and (Path(word).is_dir() or "/" in word and not word.endswith(".py")):
+            args.traces = words.pop()
 
 
 def main() -> int:

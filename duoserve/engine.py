@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
-from .errors import (UserError, check_budget, check_device, check_dtype, check_sampling, human, parse_amount,
-                     parse_rate, read_as_bytes)
+from .errors import (UserError, as_ids, check_budget, check_context, check_device, check_dtype, check_sampling, human,
+                     parse_amount, parse_rate, unknown)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Expert, Mixtral, Routing, padded
@@ -74,7 +74,7 @@ def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, 
                   predictor=None, simulate_link=None, **_) -> tuple[torch.device, torch.dtype, float | None]:
     """What can be said of `Engine`'s options without the model -> device, dtype, speed of the simulated link."""
     if policy not in POLICIES:
-        raise UserError(f"--policy {policy}: unknown; choose one of {', '.join(POLICIES)}")
+        raise unknown("--policy", policy, POLICIES)
     device = check_device(device)
     dtype = check_dtype(dtype, device)
     if cache_experts is not None and cache_experts < 2:
@@ -248,8 +248,8 @@ class Engine:
         self.device, self.dtype, self.packed, self.config, self.policy = device, dtype, packed, packed.config, policy
         c = packed.config
         limit = c.max_position_embeddings
-        if context is not None and not 2 <= context <= limit:
-            raise UserError(f"--context {context}: this model takes from 2 to {limit} tokens")
+        if context is not None:
+            check_context(context, limit)
         self.context = context or min(limit, 4096)
         total = c.num_hidden_layers * c.num_local_experts
         if cache_experts is not None and cache_experts > total:
@@ -272,9 +272,7 @@ class Engine:
                                             self.plan.total if device.type == "cpu" else 0)
         if host_bytes is not None and not store:
             rest = "; the others are read from the disk" if len(kept) < total else ""
-            hint = read_as_bytes(host_memory)
-            print(f"note: {len(kept)} of {total} experts are kept in memory{rest}{hint and f' ({hint})'}",
-                  file=sys.stderr)
+            print(f"note: {len(kept)} of {total} experts are kept in memory{rest}", file=sys.stderr)
 
         with enough_memory():
             self._load(kept, compiled, simulate_link, progress, store)
@@ -410,7 +408,7 @@ class Engine:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
         """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
-        ids = self._check_ids(token_ids, self.context)
+        ids = self._check_ids(as_ids(token_ids, "`logits` takes a list of token ids"), self.context)
         with self._held():
             self._begin(len(ids))
             try:
@@ -442,11 +440,12 @@ class Engine:
         check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("the prompt is empty; give some text")
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else \
+            as_ids(prompt, "the prompt must be text or a list of token ids")
         ids = self._check_ids(prompt_ids, self.context - 1)
         with self._held():
             self.result = None
-            n, generator = len(ids), torch.Generator(self.device).manual_seed(seed)
+            n, generator = len(ids), torch.Generator(self.device).manual_seed(int(seed))
             kept = in_common(self.passed, prompt_ids[:-1]) if resume else 0         # (one token at least must pass)
             self._begin(n - kept, kept)
             out, text, piece, reason, position = [], "", TextStream(self.tokenizer), "interrupted", kept

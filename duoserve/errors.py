@@ -1,8 +1,12 @@
 """What a user can get wrong: the error itself, sizes as people write them, and the checks of common options."""
 
 import argparse
+import difflib
 import re
 import sys
+from importlib import import_module
+from numbers import Integral, Real
+from operator import index
 
 SIZES = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -13,10 +17,31 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as one line like every other."""
+    """argparse, with its complaints as one line like every other, and a guess at what was meant."""
 
     def error(self, message):
         raise UserError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args, flags = sys.argv[1:] if args is None else args, self._option_string_actions
+        for word in args:                   # `-prompt` would be -p with the value "rompt"
+            name = f"-{word.partition('=')[0]}"
+            if word[:2] in flags and name in flags and name != "--help":
+                self.error(f"unrecognized arguments: {word}; did you mean {name}?")
+        namespace, rest = super().parse_known_args(args, namespace)
+        if flag := next((word for word in rest if word.startswith("-")), None):
+            self.error(f"unrecognized arguments: {' '.join(rest)}{did_you_mean(flag.partition('=')[0], flags)}")
+        return namespace, rest
+
+
+def did_you_mean(word: str, known) -> str:
+    likely = difflib.get_close_matches(word.lower(), known, 1)
+    return f"; did you mean {likely[0]}?" if likely else ""
+
+
+def unknown(flag: str, name: str, known) -> UserError:
+    """A name that is none of the `known`."""
+    return UserError(f"{flag} {name}: unknown{did_you_mean(name, known)}; choose from {', '.join(known)}")
 
 
 def parse_size(text: str, flag: str = "size", example: str = "4GiB or 500MB") -> int:
@@ -46,7 +71,12 @@ def parse_amount(amount: int | str, whole: int, flag: str) -> int:
             raise UserError(f"{flag} {amount}: not a size")
         return int(amount)
     if not amount.strip().endswith("%"):
-        return parse_size(amount, flag)
+        size = parse_size(amount, flag)
+        if re.fullmatch(r"\s*\d{1,6}(\.\d+)?\s*", amount):       # nobody means so few bytes: the unit was left out
+            n = float(amount)
+            meant = f"is {100 * n:g}% meant?" if n < 1 else f"write {amount.strip()}{'GiB' if n < 1000 else 'MB'}"
+            raise UserError(f"{flag} {amount} is too small: {amount.strip()} was read as bytes; {meant}")
+        return size
     try:
         share = float(amount.strip()[:-1])
     except ValueError:
@@ -71,14 +101,6 @@ def rounded_up(n: int) -> str:
     n = -(-n // step) * step
     power = min((len(str(n)) - 1) // 3, 4)
     return f"{n / 1000**power:g}{('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def read_as_bytes(amount: int | str | None) -> str:
-    """What to tell who left out the unit, if somebody did."""
-    if not isinstance(amount, str) or not re.fullmatch(r"\s*\d{1,6}(\.\d+)?\s*", amount):
-        return ""
-    amount = amount.strip()
-    return f"{amount} was read as bytes; write {amount}{'GiB' if float(amount) < 1000 else 'MB'}"
 
 
 def count(n: float) -> str:
@@ -121,13 +143,33 @@ def check_budget(gpu_memory: int | str | None, model_bytes: int, device, cache_e
             return None
         import torch
         return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
-    budget = parse_amount(gpu_memory, model_bytes, "--gpu-memory")
-    if hint := read_as_bytes(gpu_memory):
-        raise UserError(f"--gpu-memory {gpu_memory} is too small: {hint}")
-    return budget
+    return parse_amount(gpu_memory, model_bytes, "--gpu-memory")
+
+
+def check_context(context: int, most: int) -> None:
+    if not 2 <= context <= most:
+        raise UserError(f"--context {context}: this model takes from 2 to {most} tokens")
+
+
+def as_ids(ids, wanted: str) -> list[int]:
+    """A list, an array or a tensor of whole numbers as plain ints; `wanted` says what should have been given."""
+    items = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(items, (str, bytes, bytearray, dict)) or not hasattr(items, "__iter__"):
+        raise UserError(f"{wanted}, not {type(ids).__name__}")
+    out = []
+    for i, item in enumerate(items):
+        try:
+            out.append(index(item))
+        except TypeError:                   # (also for a float: it would be whole by accident only)
+            raise UserError(f"{wanted}; what is at [{i}] is {item!r}, not a whole number") from None
+    return out
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
+    for name, value, kind in (("max_new_tokens", max_new_tokens, Integral), ("temperature", temperature, Real),
+                              ("top_k", top_k, Integral), ("top_p", top_p, Real), ("seed", seed, Integral)):
+        if not isinstance(value, kind) and not (name == "top_k" and value is None):     # (only from Python: no flags)
+            raise UserError(f"{name}={value!r}: give a {'whole ' if kind is Integral else ''}number")
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {max_new_tokens}: at least 1")
     if not 0 <= temperature < float("inf"):
@@ -140,12 +182,26 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise UserError(f"--seed {seed}: a number from 0 to 2^64 - 1")
 
 
+def fail(message: str) -> None:
+    print("error:", *message.split(), file=sys.stderr)
+    sys.exit(2)
+
+
+def import_requirements() -> None:
+    """What pip installs, before a program's own imports of it: if it is not there, that is one line too."""
+    for name in ("numpy", "sentencepiece", "safetensors", "torch"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            fail(f"{name} cannot be imported ({error}); pip install -r requirements.txt")
+
+
 def run_main(main) -> None:
     """Run a program's `main`, turning what a user can cause into one line and exit status 2."""
     try:
         sys.exit(main())
     except UserError as error:
-        message = " ".join(str(error).split())
+        message = str(error)
     except BrokenPipeError:                 # `generate.py ... | head`: not a mistake at all
         sys.stderr.close()
         sys.exit(0)
@@ -154,5 +210,4 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    fail(message)

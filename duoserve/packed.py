@@ -212,13 +212,21 @@ class Outline:
         return sum(prod(shape) * each[kind] for kind, shape in self.shapes.values())
 
 
+def check_directory(directory: Path) -> None:
+    if directory.is_file():
+        of_one = directory.suffix in (".json", ".safetensors", ".model")
+        raise UserError(f"{directory}: is a file; what is read is a directory, packed or with safetensors (in 16 bits, or "
+                        f"in 4 by AWQ or GPTQ){f': give {directory.parent}' if of_one else ''}")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
+
+
 class PackedModel(Outline):
     """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the file."""
 
     def __init__(self, directory: str | Path):
         self.directory = directory = Path(directory)
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
+        check_directory(directory)
         path = directory / MANIFEST
         try:
             self.manifest = json.loads(path.read_bytes())
@@ -233,6 +241,10 @@ class PackedModel(Outline):
             raise UserError(f"{path}: version {version}, group size {largest_group}: not made by this duoserve; "
                             "convert the model again")
         super().__init__(MixtralConfig.read(directory), largest_group)
+        for file in tensor_files(self.config):
+            if not (directory / file).exists():
+                raise UserError(f"{directory / file}: no such file; copy it from where the others came from, or convert "
+                                "the model again")
         self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
         made = fingerprint(directory, tensor_files(self.config))
         if made != self.fingerprint:

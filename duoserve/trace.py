@@ -92,6 +92,9 @@ class Trace:
         try:
             with safe_open(path, "np") as file:
                 meta = file.metadata() or {}
+                if "router_logits" not in file.keys():
+                    raise UserError(f"{path}: is not a trace (it has no router_logits); name the directory that "
+                                    "generate.py --trace-dir made")
                 if meta.get("version") != "1":
                     raise UserError(f"{path}: trace version {meta.get('version')}, this reads version 1; "
                                     "record it again")
@@ -120,6 +123,8 @@ def read_traces(directory: str | Path, model: str | None = None, shape: tuple[in
     if not paths:
         raise UserError(f"{directory}: {'no such directory' if paths is None else 'holds no traces'}; "
                         "record some with generate.py --trace-dir")
+    if (directory / "config.json").exists():
+        raise UserError(f"{directory}: holds a model, not traces; record some with generate.py --trace-dir")
     traces = [Trace.read(path) for path in paths]
     for path, trace in zip(paths, traces):
         if trace.logits.shape[1:] != (shape or traces[0].logits.shape[1:]):

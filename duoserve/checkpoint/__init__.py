@@ -19,14 +19,17 @@ from contextlib import closing, contextmanager, suppress
 from math import prod
 from pathlib import Path
 
+from ..errors import Parser, UserError, human, import_requirements
+
+import_requirements()
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import MixtralConfig
-from ..errors import Parser, UserError, human
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
-from ..packed import MANIFEST, Header, PackedModel, TensorWriter, atomic, fingerprint, reading, tensor_files
+from ..packed import (MANIFEST, Header, PackedModel, TensorWriter, atomic, check_directory, fingerprint, reading,
+                      tensor_files)
 from ..quant import ExpertLayout, dequantize, group_size as group_of
 from ..tokenizer import Tokenizer
 
@@ -100,8 +103,7 @@ def hugging_face(c: MixtralConfig) -> dict[str, dict[str, Shapes]]:
 def open_source(directory: str | Path) -> HuggingFaceSource:
     """What `directory` holds, ready to be read; `UserError` says why it cannot be."""
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
+    check_directory(directory)
     names = sorted(path.name for path in directory.iterdir())
     if MANIFEST in names:
         raise UserError(f"{directory}: is packed already; --to-hf turns it back")

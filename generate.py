@@ -46,6 +46,8 @@ def parse_args():
     add("--policy", default="duo", metavar="NAME",
         help="duo, on-demand, layer-prefetch, cache, lru or activation (default %(default)s)")
     add("--predictor", metavar="FILE|none", help="what duo predicts with (default: the model's own, if it has one)")
+    add("--threads", "-t", type=int, metavar="N",
+        help="that compute on the CPU (default: one for a small model, else one a core; or what OMP_NUM_THREADS says)")
     add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU: 25GB/s (default: none)")
     add("--trace-dir", type=Path, metavar="DIR",
         help="record there what the routers do, for train_predictor.py (default: no)")
@@ -211,7 +213,8 @@ def main() -> int:
     if args.trace_dir:
         make_directory(args.trace_dir)
     options = {name: getattr(args, name) for name in (
-        "device", "dtype", "policy", "cache_experts", "gpu_memory", "host_memory", "predictor", "simulate_link")}
+        "device", "dtype", "policy", "cache_experts", "gpu_memory", "host_memory", "predictor", "threads",
+        "simulate_link")}
     check_options(**options)                    # before a conversion that takes its time
     packed = PackedModel(ensure_packed(args.model, WEIGHTS))
     if not args.interactive:

@@ -332,7 +332,8 @@ def run(args) -> dict:
     engine = Engine.from_pretrained(args.model, device=args.device, gpu_memory=args.gpu_memory,
                                     host_memory=args.host_memory,
                                     cache_experts=args.cache_experts[0] if args.cache_experts else None,
-                                    predictor=args.predictor, simulate_link=args.simulate_link, progress=Progress)
+                                    predictor=args.predictor, threads=args.threads,
+                                    simulate_link=args.simulate_link, progress=Progress)
     rounds: list[dict] = []
     with closing(Progress(args.rounds * len(policies), "answers", write=count)) as bar:
         for _ in range(args.rounds):        # policies in turn within a round: a busy machine slows them all alike
@@ -463,6 +464,7 @@ def parse_args():
             add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
             add("--host-memory", metavar="SIZE|PERCENT",
                 help="keep the most used experts in this much of it, the others on the disk (default: keep all)")
+            add("--threads", type=int, metavar="N", help="that compute on the CPU (default: as many as gain something)")
             add("--simulate-link", metavar="SIZE/s", help="a link of this speed where there is no GPU (default: none)")
     add = parsers["quality"].add_argument
     add("file", metavar="FILE", help="UTF-8 text, some pages at least")

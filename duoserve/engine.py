@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
+from .config import MixtralConfig
 from .errors import (UserError, as_ids, check_budget, check_context, check_device, check_dtype, check_sampling, human,
                      parse_amount, parse_rate, unknown)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
@@ -28,9 +29,13 @@ from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor, check_exists
 from .quant import PackedLinear
 from .step import DecodeStep
-from .store import ExpertStore, choose_kept
+from .store import ExpertStore, choose_kept, usable_cpus
 from .tokenizer import TextStream
 from .trace import History, TraceRecorder
+
+SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
+MOST_THREADS = 1024
+TORCH_THREADS = torch.get_num_threads()     # what it takes if it is not told
 
 
 @dataclass
@@ -71,7 +76,7 @@ class Generation:
 
 
 def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, gpu_memory=None, host_memory=None,
-                  predictor=None, simulate_link=None, **_) -> tuple[torch.device, torch.dtype, float | None]:
+                  predictor=None, threads=None, simulate_link=None, **_) -> tuple[torch.device, torch.dtype, float | None]:
     """What can be said of `Engine`'s options without the model -> device, dtype, speed of the simulated link."""
     if policy not in POLICIES:
         raise unknown("--policy", policy, POLICIES)
@@ -79,6 +84,8 @@ def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, 
     dtype = check_dtype(dtype, device)
     if cache_experts is not None and cache_experts < 2:
         raise UserError(f"--cache-experts {cache_experts}: two is the least that works")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MOST_THREADS):
+        raise UserError(f"--threads {threads}: a whole number from 1 to {MOST_THREADS}")
     for flag, amount in (("--gpu-memory", gpu_memory), ("--host-memory", host_memory)):
         if amount is not None:
             parse_amount(amount, 10**12, flag)
@@ -89,6 +96,18 @@ def check_options(*, device=None, dtype=None, policy="duo", cache_experts=None, 
     if simulate_link is not None and not 1e3 <= simulate_link < 1e15:
         raise UserError(f"--simulate-link {simulate_link}: not a speed; write it like 25GB/s")
     return device, dtype, simulate_link
+
+
+def set_threads(threads: int | None, config: MixtralConfig) -> None:
+    """How many threads torch computes with on the CPU; for None as many as gain something.
+
+    A product of one row with a small matrix is over before a second thread has been woken. `OMP_NUM_THREADS` is obeyed.
+    """
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        small = 2 * config.intermediate_size * config.hidden_size < SMALL_MATRIX
+        threads = 1 if small else min(usable_cpus(), TORCH_THREADS)
+    if threads and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
 
 
 def can_compile(device: torch.device) -> bool:
@@ -226,13 +245,15 @@ class Engine:
     def __init__(self, packed: PackedModel, *, device: str | torch.device | None = None,
                  dtype: torch.dtype | str | None = None, policy: str = "duo", cache_experts: int | None = None,
                  gpu_memory: int | str | None = None, host_memory: int | str | None = None, context: int | None = None,
-                 predictor: str | Path | None = None, simulate_link: float | str | None = None,
-                 compile: bool | None = None, progress=None, store: ExpertStore | None = None):
+                 predictor: str | Path | None = None, threads: int | None = None,
+                 simulate_link: float | str | None = None, compile: bool | None = None, progress=None,
+                 store: ExpertStore | None = None):
         """A model that is open already.
 
         `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `host_memory`: likewise, for the experts used most,
         the others being read from the disk (None: all are kept); `context`: prompt and new tokens, at most the model's;
-        `predictor`: a file, 'none', or None for the model's own; `simulate_link`: bytes a second, or '25GB/s';
+        `predictor`: a file, 'none', or None for the model's own; `threads`: of torch in this process, for what is computed
+        on the CPU (None: as many as gain something); `simulate_link`: bytes a second, or '25GB/s';
         `progress(total, label)`: makes a progress display; `store`: a former engine's, of the same model. Raises
         `UserError` for whatever a user can mend.
         """
@@ -240,7 +261,8 @@ class Engine:
         self.claims: list[weakref.ref] = []                         # the request that holds the engine, and who asks
         device, dtype, simulate_link = check_options(
             device=device, dtype=dtype, policy=policy, cache_experts=cache_experts, gpu_memory=gpu_memory,
-            host_memory=host_memory, predictor=predictor, simulate_link=simulate_link)
+            host_memory=host_memory, predictor=predictor, threads=threads, simulate_link=simulate_link)
+        set_threads(threads, packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")    # 8 MiB a stream, not Hopper's 32

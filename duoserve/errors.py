@@ -72,7 +72,7 @@ def parse_amount(amount: int | str, whole: int, flag: str) -> int:
         return int(amount)
     if not amount.strip().endswith("%"):
         size = parse_size(amount, flag)
-        if re.fullmatch(r"\s*\d{1,6}(\.\d+)?\s*", amount):       # nobody means so few bytes: the unit was left out
+        if re.fullmatch(r"\s*\d{1,5}(\.\d+)?\s*", amount):       # nobody means so few bytes: the unit was left out
             n = float(amount)
             meant = f"is {100 * n:g}% meant?" if n < 1 else f"write {amount.strip()}{'GiB' if n < 1000 else 'MB'}"
             raise UserError(f"{flag} {amount} is too small: {amount.strip()} was read as bytes; {meant}")

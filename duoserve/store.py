@@ -192,6 +192,15 @@ def stamp(file) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def usable_cpus() -> int:
+    """How many CPUs this process may keep busy: its affinity, less a container's quota."""
+    cpus = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):                             # (no quota is written as "max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cpus = min(cpus, max(1, round(quota / period)))
+    return cpus
+
+
 def available_memory() -> int | None:
     """Bytes of host memory that can be had without swapping, of the machine's and the container's; None: unknown."""
     found = []

@@ -273,3 +273,82 @@ def test_a_conversation_says_how_to_leave(tiny, session, monkeypatch):
     monkeypatch.setattr(io, "TextIOWrapper", Terminal)
     hint = [line for line in session(tiny, ["the quick"])[2].splitlines() if "leaves" in line]
     assert len(hint) == 1 and all(word in hint[0] for word in ("exit", "quit", "Ctrl-D"))
+
+
+# Threads
+
+
+@pytest.fixture
+def threads():
+    """What torch is told, put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.get_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("program", [("generate", "--prompt", "a", "--threads"), ("generate", "--prompt", "a", "-t"),
+                                     ("bench", "run", "--rounds", 1, "--policies", "duo", "--max-new-tokens", 4, "--threads")],
+                         ids=lambda words: f"{words[0]} {words[-1]}")
+def test_threads_are_as_many_as_were_asked_for(program, cli, tiny, threads):
+    for n in (2, 1, 3):
+        status, _, err = cli(*program, n, "--model", tiny, "--device", "cpu", "--predictor", "none")
+        assert (status, threads()) == (0, n), err
+
+
+@pytest.mark.parametrize("n", ("0", "-1", "x", "1.5", "99999"))
+def test_threads_that_cannot_be(n, ask, threads):
+    before = threads()
+    status, out, err = ask("--prompt", "a", "--threads", n)
+    assert (status, out, threads()) == (2, "", before)
+    a_line(err, "--threads", n)
+
+
+def test_threads_from_python(tiny, threads):
+    load(tiny, threads=3)
+    assert threads() == 3
+    for n in (0, 1.0, "two"):
+        with pytest.raises(UserError, match=f"--threads {n}: a whole number from 1"):
+            load(tiny, threads=n)
+
+
+def test_threads_by_default(tiny, threads, monkeypatch):
+    """One for small matrices; for large ones what affinity and quota allow; what the environment says, if it does."""
+    from duoserve import engine, store
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(3)
+    load(tiny)
+    assert threads() == 1
+    torch.set_num_threads(3)
+    monkeypatch.setattr(engine, "SMALL_MATRIX", 100)
+    monkeypatch.setattr(engine, "TORCH_THREADS", 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    for quota, expected in (("max 100000", 3), ("200000 100000", 2), ("50000 100000", 1)):
+        torch.set_num_threads(3)
+        monkeypatch.setattr(store, "Path", lambda _: SimpleNamespace(read_text=lambda: quota))
+        engine.set_threads(None, load(tiny, threads=3).config)
+        assert threads() == expected
+    torch.set_num_threads(3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    load(tiny)
+    assert threads() == 3
+
+
+@pytest.mark.parametrize("module", ("generate", "train_predictor", "duoserve.bench", "duoserve.checkpoint", "duoserve"))
+def test_waiting_threads_sleep(module):
+    """It is read when torch is imported, so it must stand in the environment before; what the user says is obeyed."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        code = f"""
+import os, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.exit()
+sys.meta_path.insert(0, Watch())
+import {module}
+from duoserve.errors import import_requirements
+import_requirements()
+"""
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | given, capture_output=True, text=True, timeout=60)
+        assert run.stdout.strip() == expected, run.stderr

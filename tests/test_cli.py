@@ -25,6 +25,7 @@ import train_predictor
 from duoserve import bench, checkpoint
 from duoserve.errors import Parser, run_main
 from duoserve.packed import PackedModel
+from duoserve.policies import POLICIES
 from duoserve.predictor import Predictor
 from duoserve.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ def a_line(error: str, *names: str) -> None:
 
 
 STATS = {"load_s", "ttft_s", "tpot_s", "policy", "cache_experts", "hits", "misses", "prefetched", "prefetched_used",
-         "bytes_moved", "peak_device_bytes", "link_busy_fraction"}
+         "in_time", "bytes_moved", "peak_device_bytes", "link_busy_fraction"}
 
 
 def test_json_is_one_object_with_all_that_was_promised(ask):
@@ -75,6 +76,7 @@ def test_json_is_one_object_with_all_that_was_promised(ask):
     stats = answer["stats"]
     assert stats["policy"] == "duo" and stats["cache_experts"] == 5
     assert stats["hits"] + stats["misses"] + stats["prefetched_used"] == 5 * 3 * 2      # five steps, three layers, top two
+    assert 0 <= stats["in_time"] <= stats["hits"] + stats["prefetched_used"]
     assert 0 < stats["link_busy_fraction"] <= 1 and stats["bytes_moved"] > 0 and stats["tpot_s"] > 0
 
 
@@ -449,7 +451,7 @@ def test_bench_schedule(cli, tiny, traces, predictor):
     result = json.loads(out)
     assert set(result) >= {"costs", "belady_transfers_per_token", "rows"}
     assert list(result["belady_transfers_per_token"]) == ["2", "6", "24"]
-    policies = {"duo", "on-demand", "layer-prefetch", "cache", "lru", "activation", "oracle"}
+    policies = {*POLICIES, "oracle"}
     assert {(r["policy"], r["cache_experts"]) for r in result["rows"]} == {(p, n) for p in policies for n in (2, 6, 24)}
     for r in result["rows"]:
         assert set(r) >= ROW

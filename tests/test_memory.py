@@ -151,7 +151,7 @@ def test_the_same_bits_in_any_pieces(link, chunk, tiny, want):
 def test_sizes_of_all_kinds_and_what_is_kept_without_a_predictor(tiny):
     model = PackedModel(tiny)
     stride = store.stride_of(model)
-    for size, kept in ((f"{9 * stride}", 9), ("1TB", 24), ("50%", model.nbytes // 2 // stride), (None, 24), ("1B", 0)):
+    for size, kept in ((f"{9 * stride}B", 9), ("1TB", 24), ("50%", model.nbytes // 2 // stride), (None, 24), ("1B", 0)):
         engine = load(tiny, host_memory=size)
         assert len(engine.store.rows) == kept
         layers = [sum(layer == i for layer, _ in engine.store.rows) for i in range(3)]

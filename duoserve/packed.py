@@ -9,10 +9,7 @@ it is whole, and the manifest last: a directory without one is an unfinished con
 
 import hashlib
 import json
-import os
-import re
 import zlib
-from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
 
@@ -21,143 +18,12 @@ import torch
 
 from .config import MixtralConfig
 from .errors import UserError
-from .quant import ALIGN, ExpertLayout, group_size
+from .files import Header, read_into, reading
+from .quant import ExpertLayout, group_size
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
-DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool}
 KINDS = {"16": (torch.float16, torch.bfloat16), "u8": (torch.uint8,), "f16": (torch.float16,)}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-LONGEST_HEADER = 100 * 10**6    # bytes; the safetensors format's own limit
-CHUNK = 16 * 2**20              # bytes read or written at a time
-
-
-@contextmanager
-def atomic(path: Path, mode: str = "wb"):
-    """A file that appears under its name only when it is whole and on the disk; on any failure nothing is left.
-
-    What is read meanwhile is read under `reading`, which has a complaint of its own.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was complete before stays") from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-@contextmanager
-def reading(path: Path):
-    """A file open to be read; whatever the system has against it is a `UserError` that names it."""
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-class Header:
-    """A safetensors file's header, checked against the file: `tensors[name] = (dtype, shape, start, end)`.
-
-    Offsets are from the start of the file. `UserError` names the file for anything that is not as it should be.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path = Path(path)
-        with reading(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise UserError(f"{path}: truncated or not a safetensors file; get or make it again")
-            self.raw = file.read(length)
-        self.tensors, self.size = {}, size
-        try:
-            entries = json.loads(self.raw)
-            self.metadata = entries.pop("__metadata__", {})
-            for name, entry in entries.items():
-                code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-                if code not in DTYPES and re.fullmatch("[A-Z0-9_]{2,20}", code):
-                    raise UserError(f"{path}: {name} is of type {code}, which is not read here; give the model in 16 "
-                                    "bits, or in 4 by AWQ or GPTQ")
-                dtype = DTYPES[code]
-                if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-                    raise ValueError(f"{name} has no sensible size")
-                if end - start != prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name}'s size does not match its shape")
-                if 8 + length + end > size:
-                    raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + end} of {size}; "
-                                    "get or make it again")
-                self.tensors[name] = dtype, shape, 8 + length + start, 8 + length + end
-            if not isinstance(self.metadata, dict):
-                raise ValueError("__metadata__ is no object")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: its safetensors header is damaged ({error!r}); get or make it again") from None
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, onto the host."""
-        dtype, shape, start, end = self.tensors[name]
-        data = torch.empty(end - start, dtype=torch.uint8)
-        with reading(self.path) as file:
-            read_into(file, start, memoryview(data.numpy()), self.path)
-        return data.view(dtype).view(shape)
-
-
-def read_into(file, start: int, buffer: memoryview, path: Path, crc: int | None = 0) -> int | None:
-    """Fill `buffer` from the file at `start`; returns `crc` continued by what was read. Safe from several threads."""
-    done = 0
-    while done < len(buffer):
-        n = os.preadv(file.fileno(), [buffer[done:done + CHUNK]], start + done)
-        if not n:
-            raise UserError(f"{path}: truncated while it was read; get or make it again")
-        crc, done = crc if crc is None else zlib.crc32(buffer[done:done + n], crc), done + n
-    return crc
-
-
-class TensorWriter:
-    """Writes a safetensors file tensor by tensor, so that none but the current one need be in memory.
-
-    The header comes first in the file but holds the CRCs, known last: it is written twice, at the same length.
-    """
-
-    def __init__(self, file, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
-        self.file, self.metadata, self.crc, self.entries, offset = file, metadata, {}, {}, 0
-        for name, (dtype, shape) in tensors.items():
-            nbytes = prod(shape) * dtype.itemsize
-            self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape),
-                                  "data_offsets": [offset, offset + nbytes]}
-            offset += nbytes
-        self.waiting = list(tensors)
-        self._header()
-
-    def _header(self) -> None:
-        table = " ".join(f"{self.crc.get(name, 0):08x}" for name in self.entries)
-        text = json.dumps({"__metadata__": self.metadata | {"crc32": table}} | self.entries).encode()
-        text += b" " * (-(len(text) + 8) % ALIGN)
-        self.file.seek(0)
-        self.file.write(len(text).to_bytes(8, "little") + text)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor, in the order announced."""
-        entry = self.entries[name]
-        if self.waiting.pop(0) != name or CODES[tensor.dtype] != entry["dtype"] or list(tensor.shape) != entry["shape"]:
-            raise ValueError(f"{name}: not the tensor that was announced")
-        data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
-        self.crc[name] = zlib.crc32(data)
-        self.file.write(data)
-
-    def close(self) -> None:
-        if self.waiting:
-            raise ValueError(f"{self.waiting[0]} was announced and not written")
-        self._header()
 
 
 def fingerprint(directory: Path, names: list[str]) -> str:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .packed import TensorWriter, atomic
+from .files import TensorWriter, atomic
 from .trace import RECENT, History, Trace
 
 HIDDEN = 32

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .config import MixtralConfig
 from .errors import UserError
+from .files import ALIGN
 
-ALIGN = 256                     # bytes; every field of an expert's block and the block itself
 UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows: bounds the workspace
 
 

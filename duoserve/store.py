@@ -19,7 +19,8 @@ import torch
 
 from .errors import UserError, human
 from .link import Key, LinkError
-from .packed import PackedModel, read_into, reading
+from .files import read_into, reading
+from .packed import PackedModel
 
 REGION = 2**30                              # bytes registered at a time
 

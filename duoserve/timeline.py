@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import UserError
 from .link import Transfer
-from .packed import atomic
+from .files import atomic
 
 COMPUTE, LINK = 1, 2                        # the lanes, as a trace numbers them
 GAP = 50                                    # microseconds: pieces of a transfer no further apart count as one

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from .errors import UserError
 from .model import Routing
-from .packed import atomic
+from .files import atomic
 
 RECENT = 0.7                                # decay of the recent-use average, per token
 

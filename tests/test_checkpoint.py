@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from duoserve import checkpoint
 from duoserve.checkpoint import Progress, convert, ensure_packed, to_hf
 from duoserve.errors import UserError, human
-from duoserve.packed import Header, PackedModel
+from duoserve.files import Header
+from duoserve.packed import PackedModel
 from duoserve.quant import dequantize, group_size, quantize
 
 ROOT = Path(__file__).parent.parent

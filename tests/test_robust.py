@@ -23,11 +23,12 @@ from test_checkpoint import contents
 from test_cli import a_line, ask, cli         # noqa: F401 (two fixtures)
 
 import generate
-from duoserve import Engine, checkpoint, packed
+from duoserve import Engine, checkpoint, files
 from duoserve.checkpoint import convert, ensure_packed, open_source, to_hf
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.packed import Header, PackedModel, TensorWriter, fingerprint, tensor_files
+from duoserve.files import Header, TensorWriter
+from duoserve.packed import PackedModel, fingerprint, tensor_files
 from duoserve.predictor import Predictor
 from duoserve.trace import Trace
 
@@ -220,7 +221,7 @@ def test_a_source_that_cannot_be_read_is_not_called_a_destination_that_cannot_be
     write_hf(hf, shards=2, **SMALL)
     source = open_source(hf)
     monkeypatch.setattr(checkpoint, "open_source", lambda _: source)
-    monkeypatch.setattr(packed.os, "preadv", broken)
+    monkeypatch.setattr(files.os, "preadv", broken)
     with pytest.raises(UserError, match=r"hf/model-0000\d-of-00002.safetensors: cannot be read .Input/output error"):
         convert(hf, tmp_path / "other")
 

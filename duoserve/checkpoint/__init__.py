@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
-from ..packed import (MANIFEST, Header, PackedModel, TensorWriter, atomic, check_directory, fingerprint, reading,
-                      tensor_files)
+from ..files import Header, TensorWriter, atomic, reading
+from ..packed import MANIFEST, PackedModel, check_directory, fingerprint, tensor_files
 from ..quant import ExpertLayout, dequantize, group_size as group_of
 from ..tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..errors import UserError
-from ..packed import Header, reading
+from ..files import Header, reading
 from ..quant import pack, quantize
 
 BLOCK = 2 * 2**20               # weights packed or unpacked at a time: fp32 temporaries of 8 MB, which malloc reuses

@@ -29,12 +29,12 @@ from .checkpoint import Progress, ensure_packed
 from .config import MixtralConfig
 from .link import SimulatedLane, VirtualClock
 from .memory import LOGIT_ROWS, plan_memory
-from .model import Routing
+from .history import History, Routing
 from .packed import Outline, PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor
 from .quant import ExpertLayout
-from .trace import History, Trace, read_traces
+from .trace import Trace, read_traces
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 DEMO = WEIGHTS / "demo"

@@ -29,7 +29,7 @@ from .bench import check_policies, check_range, empty, synthetic_traces
 from .config import MixtralConfig
 from .engine import Engine, StreamedExperts
 from .errors import UserError, check_budget, check_device, parse_rate
-from .model import Routing
+from .history import Routing
 from .packed import Outline
 from .predictor import Predictor, all_features, measure_affinity, train_nets
 from .store import ExpertStore

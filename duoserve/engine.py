@@ -23,7 +23,8 @@ from .errors import (UserError, as_ids, check_budget, check_context, check_devic
                      parse_amount, parse_rate, unknown)
 from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
-from .model import Expert, Mixtral, Routing, padded
+from .model import Expert, Mixtral, pack_routing, padded
+from .history import History, Routing
 from .packed import PackedModel
 from .policies import POLICIES, schedulers
 from .predictor import Forecast, Predictor, check_exists
@@ -31,7 +32,7 @@ from .quant import PackedLinear
 from .step import DecodeStep
 from .store import ExpertStore, choose_kept, usable_cpus
 from .tokenizer import TextStream
-from .trace import History, TraceRecorder
+from .trace import TraceRecorder
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
 MOST_THREADS = 1024
@@ -180,7 +181,7 @@ class StreamedExperts:
         self._record("router", layer, logits)
         if lookahead is not None:
             self._record("lookahead", layer + 1, lookahead)
-        return self._hear(layer, Routing.pack(logits, ids, weights, lookahead))
+        return self._hear(layer, pack_routing(logits, ids, weights, lookahead))
 
     def hear(self, layer: int, numbers: Tensor) -> Routing:
         """One token's routing, packed on the device: what `DecodeStep` has instead of `read`."""

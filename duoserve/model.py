@@ -10,7 +10,6 @@ token, F ffn, C context, N layers. Source: Mixtral of Experts, arXiv 2401.04088;
 """
 
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Iterator, Protocol
 
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MixtralConfig
+from .history import Routing
 
 # Row blocks are constants: a product's bits depend on how many rows it has, so the split of a prompt into
 # blocks may follow from the prompt's length alone, never from memory, cache size or policy.
@@ -29,35 +29,6 @@ PADDING = 64                                # a decode step reads its keys in mu
 
 def padded(positions: int) -> int:
     return -(-positions // PADDING) * PADDING
-
-
-@dataclass(slots=True)
-class Routing:
-    """What one layer's router decided, as plain Python: all that the host needs to know of a pass.
-
-    `counts[e]`: tokens of this pass that go to expert e. The rest is of the pass's last token: `ids[k]` and
-    `weights[k]` of its experts in rank order, `logits[e]`, and `lookahead[e]`: what the *next* layer's router
-    says to the residual stream as it is before this layer's experts have run (None at the last layer).
-    """
-
-    counts: list[int]
-    ids: list[int]
-    weights: list[float]
-    logits: list[float]
-    lookahead: list[float] | None
-
-    @staticmethod
-    def pack(logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Tensor:
-        """logits, lookahead [T, E], ids, weights [T, K] -> one row of fp32 numbers, read by the host at once."""
-        counts = (ids.flatten()[:, None] == torch.arange(logits.shape[1], device=ids.device)).sum(0)
-        last = [part[-1] for part in (ids, weights, logits, lookahead) if part is not None]
-        return torch.cat([part.float() for part in (counts, *last)])
-
-    @classmethod
-    def unpack(cls, values: list[float], experts: int, top_k: int) -> "Routing":
-        a, b, c = experts, experts + top_k, experts + 2 * top_k
-        return cls([int(n) for n in values[:a]], [int(e) for e in values[a:b]], values[b:c], values[c:c + experts],
-                   values[c + experts:] or None)
 
 
 class ExpertSource(Protocol):
@@ -177,6 +148,14 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, weights / weights.sum(-1, keepdim=True)
 
 
+def pack_routing(logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Tensor:
+    """logits, lookahead [T, E], ids, weights [T, K] -> one row of fp32 numbers, which the host reads at once and
+    `Routing.unpack` takes apart."""
+    counts = (ids.flatten()[:, None] == torch.arange(logits.shape[1], device=ids.device)).sum(0)
+    last = [part[-1] for part in (ids, weights, logits, lookahead) if part is not None]
+    return torch.cat([part.float() for part in (counts, *last)])
+
+
 class Layer(nn.Module):
     def __init__(self, config: MixtralConfig, linear=nn.Linear):
         super().__init__()
@@ -200,7 +179,7 @@ class Layer(nn.Module):
         x = self.ffn_norm(h)
         logits = self.router(x)
         ids, weights = route(logits, top_k)
-        return h, x, weights, Routing.pack(logits, ids, weights, following.gate(h) if following else None)
+        return h, x, weights, pack_routing(logits, ids, weights, following.gate(h) if following else None)
 
     def gate(self, h: Tensor) -> Tensor:
         """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one before."""

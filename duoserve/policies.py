@@ -8,7 +8,7 @@ import numpy as np
 
 from .cache import Slot
 from .link import Key
-from .model import Routing
+from .history import Routing
 from .predictor import Forecast
 from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
 

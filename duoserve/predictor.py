@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
 from .files import TensorWriter, atomic
-from .trace import RECENT, History, Trace
+from .history import RECENT, History
+from .trace import Trace
 
 HIDDEN = 32
 # Feature groups, each [experts] wide, in the order of `features`.

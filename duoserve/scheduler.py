@@ -12,9 +12,8 @@ import numpy as np
 
 from .cache import GPUExpertCache, Slot
 from .link import Key
-from .model import Routing
+from .history import History, Routing
 from .predictor import Forecast
-from .trace import History
 
 RING = 4                                    # slots that prefill streams through; the others keep what decode will want
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time

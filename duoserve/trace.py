@@ -1,4 +1,4 @@
-"""What the routers did: the running `History` of one request, and traces of whole requests on disk.
+"""Traces: what the routers did in a whole request, on disk.
 
 A trace is one sequence's router logits and lookahead logits, nothing else; the predictor is trained on them, the
 bench replays them. The format is in the README.
@@ -13,44 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .errors import UserError
-from .model import Routing
 from .files import atomic
-
-RECENT = 0.7                                # decay of the recent-use average, per token
-
-
-class History:
-    """One request's routing so far; fed after every router, read by predictor, eviction and policies.
-
-    Everything about a layer ahead of the current one is known up to the previous token only.
-    `counts [layers][experts]`: tokens of this request; `logits`, `recent [layers, experts]`: the router's logits
-    for the last token, and the decaying average of use; `ids [layers]`: the last token's experts.
-    """
-
-    def __init__(self, layers: int, experts: int):
-        self.layers, self.experts, self.top_k = layers, experts, 1
-        self.tokens = [0] * layers
-        self.counts = np.zeros((layers, experts), np.float32)
-        self.recent = np.zeros((layers, experts), np.float32)
-        self.logits = np.zeros((layers, experts), np.float32)
-        self.ids: list[list[int]] = [[] for _ in range(layers)]
-
-    def observe(self, layer: int, routing: Routing) -> None:
-        counts = np.asarray(routing.counts, np.float32)
-        tokens = sum(routing.counts) // max(1, len(routing.ids))
-        keep = RECENT if tokens == 1 and self.tokens[layer] else 0.0     # a prompt's use is its average
-        recent = self.recent[layer]         # (in place: this stands between a router and its experts)
-        recent *= keep
-        recent += (1 - keep) / tokens * counts
-        self.counts[layer] += counts
-        self.tokens[layer] += tokens
-        self.logits[layer] = routing.logits
-        self.ids[layer] = routing.ids
-        self.top_k = len(routing.ids)
-
-    def rates(self) -> np.ndarray:
-        """How often this request's tokens choose each expert; a few tokens say little, so four even ones are added."""
-        return (self.counts + 4 * self.top_k / self.experts) / (np.array(self.tokens)[:, None] + 4)
 
 
 def make_directory(directory: str | Path) -> Path:

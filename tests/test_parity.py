@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import duoserve.model
 from duoserve.config import MixtralConfig
-from duoserve.model import Expert, Mixtral, Routing
+from duoserve.model import Expert, Mixtral
+from duoserve.history import Routing
 from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear
 

@@ -7,9 +7,8 @@ import torch
 from duoserve.bench import synthetic_traces
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.model import Routing
+from duoserve.history import History, Routing
 from duoserve.predictor import NETS, Forecast, Predictor, mean_recall, measure_affinity, trace_features, train_nets
-from duoserve.trace import History
 
 CONFIG = MixtralConfig(num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2)
 

@@ -16,10 +16,10 @@ from duoserve.bench import Costs, Replay, belady, row, synthetic_traces
 from duoserve.cache import GPUExpertCache, Slot
 from duoserve.config import MixtralConfig
 from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock
-from duoserve.model import Routing
+from duoserve.history import History, Routing
 from duoserve.policies import POLICIES, schedulers
 from duoserve.predictor import Forecast
-from duoserve.trace import History, Trace
+from duoserve.trace import Trace
 
 CHUNKS = 6
 A, B, C, D = (0, 0), (0, 1), (0, 2), (1, 0)

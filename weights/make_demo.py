@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from duoserve import Engine
 from duoserve.checkpoint import convert
 from duoserve.config import MixtralConfig
-from duoserve.model import Mixtral, RMSNorm, Routing, route
+from duoserve.model import Mixtral, RMSNorm, route
+from duoserve.history import Routing
 from duoserve.trace import TraceRecorder
 
 

@@ -1,5 +1,6 @@
-"""Shared by all tests: the project on the path, one thread (the models are tiny; two threads only wait for each other)."""
+"""Fixtures shared by all tests: the project on the path, one thread (the models are tiny; two threads only wait for each other)."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -8,6 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
+
+import generate
+import train_predictor
+from duoserve import bench, checkpoint
+from duoserve.errors import run_main
+
+PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main, "checkpoint": checkpoint.main}
 
 
 def pytest_configure(config):
@@ -38,9 +46,38 @@ def traces(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def predictor(tiny, traces, tmp_path_factory):
     """The file that train_predictor.py makes of them."""
-    import train_predictor
     out = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
         train_predictor.main()
     return out
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """`cli(program, *arguments)` -> (exit status, standard output, standard error), in this process."""
+    def run(program, *arguments):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_main(PROGRAMS[program])
+        return end.value.code, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture
+def ask(cli, tiny):
+    """`ask(*arguments)`: generate.py on the tiny model, with a short answer."""
+    def run(*arguments):
+        return cli("generate", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 6, *arguments)
+    return run
+
+
+@pytest.fixture
+def session(cli, monkeypatch):
+    """`session(model, lines, *arguments)` -> (exit status, standard output, standard error) of generate.py --interactive."""
+    def run(model, lines, *arguments):
+        data = lines if isinstance(lines, bytes) else "".join(f"{line}\n" for line in lines).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        return cli("generate", "--model", model, "--device", "cpu", "--predictor", "none", "--temperature", 0,
+                   "--max-new-tokens", 6, "--interactive", *arguments)
+    return run

@@ -1,7 +1,14 @@
-"""Small random Mixtrals in Hugging Face's layout, the same on every machine, for the tests and their references."""
+"""What tests share: small random Mixtrals in Hugging Face's layout, the same on every machine, and ways to put an engine
+to the test."""
 
 import json
-from functools import cache
+import os
+import random
+import subprocess
+import sys
+from collections import deque
+from dataclasses import replace
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -10,6 +17,14 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from duoserve import Engine
+from duoserve.history import Routing
+from duoserve.link import SimulatedLane, VirtualClock
+from duoserve.model import Expert, Mixtral
+from duoserve.packed import PackedModel
+from duoserve.quant import PackedLinear
 
 TEXT = "the quick brown fox jumps over the lazy dog and then the other dogs run home to the old house on the hill"
 DEFAULTS = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -122,3 +137,161 @@ def packed(path: Path, *, group_size: int = 128, **arguments) -> Path:
     write_hf(path / "hf", **arguments)
     convert(path / "hf", path / "packed", group_size=group_size, progress=False)
     return path / "packed"
+
+
+ROOT = Path(__file__).resolve().parents[1]
+LONG = [1, *(7 * i % 300 + 10 for i in range(69))]      # long enough that prefill takes every expert as certain
+SHORT = [1, 42, 77, 200, 33]
+SAMPLED = dict(max_new_tokens=10, temperature=0.9, top_p=0.9, seed=3)
+
+
+def a_line(error: str, *names: str) -> None:
+    """One line that says what is wrong and names it."""
+    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
+    for name in names:
+        assert str(name) in error
+
+
+def program(*arguments, **options):
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+class AllExperts:
+    """An `ExpertSource` with every expert at hand, handed out last first: the order must not matter."""
+
+    def __init__(self, model: PackedModel, linear):
+        self.table, self.logits, self.lookahead = {}, [], []
+        for i in range(model.config.num_hidden_layers):
+            for e in range(model.config.num_local_experts):
+                block = np.empty(model.layout.nbytes, np.uint8)
+                model.read_expert(i, e, block)
+                self.table[i, e] = model.layout.bind(Expert(model.config, linear), torch.from_numpy(block))
+
+    def begin_step(self, lookahead):
+        self.logits, self.lookahead = [], [lookahead]       # of the last pass: a tensor [T, E] a layer
+
+    def begin_layer(self, layer):
+        pass
+
+    def read(self, layer, logits, ids, weights, lookahead):
+        self.logits.append(logits)
+        self.lookahead.append(lookahead)
+        return Routing(ids.flatten().bincount(minlength=logits.shape[1]).tolist(), ids[-1].tolist(),
+                       weights[-1].tolist(), logits[-1].tolist(), None if lookahead is None else lookahead[-1].tolist())
+
+    def experts(self, layer, routing):
+        for e in reversed(range(len(routing.counts))):
+            if routing.counts[e]:
+                yield e, self.table[layer, e]
+
+    def end_layer(self, layer):
+        pass
+
+
+def build(directory: Path, **changes) -> tuple[Mixtral, AllExperts]:
+    """The packed model, whole, in float32; `changes` are of its config, to show that the comparison would notice."""
+    stored = PackedModel(directory)
+    linear = partial(PackedLinear, largest_group=stored.largest_group)
+    model = Mixtral(replace(stored.config, **changes), linear)
+    state = stored.resident()
+    if stored.config.tie_word_embeddings:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state)        # copies into float32 parameters
+    return model.eval(), AllExperts(stored, linear)
+
+
+@torch.inference_mode()
+def logits_of(model: Mixtral, source: AllExperts, ids: list[int], kv=None, start: int = 0) -> torch.Tensor:
+    """Logits [tokens, vocab] of one pass over `ids`."""
+    return model.head(model(torch.tensor([ids]), source, kv, start))[0]
+
+
+def load(directory, **options) -> Engine:
+    return Engine.from_pretrained(directory, device="cpu", **{"predictor": "none"} | options)
+
+
+def put_lane(engine, lane):
+    engine.cache.lane = engine.source.lane = lane
+    lane.fed_by(engine.cache.pump)
+    return lane
+
+
+class LateLane(SimulatedLane):
+    """Bytes arrive when their time comes and not before. From its first chunk on a slot is NaN wherever they have not.
+
+    Time is virtual and passes at each read, by chance, and where the schedule waits for a transfer.
+    """
+
+    def __init__(self, engine, seed=0, chunk=None):
+        lane, self.modules = engine.cache.lane, engine.source.slots
+        super().__init__(VirtualClock(), 6.0 * lane.chunk, chunk or lane.chunk)     # an expert takes a second
+        self.move, self.pending, self.random = lane.copy, deque(), random.Random(seed)
+
+    def send(self, transfer, nbytes):
+        if transfer.sent == 0:
+            for tensor in self.modules[transfer.slot].state_dict().values():
+                tensor.view(torch.uint8).fill_(0xFF)
+        start = transfer.sent
+        super().send(transfer, nbytes)
+        self.pending.append((self.ends[-1], transfer, start, transfer.sent))
+
+    def land(self):
+        while self.pending and self.pending[0][0] <= self.now():
+            self.move(*self.pending.popleft()[1:])
+
+    def wait(self, transfer):
+        super().wait(transfer)
+        self.land()
+
+    def read(self, values):
+        self.clock.advance(self.random.choice((0, 0.1, 0.5, 3)))
+        return super().read(values)
+
+
+def hostile(engine, seed=0):
+    """Lets time pass and the plan change to random guesses while an expert is being computed."""
+    ready, rng, cache = engine.source.ready, random.Random(seed), engine.cache
+    keys = [(layer, e) for layer in range(engine.config.num_hidden_layers) for e in range(engine.config.num_local_experts)]
+
+    def disturbed(layer, routing):
+        for item in ready(layer, routing):
+            cache.plan(rng.sample(keys, 5))
+            for _ in range(rng.randrange(4)):
+                cache.lane.clock.advance(0.5)
+                cache.pump()
+            yield item
+    engine.source.ready = disturbed
+
+
+def answers(engine):
+    """What must never depend on the schedule: logits of a long and a short prompt, and two sampled continuations."""
+    return (engine.logits(LONG), engine.generate(SHORT, **SAMPLED).token_ids, engine.logits(SHORT),
+            engine.generate(LONG, **SAMPLED).token_ids)
+
+
+def same(got, want) -> bool:
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(got, want))
+
+
+def at_rest(cache) -> bool:
+    return not cache.queue and not cache.needed and not any(slot.pinned for slot in cache.slots) and all(
+        slot.key is None or slot.whole for slot in cache.slots)
+
+
+class InterruptAt:
+    """Ctrl-C in the middle of the n-th expert's computation."""
+
+    def __init__(self, engine, n):
+        self.n, self.hooks = n, [module.register_forward_pre_hook(self) for module in engine.source.slots]
+
+    def __call__(self, *_):
+        self.n -= 1
+        if self.n == 0:
+            for hook in self.hooks:
+                hook.remove()
+            raise KeyboardInterrupt

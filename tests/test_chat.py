@@ -1,6 +1,5 @@
 """Talking to it: the instruct template to the token, the KV cache that is kept between turns, a session as typed."""
 
-import io
 import json
 import signal
 import sys
@@ -8,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import TEXT, packed, tokenizer_model, write_hf
-from test_cli import a_line, cli, program
-from test_engine import LONG, SHORT, InterruptAt, LateLane, load, put_lane
+from models import (a_line, InterruptAt, LateLane, load, LONG, packed, program, put_lane, SHORT, TEXT,
+                    tokenizer_model, write_hf)
 
 from duoserve import engine as engine_module
 from duoserve.checkpoint import convert
@@ -202,17 +200,6 @@ def test_a_resumed_answer_does_not_depend_on_the_schedule(policy, tiny):
 
 
 @pytest.fixture
-def session(cli, monkeypatch):
-    """`session(model, lines, *arguments)` -> (exit status, standard output, standard error) of generate.py --interactive."""
-    def run(model, lines, *arguments):
-        data = lines if isinstance(lines, bytes) else "".join(f"{line}\n" for line in lines).encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-        return cli("generate", "--model", model, "--device", "cpu", "--predictor", "none", "--temperature", 0,
-                   "--max-new-tokens", 6, "--interactive", *arguments)
-    return run
-
-
-@pytest.fixture
 def prompts(monkeypatch):
     """The ids of each request, as `Engine.stream` gets them."""
     seen, stream = [], engine_module.Engine.stream
@@ -256,7 +243,7 @@ def test_the_first_turn_may_be_given(tiny, session, prompts, tmp_path):
 
 
 def test_a_turn_for_which_nothing_had_to_come(tiny, session):
-    err = session(tiny, [TEXT, "", ""], "--cache-experts", 24, "--simulate-link", "10MB/s")[2].splitlines()
+    err = session(tiny, [TEXT, *[""] * 6], "--cache-experts", 24, "--simulate-link", "3MB/s")[2].splitlines()
     assert "for the first time" in err[0] and "computing set the speed, not the link" in err[-1]
 
 

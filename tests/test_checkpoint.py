@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import write_hf
+from models import contents, write_hf
 from safetensors.torch import load_file, save_file
 
 from duoserve import checkpoint
@@ -47,10 +47,6 @@ def made(tmp_path_factory):
 @pytest.fixture
 def packed(made, tmp_path):
     return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
 def load(directory):

@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from itertools import count
@@ -15,48 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import write_hf
+from models import a_line, build, logits_of, program, ROOT, write_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_parity import build, logits_of
 
 import generate
-import train_predictor
-from duoserve import bench, checkpoint
-from duoserve.errors import Parser, run_main
+from duoserve.errors import Parser
 from duoserve.packed import PackedModel
 from duoserve.policies import POLICIES
 from duoserve.predictor import Predictor
 from duoserve.tokenizer import Tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main, "checkpoint": checkpoint.main}
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """`cli(program, *arguments)` -> (exit status, standard output, standard error), in this process."""
-    def run(program, *arguments):
-        monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_main(PROGRAMS[program])
-        return end.value.code, *capsys.readouterr()
-    return run
-
-
-@pytest.fixture
-def ask(cli, tiny):
-    """`ask(*arguments)`: generate.py on the tiny model, with a short answer."""
-    def run(*arguments):
-        return cli("generate", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 6, *arguments)
-    return run
-
-
-def a_line(error: str, *names: str) -> None:
-    """One line that says what is wrong and names it."""
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
-    for name in names:
-        assert str(name) in error
 
 
 # generate.py
@@ -590,11 +556,6 @@ def test_a_mistake_in_bench_is_one_line(arguments, name, cli, tiny, traces):
 
 
 # For real
-
-
-def program(*arguments, **options):
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
 def test_the_program_itself_reads_a_prompt_from_standard_input(tiny, ask):

@@ -8,91 +8,20 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections import deque
 
 import pytest
 import torch
-from models import packed
+from models import (answers, at_rest, hostile, InterruptAt, LateLane, load, LONG, packed, put_lane, same,
+                    SAMPLED, SHORT)
 
 from duoserve import Engine
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
 from duoserve.engine import sample
 from duoserve.errors import UserError
-from duoserve.link import LinkError, SimulatedLane, VirtualClock, WallClock
+from duoserve.link import LinkError, SimulatedLane, WallClock
 from duoserve.policies import POLICIES
 from duoserve.tokenizer import TextStream, Tokenizer
-
-LONG = [1, *(7 * i % 300 + 10 for i in range(69))]      # long enough that prefill takes every expert as certain
-SHORT = [1, 42, 77, 200, 33]
-SAMPLED = dict(max_new_tokens=10, temperature=0.9, top_p=0.9, seed=3)
-
-
-def load(directory, **options) -> Engine:
-    return Engine.from_pretrained(directory, device="cpu", **{"predictor": "none"} | options)
-
-
-def put_lane(engine, lane):
-    engine.cache.lane = engine.source.lane = lane
-    lane.fed_by(engine.cache.pump)
-    return lane
-
-
-class LateLane(SimulatedLane):
-    """Bytes arrive when their time comes and not before. From its first chunk on a slot is NaN wherever they have not.
-
-    Time is virtual and passes at each read, by chance, and where the schedule waits for a transfer.
-    """
-
-    def __init__(self, engine, seed=0, chunk=None):
-        lane, self.modules = engine.cache.lane, engine.source.slots
-        super().__init__(VirtualClock(), 6.0 * lane.chunk, chunk or lane.chunk)     # an expert takes a second
-        self.move, self.pending, self.random = lane.copy, deque(), random.Random(seed)
-
-    def send(self, transfer, nbytes):
-        if transfer.sent == 0:
-            for tensor in self.modules[transfer.slot].state_dict().values():
-                tensor.view(torch.uint8).fill_(0xFF)
-        start = transfer.sent
-        super().send(transfer, nbytes)
-        self.pending.append((self.ends[-1], transfer, start, transfer.sent))
-
-    def land(self):
-        while self.pending and self.pending[0][0] <= self.now():
-            self.move(*self.pending.popleft()[1:])
-
-    def wait(self, transfer):
-        super().wait(transfer)
-        self.land()
-
-    def read(self, values):
-        self.clock.advance(self.random.choice((0, 0.1, 0.5, 3)))
-        return super().read(values)
-
-
-def hostile(engine, seed=0):
-    """Lets time pass and the plan change to random guesses while an expert is being computed."""
-    ready, rng, cache = engine.source.ready, random.Random(seed), engine.cache
-    keys = [(layer, e) for layer in range(engine.config.num_hidden_layers) for e in range(engine.config.num_local_experts)]
-
-    def disturbed(layer, routing):
-        for item in ready(layer, routing):
-            cache.plan(rng.sample(keys, 5))
-            for _ in range(rng.randrange(4)):
-                cache.lane.clock.advance(0.5)
-                cache.pump()
-            yield item
-    engine.source.ready = disturbed
-
-
-def answers(engine):
-    """What must never depend on the schedule: logits of a long and a short prompt, and two sampled continuations."""
-    return (engine.logits(LONG), engine.generate(SHORT, **SAMPLED).token_ids, engine.logits(SHORT),
-            engine.generate(LONG, **SAMPLED).token_ids)
-
-
-def same(got, want) -> bool:
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(got, want))
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +150,6 @@ def test_a_prefetch_that_fails_is_not_visible(policy, tiny, want):
     assert lane.failed or policy in ("on-demand", "cache")
 
 
-def at_rest(cache) -> bool:
-    return not cache.queue and not cache.needed and not any(slot.pinned for slot in cache.slots) and all(
-        slot.key is None or slot.whole for slot in cache.slots)
-
-
 @pytest.mark.parametrize("policy, after", [*((policy, 3) for policy in POLICIES), ("duo", 0), ("duo", 30), ("cache", 60)])
 def test_a_demand_that_fails_ends_the_request_and_not_the_engine(policy, after, tiny, want):
     engine, demands = load(tiny, policy=policy, cache_experts=3), [0]
@@ -245,20 +169,6 @@ def test_a_demand_that_fails_ends_the_request_and_not_the_engine(policy, after, 
     assert kept or after == 0 or policy == "on-demand"
     put_lane(engine, healthy)
     assert same(answers(engine), want)
-
-
-class InterruptAt:
-    """Ctrl-C in the middle of the n-th expert's computation."""
-
-    def __init__(self, engine, n):
-        self.n, self.hooks = n, [module.register_forward_pre_hook(self) for module in engine.source.slots]
-
-    def __call__(self, *_):
-        self.n -= 1
-        if self.n == 0:
-            for hook in self.hooks:
-                hook.remove()
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("policy, n", [("duo", 1), ("duo", 11), ("duo", 40), ("on-demand", 11), ("layer-prefetch", 40)])

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import DEFAULTS, tokenizer_model
-from test_engine import LONG, SAMPLED, SHORT, InterruptAt, LateLane, answers, at_rest, hostile, load, put_lane, same
+from models import (answers, at_rest, DEFAULTS, hostile, InterruptAt, LateLane, load, LONG, put_lane, same,
+                    SAMPLED, SHORT, tokenizer_model)
 
 from duoserve import store
 from duoserve.cache import GPUExpertCache

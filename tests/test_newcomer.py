@@ -12,10 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models import write_hf
-from test_chat import session
-from test_cli import ROOT, a_line, ask, cli
-from test_engine import load
+from models import a_line, load, ROOT, write_hf
 
 from duoserve.errors import UserError
 from duoserve.trace import TraceRecorder
@@ -65,7 +62,7 @@ def test_a_file_to_convert(cli, tmp_path):
     write_hf(tmp_path, num_hidden_layers=1)
     status, _, err = cli("checkpoint", tmp_path / "model.safetensors", tmp_path / "out")
     assert status == 2
-    a_line(err, f"is a file; what is read is a directory", f"give {tmp_path}")
+    a_line(err, "is a file; what is read is a directory", f"give {tmp_path}")
 
 
 def test_a_layers_file_that_is_missing(ask, tiny, tmp_path):

@@ -3,22 +3,16 @@
 The references' weights lie on a 4-bit grid, so packing loses nothing and the comparison is of the arithmetic alone.
 """
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from models import SHAPES, packed, write_hf
+from models import AllExperts, build, logits_of, packed, SHAPES, write_hf
 from safetensors.torch import load_file
 
 import duoserve.model
 from duoserve.config import MixtralConfig
-from duoserve.model import Expert, Mixtral
-from duoserve.history import Routing
-from duoserve.packed import PackedModel
-from duoserve.quant import PackedLinear
+from duoserve.model import Mixtral
 
 TOLERANCE = 1e-4    # of logits with a deviation of about 3
 POLICIES = "duo", "on-demand", "layer-prefetch", "cache", "lru", "activation"
@@ -29,59 +23,9 @@ def test_of_equal_logits_the_first_are_chosen():
     assert ids.tolist() == [[1, 2], [0, 1], [2, 4]] and weights.tolist() == [[0.5, 0.5]] * 3
 
 
-class AllExperts:
-    """An `ExpertSource` with every expert at hand, handed out last first: the order must not matter."""
-
-    def __init__(self, model: PackedModel, linear):
-        self.table, self.logits, self.lookahead = {}, [], []
-        for i in range(model.config.num_hidden_layers):
-            for e in range(model.config.num_local_experts):
-                block = np.empty(model.layout.nbytes, np.uint8)
-                model.read_expert(i, e, block)
-                self.table[i, e] = model.layout.bind(Expert(model.config, linear), torch.from_numpy(block))
-
-    def begin_step(self, lookahead):
-        self.logits, self.lookahead = [], [lookahead]       # of the last pass: a tensor [T, E] a layer
-
-    def begin_layer(self, layer):
-        pass
-
-    def read(self, layer, logits, ids, weights, lookahead):
-        self.logits.append(logits)
-        self.lookahead.append(lookahead)
-        return Routing(ids.flatten().bincount(minlength=logits.shape[1]).tolist(), ids[-1].tolist(),
-                       weights[-1].tolist(), logits[-1].tolist(), None if lookahead is None else lookahead[-1].tolist())
-
-    def experts(self, layer, routing):
-        for e in reversed(range(len(routing.counts))):
-            if routing.counts[e]:
-                yield e, self.table[layer, e]
-
-    def end_layer(self, layer):
-        pass
-
-
-def build(directory: Path, **changes) -> tuple[Mixtral, AllExperts]:
-    """The packed model, whole, in float32; `changes` are of its config, to show that the comparison would notice."""
-    stored = PackedModel(directory)
-    linear = partial(PackedLinear, largest_group=stored.largest_group)
-    model = Mixtral(replace(stored.config, **changes), linear)
-    state = stored.resident()
-    if stored.config.tie_word_embeddings:
-        state["head.weight"] = state["embed.weight"]
-    model.load_state_dict(state)        # copies into float32 parameters
-    return model.eval(), AllExperts(stored, linear)
-
-
 def new_kv(config: MixtralConfig) -> torch.Tensor:
     """[N, 2, G, C, A], full of NaN: whoever reads a position before it is written shows it."""
     return torch.full((config.num_hidden_layers, 2, config.num_key_value_heads, 64, config.head_dim), torch.nan)
-
-
-@torch.inference_mode()
-def logits_of(model: Mixtral, source: AllExperts, ids: list[int], kv=None, start: int = 0) -> torch.Tensor:
-    """Logits [tokens, vocab] of one pass over `ids`."""
-    return model.head(model(torch.tensor([ids]), source, kv, start))[0]
 
 
 @pytest.fixture(scope="session")

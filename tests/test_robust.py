@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from models import TEXT, write_hf
+from models import a_line, contents, TEXT, write_hf
 from safetensors.torch import load_file, save_file
-from test_checkpoint import contents
-from test_cli import a_line, ask, cli         # noqa: F401 (two fixtures)
 
 import generate
 from duoserve import Engine, checkpoint, files

@@ -12,13 +12,17 @@ from duoserve.errors import Parser, UserError, count, import_requirements, run_m
 import_requirements()
 import numpy as np
 
+from duoserve.bench import Costs, row
 from duoserve.checkpoint import Progress
 from duoserve.packed import PackedModel
-from duoserve.predictor import Predictor, all_features, mean_recall, measure_affinity, train_nets
+from duoserve.predictor import Predictor
 from duoserve.trace import Trace, read_traces
+from duoserve.training import measure_affinity, recalls, train
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LEAST = 8                                   # sequences: six to train on, two to test
+REPLAYED = 8                                # of the test sequences, for the figure in milliseconds
+COSTS = Costs(0.3, 0.15, 3.7, 12, 0.05, None, None)                # those of `bench schedule`
 
 
 def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trace]:
@@ -51,44 +55,45 @@ def main() -> int:
     out = args.out or model.directory / "predictor.safetensors"
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: its directory does not exist")
-    k, experts = model.config.num_experts_per_tok, model.config.num_local_experts
+    k = model.config.num_experts_per_tok
+    slots = max(2, model.config.num_hidden_layers * model.config.num_local_experts // 4)
     traces = decoded(args.traces, model)
     order = np.random.RandomState(0).permutation(len(traces))
     held = 0 if args.test else max(2, round(0.2 * len(traces)))    # split by sequence: tokens of one are too alike
-    test, train = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
+    test, seen = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
     test = decoded(args.test, model, 1) if args.test else test
     if args.test and (n := shared(args.traces, args.test)):
         print(f"note: {n} of the traces in --test {args.test} are also trained on: the report is better than the "
               "predictor; test on others", file=sys.stderr)
     if not args.out and out.exists():
         print(f"note: replaces {out} (--out FILE writes elsewhere)", file=sys.stderr)
-    affinity = measure_affinity(train, k)
-    x, y = all_features(train, k, affinity)
-    weights = train_nets(x, y, progress=partial(Progress, write=count))
-    predictor = Predictor(weights, affinity, model.fingerprint)
-
-    x, chosen = all_features(test, k, affinity)
-    group = lambda i: x[..., i * experts:(i + 1) * experts]
-    previous = np.concatenate([np.eye(experts, dtype=np.float32)[t.top(k)[t.prompt - 1:-1]].sum(-2) for t in test])
-    scores = {"popularity": np.broadcast_to(y.mean(0), chosen.shape), "previous": previous, "affinity": group(2),
-              "lookahead": group(0), "history": predictor.scores("history", x), "full": predictor.scores("full", x)}
-    recall = {name: mean_recall(score, chosen, k) for name, score in scores.items()}
+    affinity = measure_affinity(seen, k)
+    predictor = Predictor(train(seen, k, partial(Progress, write=count)), affinity, model.fingerprint)
     predictor.save(out)
+    recall, visits = recalls(test, seen, predictor, k)
+    replayed = test[:REPLAYED]
+    tpot = {name: row(replayed, k, "duo", slots, COSTS, p)["tpot_ms"]
+            for name, p in (("lookahead", None), ("full", predictor))}
     seconds = time.perf_counter() - began
     if args.json:
         print(json.dumps({"recall": {name: float(r.mean()) for name, r in recall.items()},
-                          "train_sequences": len(train), "test_sequences": len(test), "seconds": seconds,
-                          "out": str(out)}))
+                          "next_visit_recall": float(visits.mean()), "tpot_ms": tpot, "cache_experts": slots,
+                          "replayed_sequences": len(replayed), "train_sequences": len(seen),
+                          "test_sequences": len(test), "seconds": seconds, "out": str(out)}))
         return 0
-    print(f"{len(train)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
-    print(f"share of the true top {k} among {k} predicted:")
-    print(f"{'layer':>11}" + "".join(f"{name:>12}" for name in recall))
-    for layer in range(chosen.shape[1]):
-        print(f"{layer:11}" + "".join(f"{r[layer]:12.3f}" for r in recall.values()))
-    print(f"{'all':>11}" + "".join(f"{r.mean():12.3f}" for r in recall.values()))
+    print(f"{len(seen)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
+    print(f"share of the true top {k} among {k} predicted, for the layer that comes next, and for the next visits "
+          "of the others:")
+    columns = recall | {"next visit": visits}
+    print(f"{'layer':>11}" + "".join(f"{name:>12}" for name in columns))
+    for layer in range(len(visits)):
+        print(f"{layer:11}" + "".join(f"{r[layer]:12.3f}" for r in columns.values()))
+    print(f"{'all':>11}" + "".join(f"{r.mean():12.3f}" for r in columns.values()))
     share = recall["full"].mean()
     print(f"of the {k} experts prefetched a layer, {k * share:.2f} would be used and {k * (1 - share):.2f} wasted, "
-          f"if none were in the cache\n{out}")
+          "if none were in the cache")
+    print(f"a token with {slots} slots, replayed on {len(replayed)} test sequences at bench schedule's costs: "
+          f"{tpot['full']:.1f} ms, by the lookahead alone {tpot['lookahead']:.1f} ms\n{out}")
     return 0
 
 

@@ -73,8 +73,11 @@ class Oracle(Forecast):
 
     truth: np.ndarray                       # [layers][k] of the current token
 
-    def next_layer(self, layer: int, lookahead: list[float]) -> list[float]:
-        return [float(e in self.truth[layer]) for e in range(self.history.experts)]
+    def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
+        estimate = super().estimate(state, lookahead)
+        if lookahead is not None:
+            estimate[state] = [e in self.truth[state] for e in range(self.history.experts)]
+        return estimate
 
 
 class Replay:

@@ -31,8 +31,9 @@ from .engine import Engine, StreamedExperts
 from .errors import UserError, check_budget, check_device, parse_rate
 from .history import Routing
 from .packed import Outline
-from .predictor import Predictor, all_features, measure_affinity, train_nets
+from .predictor import Predictor
 from .store import ExpertStore
+from .training import measure_affinity, train
 
 SHAPES = {
     "mixtral-8x7b": MixtralConfig(),
@@ -284,8 +285,7 @@ def made_up(config: MixtralConfig, persistence: float, recall: float, rounds: in
     k, (*traces, a, b, c) = config.num_experts_per_tok, synthetic_traces(config, persistence, recall, rounds + 3, 2, new)
     if not predict:
         return traces, None
-    affinity = measure_affinity([a, b, c], k)
-    return traces, Predictor(train_nets(*all_features([a, b, c], k, affinity)), affinity, "random")
+    return traces, Predictor(train([a, b, c], k), measure_affinity([a, b, c], k), "random")
 
 
 def gpu(args) -> dict:

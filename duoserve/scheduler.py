@@ -13,12 +13,11 @@ import numpy as np
 from .cache import GPUExpertCache, Slot
 from .link import Key
 from .history import History, Routing
-from .predictor import Forecast
+from .predictor import PATIENCE, Forecast, worth
 
 RING = 4                                    # slots that prefill streams through; the others keep what decode will want
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time
 HORIZON = 4                                 # layers that prefill looks ahead
-PATIENCE = 0.6                              # what an expert in a slot is worth if its use is a token away
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
@@ -165,11 +164,11 @@ class DecodeScheduler(ExpertScheduler):
     def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast):
         super().__init__(cache, history)
         self.forecast = forecast
-        # [layers, experts]: the chance of use at the layer's next visit. What has been heard since and not yet been
-        # thought about: a layer's lookahead, or None once its router has spoken. Where nothing has to be guessed or
-        # evicted, nobody asks, and the host goes straight on.
-        self.chance = np.zeros((self.layers, self.experts_a_layer))
-        self.heard: dict[int, list[float] | None] = dict.fromkeys(range(self.layers))
+        # What is known: how many layers of this token have spoken, and the next one's lookahead. What follows from
+        # it, once somebody asks: the next layer's `chance [experts]`, every expert's `value [layers][experts]`.
+        # Where nothing has to be guessed or evicted, nobody does, and the host goes straight on.
+        self.state, self.lookahead = self.layers, None
+        self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
         self.discount = np.tile(PATIENCE ** steps, 2)[:, None]      # of a use so many layers away, twice around
@@ -177,16 +176,14 @@ class DecodeScheduler(ExpertScheduler):
     def begin_step(self, lookahead: list[float] | None) -> None:
         self.layer = -1
         if lookahead is not None:
-            self.heard[0] = lookahead
+            self.state, self.lookahead = 0, lookahead
         self.replan()
 
     def spoken(self, layer: int, routing: Routing) -> None:
-        self.heard[layer] = None            # (what is missing goes to the lane first, and its slot by what was known)
+        self.state, self.lookahead = layer + 1, routing.lookahead
 
     def planning(self, layer: int, routing: Routing) -> None:
-        if routing.lookahead is not None:
-            self.heard[layer + 1] = routing.lookahead
-        self.replan()
+        self.replan()                       # (what is missing has gone to the lane, its slot by what was known)
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then, while slots are empty, at the likeliest absent ones."""
@@ -194,9 +191,8 @@ class DecodeScheduler(ExpertScheduler):
         self.value = None
         if not all(cache.resident((layer, e)) for e in range(self.experts_a_layer)):
             self.appraise()
-            chance = self.chance[layer].tolist()
-            best = sorted(range(self.experts_a_layer), key=lambda e: -chance[e])
-            wanted = [(layer, e) for e in best if chance[e] >= LIKELY]
+            best = sorted(range(self.experts_a_layer), key=lambda e: -self.chance[e])
+            wanted = [(layer, e) for e in best if self.chance[e] >= LIKELY]
         if len(cache.where) < len(cache.slots):
             absent = [(m, e) for m in range(self.layers) for e in range(self.experts_a_layer)
                       if not cache.resident((m, e)) and (m, e) not in wanted]
@@ -204,19 +200,12 @@ class DecodeScheduler(ExpertScheduler):
         cache.plan(wanted)
 
     def appraise(self) -> None:
-        """Every expert's worth: the expected discount of its next use, 1 if it is now, PATIENCE if it is a token away.
-
-        With chance p the use comes at the layer's next visit, a part d of a token away; else it comes a token later
-        with chance q, this sequence's rate, or the token after that, and so on: a geometric series.
-        """
-        for layer, lookahead in self.heard.items():
-            self.chance[layer] = self.forecast.next_visit(layer) if lookahead is None else \
-                self.forecast.next_layer(layer, lookahead)
-        self.heard.clear()
-        p, q = self.chance, self.history.rates()
-        later = q * PATIENCE / (1 - PATIENCE * (1 - q))
+        """Every expert's value: 1 if it is used now, PATIENCE if a token from now, and so on: what is expected."""
+        estimate, coming = self.forecast.estimate(self.state, self.lookahead), self.state % self.layers
+        self.chance = estimate[coming].tolist()
+        estimate[coming] = worth(estimate[coming], self.history.rates()[coming])
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
-        self.value = (self.discount[first:first + self.layers] * (p + (1 - p) * later)).tolist()
+        self.value = (self.discount[first:first + self.layers] * estimate).tolist()
 
     def worth(self, key: Key) -> float:
         if self.value is None:

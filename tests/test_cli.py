@@ -296,9 +296,11 @@ def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
     status, out, err = cli("train", traces, "--model", model, "--json")
     report = json.loads(out)
     assert status == 0
-    assert set(report) == {"recall", "train_sequences", "test_sequences", "seconds", "out"}
+    assert set(report) == {"recall", "next_visit_recall", "tpot_ms", "cache_experts", "replayed_sequences",
+                           "train_sequences", "test_sequences", "seconds", "out"}
     assert set(report["recall"]) == {"popularity", "previous", "affinity", "lookahead", "history", "full"}
-    assert all(0 <= share <= 1 for share in report["recall"].values())
+    assert all(0 <= share <= 1 for share in (*report["recall"].values(), report["next_visit_recall"]))
+    assert set(report["tpot_ms"]) == {"lookahead", "full"} and report["cache_experts"] == 6
     assert report["train_sequences"] + report["test_sequences"] == 10 and report["out"] == str(model / "predictor.safetensors")
     assert (model / "predictor.safetensors").read_bytes() == predictor.read_bytes()
     again = Predictor.read(predictor, PackedModel(tiny).fingerprint, 3, 8)
@@ -333,7 +335,7 @@ def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, mo
     assert cli(*run)[2] == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     shown = cli(*run)[2]
-    assert shown.startswith("\rtraining steps: 32 of 1,200, 16/s, 1:13 left") and "\n" not in shown
+    assert shown.startswith("\rtraining steps: 32 of 1,000, 16/s, 1:00 left") and "\n" not in shown
     assert shown.endswith("0:00 left\033[K\r\033[K")
 
 
@@ -353,12 +355,13 @@ def test_bad_predictors(ask, predictor, tmp_path):
         elif change == "another model's":
             spoil(path, model="0123456789abcdef")
         elif change == "another version":
-            spoil(path, version="2")
+            spoil(path, version="1")
         elif change == "text":
             path.write_text("not a predictor")
         status, out, err = ask("--prompt", "a", "--predictor", tmp_path if change == "a directory" else path)
         assert (status, out) == (2, ""), change
         a_line(err, tmp_path)
+        assert ("version 1, this reads version 2" in err) == (change == "another version")
 
 
 def test_bad_traces(cli, tiny, traces, tmp_path):

@@ -25,8 +25,9 @@ from duoserve.errors import UserError
 from duoserve.link import IN_FLIGHT, SimulatedLane, VirtualClock
 from duoserve.packed import PackedModel
 from duoserve.policies import POLICIES
-from duoserve.predictor import Predictor, measure_affinity
+from duoserve.predictor import Predictor
 from duoserve.trace import read_traces
+from duoserve.training import measure_affinity
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,7 +164,7 @@ def test_with_a_predictor_those_used_most_are_kept(tiny, traces, predictor):
     for trace in (all_traces := read_traces(traces)):
         for layer in range(3):
             used[layer] += np.bincount(trace.top(2)[:, layer].ravel(), minlength=8)
-    implied = Predictor({}, measure_affinity(all_traces, 2), "").popularity()
+    implied = Predictor((), measure_affinity(all_traces, 2), "").popularity()
     assert np.abs(implied - used / used.sum(1, keepdims=True)).max() < 0.02
     kept = load(tiny, predictor=predictor, host_memory=8 * store.stride_of(PackedModel(tiny))).store.rows
     assert len(kept) == 8 and sum(used[key] for key in kept) > 0.9 * np.sort(used.ravel())[-8:].sum()

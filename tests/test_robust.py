@@ -374,7 +374,7 @@ def test_damaged_predictors_and_traces(tiny, traces, predictor, tmp_path):
 
     def use_predictor(directory):
         read = Predictor.read(directory / predictor.name, fingerprint, 3, 8)
-        read("full", 1, np.ones(48, np.float32)), read("next", 2, np.ones(24, np.float32)), read.popularity()
+        read(0, np.ones((3, 3, 8), np.float32)), read(3, np.ones((3, 3, 8), np.float32)), read.popularity()
     assert fuzz(tmp_path / "some", predictor.name, 150, use_predictor) > 50
     assert fuzz(tmp_path / "some", trace.name, 80, lambda directory: Trace.read(directory / trace.name)) > 40
 

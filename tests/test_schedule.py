@@ -651,12 +651,12 @@ def test_duo_gives_up_what_is_least_likely_and_nothing_for_a_guess_worth_less():
     s.decode()
     for layer in range(3):
         use(s.cache, (layer, 0))
-    s.scheduler.heard.clear()
-    s.scheduler.layer, s.scheduler.chance = 0, np.array([[0.9] * 8, [0.2] + [0.9] * 7, [0.9] * 8])
+    estimate = np.array([[0.9] * 8, [0.2] + [0.9] * 7, [0.9] * 8])
+    s.scheduler.layer, s.scheduler.state, s.scheduler.forecast.estimate = 0, 1, lambda *_: estimate.copy()
     s.scheduler.appraise()
     victim = lambda key, urgent: getattr(s.scheduler.victim(key, s.cache.slots, urgent), "key", None)
     assert victim((1, 3), False) == victim((1, 3), True) == (1, 0)
-    s.scheduler.chance[1] = [0.9] * 3 + [0.1] * 5
+    estimate[1] = [0.9] * 3 + [0.1] * 5
     s.scheduler.appraise()
     assert victim((1, 3), False) is None
     assert victim((1, 3), True) == (0, 0)               # as likely as the others, and furthest off

@@ -4,9 +4,10 @@ import json
 import shlex
 import sys
 from contextlib import closing, suppress
+from dataclasses import fields
 from pathlib import Path
 
-from duoserve.errors import Parser, UserError, check_sampling, human, import_requirements, run_main
+from duoserve.errors import Parser, UserError, format_bytes, import_requirements, run_main
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
@@ -44,7 +45,8 @@ def parse_args():
     add("--host-memory", metavar="SIZE|PERCENT",
         help="keep the most used experts in this much of it and read the others from the disk (default: keep all)")
     add("--policy", default="duo", metavar="NAME",
-        help="duo, on-demand, layer-prefetch, cache, lru or activation (default %(default)s)")
+        help="duo, on-demand, layer-prefetch, cache, lru, activation, score, combined, or a FILE.py of your own "
+             "(default %(default)s)")
     add("--predictor", metavar="FILE|none", help="what duo predicts with (default: the model's own, if it has one)")
     add("--threads", "-t", type=int, metavar="N",
         help="that compute on the CPU (default: one for a small model, else one a core; or what OMP_NUM_THREADS says)")
@@ -97,8 +99,7 @@ def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
 def answer(engine, ids: list[int], args):
     """Stream what comes after `ids`, as far as Ctrl-C lets it -> its `Generation`."""
     engine.result = None
-    pieces = engine.stream(ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
-                           top_p=args.top_p, seed=args.seed, resume=args.interactive)
+    pieces = engine.stream(ids, args.params, resume=args.interactive)
     try:
         with closing(pieces):
             for i, piece in enumerate(pieces):
@@ -115,8 +116,8 @@ def answer(engine, ids: list[int], args):
         print(flush=True)
     result = engine.result
     result.text = result.text.removeprefix(" ") if args.chat else result.text
-    if args.trace_dir and len(engine.passed) >= result.prompt_tokens:
-        engine.source.recorder.save(args.trace_dir, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+    if args.trace_dir and len(tokens := engine.sequence.kv_tokens) >= result.prompt_tokens:
+        engine.source.recorder.save(args.trace_dir, tokens, result.prompt_tokens, engine.packed.fingerprint)
     if not args.json:
         print(closing_line(result, engine.config), file=sys.stderr)
     return result
@@ -174,7 +175,7 @@ def closing_line(result, config) -> str:
     found = f", {100 * s.in_time / uses:.0f} % of experts were there in time" if uses else ""
     first = "" if s.ttft_s is None else f"; first after {s.ttft_s:.2f} s"
     return (f"[{len(result.token_ids)} tokens ({result.finish_reason}){first}{kept}{speed}"
-            f"{found}; {s.cache_experts} slots, {human(s.peak_device_bytes)} at peak; {what_bounded(s, config)}]")
+            f"{found}; {s.cache_experts} slots, {format_bytes(s.peak_device_bytes)} at peak; {what_bounded(s, config)}]")
 
 
 def what_bounded(s, config) -> str:
@@ -204,18 +205,16 @@ def main() -> int:
     import_requirements()
     from duoserve import timeline
     from duoserve.checkpoint import Progress, ensure_packed
-    from duoserve.engine import Engine, check_options
+    from duoserve.engine import Engine
+    from duoserve.options import EngineOptions, SamplingParams
     from duoserve.packed import PackedModel
     from duoserve.trace import TraceRecorder, make_directory
     if args.timeline:
         timeline.check(args.timeline)           # before minutes are spent on a run that could not be kept
-    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    chosen = lambda kind: kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+    args.params, options = chosen(SamplingParams), chosen(EngineOptions)            # checked before a conversion
     if args.trace_dir:
         make_directory(args.trace_dir)
-    options = {name: getattr(args, name) for name in (
-        "device", "dtype", "policy", "cache_experts", "gpu_memory", "host_memory", "predictor", "threads",
-        "simulate_link")}
-    check_options(**options)                    # before a conversion that takes its time
     packed = PackedModel(ensure_packed(args.model, WEIGHTS))
     if not args.interactive:
         ids, most = extend(packed.tokenizer(), [], prompt, args.chat), packed.config.max_position_embeddings
@@ -224,11 +223,10 @@ def main() -> int:
                 f" or raise --context {args.context}" if args.context and args.context < most else "") +
                 f" (--context is {most} at most, and an answer needs one)")
         if args.context is None:            # what the KV cache has to hold, as far as the model goes
-            args.context = min(most, max(2, len(ids) + args.max_new_tokens))
-    engine = Engine(packed, context=args.context, compile=args.compile, progress=Progress, **options)
+            options.context = min(most, max(2, len(ids) + args.max_new_tokens))
+    engine = Engine(packed, options, progress=Progress)
     if args.trace_dir:
-        c = engine.config
-        engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
+        engine.source.recorder = TraceRecorder(engine.config, engine.context, engine.device)
     if args.timeline:
         timeline.watch(engine)
     if args.interactive:

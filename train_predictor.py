@@ -12,7 +12,7 @@ from duoserve.errors import Parser, UserError, count, import_requirements, run_m
 import_requirements()
 import numpy as np
 
-from duoserve.bench import Costs, row
+from duoserve.bench.replay import Costs, row
 from duoserve.checkpoint import Progress
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor

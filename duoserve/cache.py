@@ -1,6 +1,6 @@
 """GPUExpertCache: a few slots on the device, who is in them, who is on the way, who may be evicted.
 
-Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A policy asks for experts in two ways,
+Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A scheduler asks for experts in two ways,
 `demand` (needed now: sent whole, at once) and `plan` (guesses in order of priority: sent in chunks as the lane has
 room), and answers one question, `victim`: which slot to give up for a newcomer.
 """
@@ -18,8 +18,6 @@ class Slot:
     key: Key | None = None
     transfer: Transfer | None = None
     pinned: bool = False
-    fresh: bool = False                     # a prediction moved it in decode, and it has not been used since
-    missed: bool = False                    # asked for when the router had spoken, and not used since
 
     @property
     def whole(self) -> bool:
@@ -28,66 +26,82 @@ class Slot:
 
 @dataclass
 class Counts:
-    """What happened since the last reset. An access in decode is a hit, a used prefetch, or a miss."""
+    """What happened since `serve`: every access is a hit, a used prefetch, or a miss."""
 
     hits: int = 0
     misses: int = 0
-    prefetched: int = 0                     # predictions whose first chunk moved
+    prefetched: int = 0                     # guesses whose first chunk moved
     prefetched_used: int = 0
     in_time: int = 0                        # of the hits and used prefetches: all of it was here when the router spoke
-    wasted: float = 0.0                     # predictions evicted or dropped before a use, in experts' worth of bytes
+    wasted: float = 0.0                     # guesses evicted or dropped before a use, in experts' worth of bytes
     bytes_moved: int = 0
-    decode_bytes: int = 0
 
 
 class GPUExpertCache:
-    """N slots of `expert_bytes` each, filled by `lane`. `policy.victim(key, candidates, urgent)` chooses who goes."""
+    """N slots of `expert_bytes` each, filled by `lane`; `scheduler.victim(key, candidates, urgent)` chooses who goes."""
 
     def __init__(self, slots: int, expert_bytes: int, lane):
         self.slots = [Slot(i) for i in range(slots)]
         self.expert_bytes, self.lane = expert_bytes, lane
-        self.where: dict[Key, Slot] = {}
-        self.queue: list[Transfer] = []     # speculation not fully sent, in order of priority
+        self.slot_of: dict[Key, Slot] = {}
+        self.queue: list[Transfer] = []     # guesses not fully sent, in order of priority
         self.needed: set[Key] = set()       # asked for by the router and not yet computed: may not be evicted
-        self.policy = None
-        self.refused: Transfer | None = None                        # a guess with no slot to take, as things stand
+        self.scheduler = None
+        self.blocked: Transfer | None = None                        # a guess with no slot to take, as things stand
         self.sent = 0                       # transfers fully enqueued so far
-        self.decoding = False
         self.counts = Counts()
         self.log: list[Transfer] | None = None                     # every transfer that moved, for the timeline
         lane.fed_by(self.pump)
 
+    def serve(self, scheduler) -> None:
+        """Another phase, or another request: what is here already is there for free, and counting starts again."""
+        self.scheduler, self.counts = scheduler, Counts()
+        self.since, self.busy_before = self.lane.now(), self.lane.busy
+        for slot in self.slots:
+            if slot.transfer is not None:
+                slot.transfer.counted = True
+        for transfer in self.queue:         # what has not begun is this phase's
+            if transfer.slot < 0:
+                transfer.asked = self.since
+
+    def link_use(self) -> float:
+        """The share of the time since `serve` that the link needs for what was used: with 1 it has none to spare (nor
+        where a copy takes the host's time, and the link none)."""
+        counts, busy = self.counts, self.lane.busy - self.busy_before
+        if not busy or not counts.bytes_moved:
+            return 1.0
+        needed = (counts.misses + counts.prefetched_used) * self.expert_bytes / counts.bytes_moved * busy
+        return needed / max(self.lane.now() - self.since, 1e-9)
+
     def resident(self, key: Key) -> bool:
         """All of it is here or enqueued."""
-        slot = self.where.get(key)
+        slot = self.slot_of.get(key)
         return slot is not None and slot.whole
 
     def require(self, keys: list[Key]) -> None:
         """The router asks for these: none may be evicted before it is computed."""
         self.needed.update(keys)
-        if self.decoding:
-            self.counts.in_time += sum(
-                self.resident(key) and self.lane.arrived(self.where[key].transfer) for key in keys)
+        self.counts.in_time += sum(self.resident(key) and self.lane.arrived(self.slot_of[key].transfer) for key in keys)
 
     def plan(self, keys: list[Key]) -> None:
-        """Replace the speculation by these guesses, best first. A guess no longer wanted stops at its chunk's end."""
+        """Replace the guesses by these, best first. One no longer wanted stops at its chunk's end."""
         self.pump()                         # what was due before this moment has been sent
         waiting = {transfer.key: transfer for transfer in self.queue}
         self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False)
                       for key in keys if not self.resident(key)]
         for transfer in waiting.values():
             self._drop(transfer)
-        self.refused = None
+        self.reconsider()
         self.pump()
 
     def pump(self) -> None:
-        """Send the chunks of speculation that are due."""
+        """Send the chunks of guesses that are due."""
         self.lane.poll()
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
-            if transfer.slot < 0 and (transfer is self.refused or not self._take(transfer)):
+            if transfer.slot < 0 and (transfer is self.blocked or not self._take(transfer)):
                 # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on meanwhile.
-                self.refused, transfer.held = transfer, True
+                self.blocked, transfer.held = transfer, True
                 transfer = next((begun for begun in self.queue if begun.slot >= 0), None)
                 if transfer is None:
                     break
@@ -102,19 +116,21 @@ class GPUExpertCache:
             if transfer.sent == transfer.size:
                 self.queue.remove(transfer)
 
+    def reconsider(self) -> None:
+        """Something has changed for which a guess that found no slot may find one now."""
+        self.blocked = None
+
     def demand(self, key: Key) -> bool:
         """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it yet."""
         self.pump()
-        slot = self.where.get(key)
+        slot = self.slot_of.get(key)
         if slot is not None and slot.whole:
             return True
         begun = slot is not None
         guess = slot.transfer if begun else next((t for t in self.queue if t.key == key), None)
         transfer = guess or Transfer(key, self.expert_bytes, self.lane.now(), True)
-        if not begun:
-            if not self._take(transfer, urgent=True):
-                return False
-            self.where[key].missed = self.decoding
+        if not begun and not self._take(transfer, urgent=True):
+            return False
         if transfer in self.queue:
             self.queue.remove(transfer)
         transfer.urgent, transfer.asked = True, self.lane.now()
@@ -129,38 +145,43 @@ class GPUExpertCache:
 
     def acquire(self, key: Key) -> int:
         """Wait for an expert, pin it, and return its slot."""
-        slot = self.where[key]
+        slot = self.slot_of[key]
         self.lane.wait(slot.transfer)
-        slot.pinned = True
-        if self.decoding:
-            kind = "prefetched_used" if slot.fresh else "misses" if slot.missed else "hits"
-            setattr(self.counts, kind, getattr(self.counts, kind) + 1)
-        slot.fresh, slot.missed, slot.transfer.used = False, False, True
+        slot.pinned, transfer = True, slot.transfer
+        kind = "hits" if transfer.counted else "prefetched_used" if transfer.predicted else "misses"
+        setattr(self.counts, kind, getattr(self.counts, kind) + 1)
+        transfer.counted = transfer.used = True
         return slot.index
 
     def release(self, key: Key) -> None:
         """The expert has been computed (or its computation enqueued): its slot may be taken."""
-        slot = self.where[key]
-        slot.pinned, self.refused = False, None
+        slot = self.slot_of[key]
+        slot.pinned = False
         self.needed.discard(key)
         self.lane.used(slot.index)
+        self.reconsider()
 
     def drop(self, key: Key) -> None:
         """Empty an expert's slot, unless it is pinned."""
-        slot = self.where.get(key)
+        slot = self.slot_of.get(key)
         if slot is not None and not slot.pinned:
             self._evict(slot)
+
+    def empty(self) -> None:
+        """Every slot that is not pinned."""
+        for key in list(self.slot_of):
+            self.drop(key)
 
     def abandon(self) -> None:
         """After a failure or an interruption, wherever it came: no request, no pin; what is loaded stays."""
         self.queue.clear()
         self.needed.clear()
-        self.refused = None
+        self.reconsider()
         for slot in self.slots:
             slot.pinned = False
-            if not slot.whole or self.where.get(slot.key) is not slot:
-                slot.key, slot.transfer, slot.fresh, slot.missed = None, None, False, False
-        self.where = {slot.key: slot for slot in self.slots if slot.key is not None}
+            if not slot.whole or self.slot_of.get(slot.key) is not slot:
+                slot.key, slot.transfer = None, None
+        self.slot_of = {slot.key: slot for slot in self.slots if slot.key is not None}
 
     def _send(self, transfer: Transfer, nbytes: int) -> None:
         self.lane.send(transfer, nbytes)
@@ -168,42 +189,41 @@ class GPUExpertCache:
             self.counts.prefetched += transfer.predicted
             if self.log is not None:
                 self.log.append(transfer)
+        self.counts.bytes_moved += nbytes
         if transfer.sent == transfer.size:
             self.sent += 1
-            transfer.order, self.refused = self.sent, None
-        self.counts.bytes_moved += nbytes
-        if self.decoding:
-            self.counts.decode_bytes += nbytes
+            transfer.order = self.sent
+            self.reconsider()
 
     def _take(self, transfer: Transfer, urgent: bool = False) -> bool:
         """Give a transfer its slot, now that its first chunk is due."""
         slot = None
-        if len(self.where) < len(self.slots):
+        if len(self.slot_of) < len(self.slots):
             slot = next((slot for slot in self.slots if slot.key is None), None)    # (None: interrupted half-way)
         else:                               # a guess never takes the slot of another under way, which would lose it
             candidates = [slot for slot in self.slots if not slot.pinned and slot.key not in self.needed
                           and (urgent or slot.transfer.sent == slot.transfer.size)]
             if candidates:
-                slot = self.policy.victim(transfer.key, candidates, urgent)
+                slot = self.scheduler.victim(transfer.key, candidates, urgent)
         if slot is None:
             return False
         if slot.key is not None:
             self._evict(slot)
-        transfer.predicted = self.decoding and not urgent
-        slot.key, slot.transfer, slot.fresh = transfer.key, transfer, transfer.predicted
-        transfer.slot = slot.index
-        self.where[transfer.key] = slot
+        transfer.predicted = not urgent
+        slot.key, slot.transfer, transfer.slot = transfer.key, transfer, slot.index
+        self.slot_of[transfer.key] = slot
         return True
 
     def _evict(self, slot: Slot) -> None:
         if slot.transfer in self.queue:
             self.queue.remove(slot.transfer)
-        if slot.fresh:
+        if slot.transfer.predicted and not slot.transfer.counted:
             self.counts.wasted += slot.transfer.sent / self.expert_bytes
-        del self.where[slot.key]
-        slot.key, slot.transfer, slot.fresh, slot.missed, self.refused = None, None, False, False, None
+        del self.slot_of[slot.key]
+        slot.key, slot.transfer = None, None
+        self.reconsider()
 
     def _drop(self, transfer: Transfer) -> None:
-        slot = self.where.get(transfer.key)
+        slot = self.slot_of.get(transfer.key)
         if slot is not None and slot.transfer is transfer:
             self._evict(slot)

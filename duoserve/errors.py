@@ -1,12 +1,10 @@
-"""What a user can get wrong: the error itself, sizes as people write them, and the checks of common options."""
+"""What a user can get wrong: the error itself, one line that says it, and sizes as people write them."""
 
 import argparse
 import difflib
 import re
 import sys
 from importlib import import_module
-from numbers import Integral, Real
-from operator import index
 
 SIZES = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -56,11 +54,11 @@ def parse_rate(text: str, flag: str = "rate") -> int:
     """`25GB/s` -> bytes a second."""
     bits = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])b(?:its?)?(?:/s|ps)?\s*", text)
     if bits and float(bits[1]):
-        rate = human(float(bits[1]) * SIZES[bits[2]] / 8).replace(" ", "")
+        rate = format_bytes(float(bits[1]) * SIZES[bits[2]] / 8).replace(" ", "")
         raise UserError(f"{flag} {text}: that is bits, 8 of them a byte: write {rate}/s")
     rate = parse_size(text.strip().removesuffix("/s"), flag, "25GB/s")
     if not 1e3 <= rate < 1e15:
-        raise UserError(f"{flag} {text}: {human(rate)} a second is not a link's speed; write it like 25GB/s")
+        raise UserError(f"{flag} {text}: {format_bytes(rate)} a second is not a link's speed; write it like 25GB/s")
     return rate
 
 
@@ -86,7 +84,7 @@ def parse_amount(amount: int | str, whole: int, flag: str) -> int:
     return int(whole * share / 100)
 
 
-def human(n: float) -> str:
+def format_bytes(n: float) -> str:
     """Bytes as a person reads them: decimal units, as disks and links are sold."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n) < 999.5:
@@ -106,80 +104,6 @@ def rounded_up(n: int) -> str:
 def count(n: float) -> str:
     """A number of things, or of things a second, as a person reads it."""
     return f"{n:.2g}" if n < 10 else f"{n:,.0f}"
-
-
-def check_device(device):
-    """`--device` -> torch.device; by default a GPU if there is one."""
-    asked = device or "cuda"
-    import torch                            # here, so that a mistake on the command line is answered at once
-    try:
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {device}: write cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise UserError(f"--device {asked}: no such GPU here; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: only cpu and cuda are supported")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def check_dtype(dtype, device):
-    """`--dtype` -> torch.dtype; by default float32 on the CPU, bfloat16 on CUDA (float16 below capability 8.0)."""
-    import torch
-    if dtype is None:
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if str(dtype).removeprefix("torch.") not in known:
-        raise UserError(f"--dtype {dtype}: choose one of {', '.join(known)}")
-    return known[str(dtype).removeprefix("torch.")]
-
-
-def check_budget(gpu_memory: int | str | None, model_bytes: int, device, cache_experts: int | None) -> int | None:
-    """-> bytes, or None for no bound but the number of slots. A percentage is of the whole packed model."""
-    if gpu_memory is None:
-        if device.type == "cpu" or cache_experts is not None:
-            return None
-        import torch
-        return int(torch.cuda.mem_get_info(device)[0] * 0.92)       # what is free, less a margin
-    return parse_amount(gpu_memory, model_bytes, "--gpu-memory")
-
-
-def check_context(context: int, most: int) -> None:
-    if not 2 <= context <= most:
-        raise UserError(f"--context {context}: this model takes from 2 to {most} tokens")
-
-
-def as_ids(ids, wanted: str) -> list[int]:
-    """A list, an array or a tensor of whole numbers as plain ints; `wanted` says what should have been given."""
-    items = ids.tolist() if hasattr(ids, "tolist") else ids
-    if isinstance(items, (str, bytes, bytearray, dict)) or not hasattr(items, "__iter__"):
-        raise UserError(f"{wanted}, not {type(ids).__name__}")
-    out = []
-    for i, item in enumerate(items):
-        try:
-            out.append(index(item))
-        except TypeError:                   # (also for a float: it would be whole by accident only)
-            raise UserError(f"{wanted}; what is at [{i}] is {item!r}, not a whole number") from None
-    return out
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int) -> None:
-    for name, value, kind in (("max_new_tokens", max_new_tokens, Integral), ("temperature", temperature, Real),
-                              ("top_k", top_k, Integral), ("top_p", top_p, Real), ("seed", seed, Integral)):
-        if not isinstance(value, kind) and not (name == "top_k" and value is None):     # (only from Python: no flags)
-            raise UserError(f"{name}={value!r}: give a {'whole ' if kind is Integral else ''}number")
-    if max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {max_new_tokens}: at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature {temperature}: 0 (greedy) or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p}: above 0, at most 1")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"--top-k {top_k}: at least 1")
-    if not 0 <= seed < 2**64:
-        raise UserError(f"--seed {seed}: a number from 0 to 2^64 - 1")
 
 
 def fail(message: str) -> None:

@@ -32,13 +32,14 @@ class Transfer:
     size: int
     asked: float                            # when, on the lane's clock
     urgent: bool
-    predicted: bool = False                 # moved on a prediction, in decode
+    predicted: bool = False                 # moved on a guess
     slot: int = -1
     sent: int = 0
     loaded: Any = None                      # the lane's mark for "all of it is there": an event, or a time
     order: int = 0                          # the lane delivers in this order
     arrived: bool = False                   # the host has seen that all of it is there: nothing need wait
     used: bool = False                      # something was computed with it
+    counted: bool = False                   # a use of it has been, so that the next is a hit; or it moved in prefill
     held: bool = False                      # a guess with no slot to take: it starts no earlier than it gets one
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
 
@@ -164,19 +165,42 @@ class CudaLane:
     enqueued, and a slot's first chunk waits for the event that `used` recorded.
     """
 
-    def __init__(self, device: torch.device, chunk: int, slots: int, copy: Callable[[Transfer, int, int], None]):
-        self.device, self.chunk, self.copy = device, chunk, copy
-        self.stream = torch.cuda.Stream(device)
-        self.last_use: list[torch.cuda.Event | None] = [None] * slots
+    def __init__(self, slots: torch.Tensor, chunk: int, store):
+        """`slots` [N, expert bytes] on the device; `store` has what goes there: `pinned_block(key)`, the expert's bytes
+        in pinned memory or None, and `fetch(key, start, into)`, which copies them from wherever they are."""
+        self.device, self.chunk, self.store = slots.device, chunk, store
+        self.slots = slots.unbind()         # (made once: this is hot)
+        self.stream = torch.cuda.Stream(self.device)
+        self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
         self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
+        self.ring: list = []                # two pinned buffers and the event of their last copy, if they are needed
         self.buffer, self.copied = torch.empty(0), torch.cuda.Event()
         self.busy = 0.0
         self.origin = torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(self.device)
         self.origin.record()
         self.origin.synchronize()
         self.epoch = time.perf_counter()
         self.now = time.perf_counter
+
+    def copy(self, transfer: Transfer, start: int, stop: int) -> None:
+        """Enqueue those bytes of an expert on the current stream. What is not pinned goes through the ring: a direct
+        copy would block the host."""
+        slot, block = self.slots[transfer.slot], self.store.pinned_block(transfer.key)
+        if block is not None:
+            slot[start:stop].copy_(block[start:stop], non_blocking=True)
+            return
+        if not self.ring:
+            self.ring = [(torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
+                         for _ in range(2)]
+        for begin in range(start, stop, self.chunk):
+            end = min(begin + self.chunk, stop)
+            buffer, free = self.ring[0]
+            free.synchronize()              # its last copy is done (at first: never recorded, which counts as done)
+            self.store.fetch(transfer.key, begin, buffer[:end - begin])
+            slot[begin:end].copy_(buffer[:end - begin], non_blocking=True)
+            free.record()
+            self.ring.reverse()
 
     def fed_by(self, pump: Callable[[], None]) -> None:
         self.pump = pump

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import UserError, human, rounded_up
+from .errors import UserError, format_bytes, rounded_up
 from .model import ATTENTION_ROWS, EXPERT_ROWS, padded
-from .packed import Outline
+from .packed import ModelShapes
 from .quant import parts
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
@@ -33,7 +33,7 @@ class MemoryPlan:
         return self.resident + self.kv + self.workspace + self.slots * (self.expert + self.graphs)
 
 
-def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
+def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
                 cache_experts: int | None) -> MemoryPlan:
     """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
     c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
@@ -55,11 +55,11 @@ def plan_memory(packed: Outline, dtype: torch.dtype, context: int, compiled: boo
     graphs = GRAPH * pieces if cuda and compiled else 0
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, graphs, 2)
     if budget is not None and plan.total > budget:
-        raise UserError(f"--gpu-memory {human(budget)} is too small: {rounded_up(plan.total)} is the least that works ("
-                        f"{human(resident)} resident weights, {human(kv)} KV cache for --context {context}, "
-                        f"{human(plan.workspace)} workspace, two experts of {human(plan.expert)})")
+        raise UserError(f"--gpu-memory {format_bytes(budget)} is too small: {rounded_up(plan.total)} is the least that works ("
+                        f"{format_bytes(resident)} resident weights, {format_bytes(kv)} KV cache for --context {context}, "
+                        f"{format_bytes(plan.workspace)} workspace, two experts of {format_bytes(plan.expert)})")
     fit = total if budget is None else 2 + (budget - plan.total) // (plan.expert + plan.graphs)
     if cache_experts is not None and cache_experts > fit and fit < total:
-        raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {human(budget)} leaves room for {fit}")
+        raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {format_bytes(budget)} leaves room for {fit}")
     plan.slots = min(total, fit if cache_experts is None else cache_experts)
     return plan

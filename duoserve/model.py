@@ -39,8 +39,9 @@ class ExpertSource(Protocol):
 
     def begin_layer(self, layer: int) -> None: ...
 
-    def read(self, layer: int, logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Routing:
-        """logits [T, E], ids and weights [T, K], lookahead [T, E] -> the pass's routing on the host."""
+    def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None]) -> Routing:
+        """numbers: those of `pack_routing`; rows: the router's logits and the next layer's lookahead, [T, E] each. ->
+        the pass's routing on the host."""
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, nn.Module]]:
         """Every expert with a token, once, in any order; valid until the iterator is resumed or closed."""
@@ -134,11 +135,11 @@ class Expert(nn.Module):
         return self.w2(F.silu(gate) * up)
 
 
-def add_answers(h: Tensor, weights: Tensor, answers: Tensor) -> Tensor:
-    """h [T, D], weights [T, K], what the experts of each rank answer [T, K, D] -> [T, D], summed in rank
-    order, whatever order they came in."""
-    for rank, answer in enumerate(answers.unbind(1)):
-        h = h + weights[:, rank, None].to(h.dtype) * answer
+def combine_experts(h: Tensor, weights: Tensor, expert_out: Tensor) -> Tensor:
+    """h [T, D], weights [T, K], what the expert of each rank gave [T, K, D] -> [T, D], summed in rank order,
+    whatever order they came in."""
+    for rank, out in enumerate(expert_out.unbind(1)):
+        h = h + weights[:, rank, None].to(h.dtype) * out
     return h
 
 
@@ -222,14 +223,14 @@ class Mixtral(nn.Module):
         logits = layer.router(x)
         ids, weights = route(logits, K)
         lookahead = self.layers[i + 1].gate(h) if i + 1 < len(self.layers) else None
-        routing = source.read(i, logits, ids, weights, lookahead)
+        routing = source.route(i, pack_routing(logits, ids, weights, lookahead), (logits, lookahead))
         order = ids.flatten().argsort(stable=True)                  # (token, rank) pairs, expert after expert
         token = order // K
         ends = list(accumulate(routing.counts))
-        y = x.new_empty(T * K, D)                                   # what each (token, rank) pair's expert answers
+        expert_out = x.new_empty(T * K, D)                          # of each (token, rank) pair
         with closing(source.experts(i, routing)) as ready:          # closed also on an exception: no slot stays pinned
             for e, expert in ready:
                 mine = slice(ends[e] - routing.counts[e], ends[e])
                 for pairs, tokens in zip(order[mine].split(EXPERT_ROWS), token[mine].split(EXPERT_ROWS)):
-                    y[pairs] = expert(x[tokens])
-        return add_answers(h, weights, y.view(T, K, D))
+                    expert_out[pairs] = expert(x[tokens])
+        return combine_experts(h, weights, expert_out.view(T, K, D))

@@ -63,7 +63,7 @@ def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tup
     return shapes
 
 
-class Outline:
+class ModelShapes:
     """What a configuration alone says of a packed model: layout of an expert, resident tensors, bytes."""
 
     def __init__(self, config: MixtralConfig, largest_group: int = 128):
@@ -87,7 +87,7 @@ def check_directory(directory: Path) -> None:
         raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
 
 
-class PackedModel(Outline):
+class PackedModel(ModelShapes):
     """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the file."""
 
     def __init__(self, directory: str | Path):

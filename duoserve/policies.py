@@ -1,32 +1,36 @@
 """The uniform baselines of the field, each the honest best version of its idea, on the same lane, slots and kernels.
 
 A uniform policy is one `ExpertScheduler` for both phases. What they share with ours: pinned memory, one copy an
-expert, demands before guesses, every expert computed as soon as it is there.
+expert, demands before guesses, every expert computed as soon as it is there. A file that defines one more is a policy,
+too, wherever one is named.
 """
+
+import runpy
+from functools import cache
 
 import numpy as np
 
 from .cache import Slot
-from .link import Key
+from .errors import UserError, unknown
 from .history import Routing
-from .predictor import Forecast
+from .link import Key
 from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
 
 
 class OnDemand(ExpertScheduler):
-    """Fetches when the router has spoken and keeps nothing: the baseline of the paper (arXiv 2509.07379)."""
+    """Fetches when the routing is known and keeps nothing: the baseline of the paper (arXiv 2509.07379)."""
 
-    def computed(self, key: Key) -> None:
+    def on_expert_done(self, key: Key) -> None:
         self.cache.drop(key)
 
 
 class LayerPrefetch(ExpertScheduler):
-    """Asks for the whole next layer; what finds no slot stays queued and is dropped when that layer's router speaks."""
+    """Asks for the whole next layer; what finds no slot stays queued and is dropped when that layer is routed."""
 
-    def spoken(self, layer: int, routing: Routing) -> None:
+    def on_routing(self, layer: int, routing: Routing) -> None:
         self.cache.plan([transfer.key for transfer in self.cache.queue if transfer.key in self.cache.needed])
 
-    def planning(self, layer: int, routing: Routing) -> None:
+    def plan_prefetch(self, layer: int, routing: Routing) -> None:
         following = (layer + 1) % self.layers
         self.cache.plan([(following, e) for e in range(self.experts_a_layer)])
 
@@ -41,16 +45,16 @@ class Lru(ExpertScheduler):
 
 
 class LookaheadLru(ExpertScheduler):
-    """Guesses the next layer's top_k by lookahead, keeps an LRU a layer, as mixtral-offloading does (arXiv
+    """Predicts the next layer's top_k by lookahead, keeps an LRU a layer, as mixtral-offloading does (arXiv
     2312.17238): evicts within a layer that holds its share, else the globally oldest."""
 
     def begin_step(self, lookahead: list[float] | None) -> None:
-        self.guess(0, lookahead)
+        self.predict(0, lookahead)
 
-    def planning(self, layer: int, routing: Routing) -> None:
-        self.guess(layer + 1, routing.lookahead)
+    def plan_prefetch(self, layer: int, routing: Routing) -> None:
+        self.predict(layer + 1, routing.lookahead)
 
-    def guess(self, layer: int, lookahead: list[float] | None) -> None:
+    def predict(self, layer: int, lookahead: list[float] | None) -> None:
         best = sorted(range(self.experts_a_layer), key=lambda e: -lookahead[e]) if lookahead else []
         self.cache.plan([(layer, e) for e in best[:self.history.top_k]])
 
@@ -62,8 +66,8 @@ class LookaheadLru(ExpertScheduler):
 
 
 class Combined(LookaheadLru):
-    """Guesses the next layer's top_k by lookahead, and for a guess always evicts somebody: whose share of this
-    sequence's tokens is least, the further off its layer is the less. Nobody's, but what a good engineer writes in
+    """Predicts the next layer's top_k by lookahead, and for a guess always evicts somebody: whose share of this
+    sequence's tokens is least, the further off its layer is the less. Nobody's, but what a good engineer would write in
     twelve lines, and ahead of what has been published."""
 
     def worth(self, key: Key) -> float:
@@ -79,11 +83,11 @@ class Score(Combined):
     """Evicts by a running mean of the router's scores, in which only the 2 top_k best of each time count: HybriMoE's
     cache (arXiv 2504.05897)."""
 
-    def __init__(self, cache, history):
-        super().__init__(cache, history)
+    def __init__(self, *of_request):
+        super().__init__(*of_request)
         self.scores = np.zeros((self.layers, self.experts_a_layer))
 
-    def spoken(self, layer: int, routing: Routing) -> None:
+    def on_routing(self, layer: int, routing: Routing) -> None:
         share = np.exp(np.asarray(routing.logits) - max(routing.logits))
         share /= share.sum()
         share[np.argsort(-share, kind="stable")[2 * len(routing.ids):]] = 0
@@ -94,10 +98,10 @@ class Score(Combined):
 
 
 class Activation(ExpertScheduler):
-    """Guesses the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing more, as
+    """Predicts the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing more, as
     MoE-Infinity does (arXiv 2401.14361)."""
 
-    def planning(self, layer: int, routing: Routing) -> None:
+    def plan_prefetch(self, layer: int, routing: Routing) -> None:
         following = (layer + 1) % self.layers
         counts = self.history.counts[following]
         best = sorted((e for e in range(self.experts_a_layer) if counts[e]), key=lambda e: -counts[e])
@@ -113,14 +117,39 @@ class Activation(ExpertScheduler):
         return least if urgent or self.worth(least.key) < self.worth(key) else None
 
 
-UNIFORM = {"on-demand": OnDemand, "layer-prefetch": LayerPrefetch, "cache": Lru, "lru": LookaheadLru,
-           "activation": Activation, "score": Score, "combined": Combined}
-POLICIES = ("duo", *UNIFORM)
+# Name -> the schedulers of prefill and of decode. One for both is made once a request.
+POLICIES = {"duo": (PrefillScheduler, DecodeScheduler), "on-demand": (OnDemand,) * 2,
+            "layer-prefetch": (LayerPrefetch,) * 2, "cache": (Lru,) * 2, "lru": (LookaheadLru,) * 2,
+            "activation": (Activation,) * 2, "score": (Score,) * 2, "combined": (Combined,) * 2}
 
 
-def schedulers(policy: str, cache, history, tokens: int, forecast: Forecast):
-    """-> (prefill scheduler, function that makes the decode scheduler once prefill is done)."""
-    if policy in UNIFORM:
-        one = UNIFORM[policy](cache, history)
-        return one, lambda: one
-    return PrefillScheduler(cache, history, tokens), lambda: DecodeScheduler(cache, history, forecast)
+def load_policy(policy: str, flag: str = "--policy", more: tuple[str, ...] = ()) -> tuple[type, type]:
+    """The schedulers of a policy, by its name or from a file that defines one subclass of `ExpertScheduler`;
+    `UserError` if it is neither (`more`: names that are known elsewhere)."""
+    if policy in POLICIES:
+        return POLICIES[policy]
+    if not policy.endswith(".py"):
+        raise unknown(flag, policy, (*POLICIES, *more))
+    return (defined_in(policy, flag),) * 2
+
+
+@cache
+def defined_in(path: str, flag: str) -> type:
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    except Exception as error:
+        raise UserError(f"{flag} {path}: does not run ({type(error).__name__}: {error})") from error
+    own = [thing for thing in names.values() if isinstance(thing, type) and issubclass(thing, ExpertScheduler)
+           and thing.__module__ == names["__name__"]]
+    if len(own) != 1:
+        raise UserError(f"{flag} {path}: defines {len(own)} subclasses of ExpertScheduler; it takes one")
+    return own[0]
+
+
+def schedulers(policy: str, *of_request) -> tuple[ExpertScheduler, ExpertScheduler]:
+    """-> a request's schedulers for prefill and for decode: (cache, history, forecast, tokens of its prompt)."""
+    prefill, decode = load_policy(policy)
+    first = prefill(*of_request)
+    return first, first if decode is prefill else decode(*of_request)

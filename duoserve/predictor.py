@@ -28,7 +28,7 @@ from .history import History
 HIDDEN = 96
 HINTS = 3                                   # of each expert: margin of its logit, recent use, share of tokens
 WEIGHTS = ("votes", "w1", "b1", "w2", "b2")
-PATIENCE = 0.75                             # what an expert in a slot is worth if its use is a token away
+DISCOUNT = 0.75                             # what an expert in a slot is worth if its use is a token away
 VERSION = "2"                               # of the file: 1 had nets for each layer by itself
 
 
@@ -38,14 +38,14 @@ def margin(logits: np.ndarray, top_k: int) -> np.ndarray:
     return logits - (ranked[..., -top_k, None] + ranked[..., max(-top_k - 1, -ranked.shape[-1]), None]) / 2
 
 
-def soft(z: np.ndarray) -> np.ndarray:
+def sigmoid(z: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(z / 2))       # the logistic function, without overflow
 
 
 def worth(chance, rate):
-    """What an expert is worth at its layer's next visit: 1 if it is chosen, PATIENCE if it is at the one after
+    """What an expert is worth at its layer's next visit: 1 if it is chosen, DISCOUNT if it is at the one after
     that, and so on. With this chance it is; else at every later visit with chance `rate`: a geometric series."""
-    return chance + (1 - chance) * rate * PATIENCE / (1 - PATIENCE * (1 - rate))
+    return chance + (1 - chance) * rate * DISCOUNT / (1 - DISCOUNT * (1 - rate))
 
 
 class Predictor:
@@ -65,7 +65,7 @@ class Predictor:
         layers), for the others what each expert is `worth` at its layer's next visit."""
         votes, w1, b1, w2, b2 = self.weights
         z = np.maximum(hints[0].ravel() @ w1 + b1[state], 0) @ w2[state] + b2[state]
-        return soft(z.reshape(hints[0].shape) + (hints * votes[state][..., None]).sum(0))
+        return sigmoid(z.reshape(hints[0].shape) + (hints * votes[state][..., None]).sum(0))
 
     def popularity(self) -> np.ndarray:
         """[layers, experts]: each expert's share of the traces' tokens, as the affinity table implies it."""
@@ -121,6 +121,7 @@ class Forecast:
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
+        self.trained = predictor is not None                        # else what is far off is not known well enough
 
     def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
         """[layers, experts], when `state` layers of this token have spoken: for the layer that comes next
@@ -129,9 +130,9 @@ class Forecast:
         hints = self.hints(state, lookahead)
         if self.predictor is not None:
             return self.predictor(state, hints)
-        chance = 0.5 * soft(0.5 * hints[0]) + 0.5 * hints[1]
+        chance = 0.5 * sigmoid(0.5 * hints[0]) + 0.5 * hints[1]
         estimate, coming = worth(chance, self.history.rates()), state % self.history.layers
-        estimate[coming] = chance[coming] if lookahead is None else soft(1.5 * hints[0, coming])
+        estimate[coming] = chance[coming] if lookahead is None else sigmoid(1.5 * hints[0, coming])
         return estimate
 
     def hints(self, state: int, lookahead: list[float] | None) -> np.ndarray:

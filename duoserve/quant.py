@@ -79,7 +79,7 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((unpack(q, group) - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
 
 
-def one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x [1, columns] -> [1, N] in one pass over the bytes.
 
     Scale and zero meet each group's dot product and sum of x, not each weight: a third of the arithmetic.
@@ -92,7 +92,7 @@ def one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return y.to(x.dtype)[None]
 
 
-def unpack_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
+def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
     out.copy_(dequantize(q, scale, zero))
 
 
@@ -113,8 +113,8 @@ def compiled(function):
     return torch.compile(function, dynamic=False, options={"deterministic": True, "triton.autotune_pointwise": False})
 
 
-def fused_one_row(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`one_row` for the compiler: the same products, told so that a weight costs a mask, a conversion and a product.
+def fused_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`gemv` for the compiler: the same products, told so that a weight costs a mask, a conversion and a product.
 
     Four bytes are read as one word, and a nibble is left where it lies in it: k places up it is 16^k times too large,
     and x, which is laid out as the words meet it, was made as much smaller.
@@ -156,8 +156,8 @@ class PackedLinear(nn.Module):
                  device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.one_row = compiled(fused_one_row) if compile else one_row
-        self.unpack_into = compiled(unpack_into) if compile else unpack_into
+        self.gemv = compiled(fused_gemv) if compile else gemv
+        self.dequantize_into = compiled(dequantize_into) if compile else dequantize_into
         self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
@@ -167,7 +167,7 @@ class PackedLinear(nn.Module):
         """x [.., columns] -> [.., rows]; which kernel runs depends on the number of rows of x alone."""
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) == 1:
-            return self.one_row(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
+            return self.gemv(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
         y = x.new_empty(len(flat), len(self.q))
         for i, part in enumerate(self.parts()):     # (one's unpacked weights are given back before the next's are made)
             torch.mm(flat, self.unpacked(i, part, x).T, out=y[:, part])
@@ -184,7 +184,7 @@ class PackedLinear(nn.Module):
         else:
             q = self.q[part]
             weights = like.new_empty(len(q), 2 * q.shape[1])
-            self.unpack_into(q, self.scale[part], self.zero[part], weights)
+            self.dequantize_into(q, self.scale[part], self.zero[part], weights)
         return weights
 
     def capture(self, workspace: Tensor, graph: Callable) -> None:
@@ -192,7 +192,7 @@ class PackedLinear(nn.Module):
         for part in self.parts():
             q = self.q[part]
             weights = workspace[:2 * q.numel()].view(len(q), -1)
-            unpack = partial(self.unpack_into, q, self.scale[part], self.zero[part], weights)
+            unpack = partial(self.dequantize_into, q, self.scale[part], self.zero[part], weights)
             self.graphs.append((weights, graph(unpack)))
 
 

@@ -2,7 +2,7 @@
 
 Prefill needs nearly every expert of every layer and knows it in advance: its bytes stream in a fixed order, through
 layer boundaries, while attention and the experts that have arrived are computed. Decode needs 2 of 8 and learns which
-only when the router speaks: it fetches what is missing first, and guesses the rest of the time (DuoServe-MoE,
+only when it reads the router: it fetches what is missing first, and predicts the rest of the time (DuoServe-MoE,
 arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 """
 
@@ -11,36 +11,39 @@ from typing import Iterator
 import numpy as np
 
 from .cache import GPUExpertCache, Slot
-from .link import Key
 from .history import History, Routing
-from .predictor import PATIENCE, Forecast, worth
+from .link import Key
+from .predictor import DISCOUNT, Forecast, worth
 
 RING = 4                                    # slots that prefill streams through; the others keep what decode will want
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time
 HORIZON = 4                                 # layers that prefill looks ahead
+BEYOND = 4                                  # guesses that decode makes beyond the next layer
+BUSY = 0.97                                 # share of its time in use from which on the link has none to spare
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
 class ExpertScheduler:
     """What the engine asks of a policy; this base fetches what the router asked for, and keeps it.
 
-    `history` is the request's; the engine feeds it each routing before it calls `experts`.
+    One is made for each phase of a request: `tokens` are those of its prompt. It is given to the cache
+    (`GPUExpertCache.serve`) before it is used.
     """
 
-    def __init__(self, cache: GPUExpertCache, history: History):
-        self.cache, self.history = cache, history
+    def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast, tokens: int):
+        self.cache, self.history, self.forecast, self.tokens = cache, history, forecast, tokens
         self.layers, self.experts_a_layer = history.layers, history.experts
         self.layer = 0
-        self.clock = 0                      # ticks once per use, for policies that care how long ago
+        self.uses = 0                       # counted for policies that care how long ago the last one was
         self.last_used: dict[Key, int] = {}
-        cache.policy = self
 
     def begin_step(self, lookahead: list[float] | None) -> None:
         """Once a forward pass: layer 0's lookahead (the last token's), or None."""
 
     def begin_layer(self, layer: int) -> None:
         """Before a layer's attention: transfers may start."""
-        self.layer, self.cache.refused = layer, None                # (what a slot is worth may depend on the layer)
+        self.layer = layer
+        self.cache.reconsider()             # (what a slot is worth may depend on the layer)
         self.cache.pump()
 
     def end_layer(self, layer: int) -> None:
@@ -48,42 +51,43 @@ class ExpertScheduler:
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or closed."""
+        self.history.observe(layer, routing)
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         cache.require(remaining)
-        self.spoken(layer, routing)
+        self.on_routing(layer, routing)
         planned = False
         try:
             while remaining:
-                for key in self.due(remaining):     # as many as there are slots, before any guess
+                for key in self.to_demand(remaining):               # as many as there are slots, before any guess
                     cache.demand(key)
                 if not planned:
-                    self.planning(layer, routing)
+                    self.plan_prefetch(layer, routing)
                     planned = True
-                # The lane delivers in the order of the asking, so the oldest transfer is the next to be ready.
-                key = min(filter(cache.resident, remaining), key=lambda key: cache.where[key].transfer.order)
+                # The lane delivers in the order of asking, so the oldest transfer is the next to be ready.
+                key = min(filter(cache.resident, remaining), key=lambda key: cache.slot_of[key].transfer.order)
                 slot = cache.acquire(key)
                 try:
                     yield key[1], slot
                 finally:
                     cache.release(key)
                 remaining.remove(key)
-                self.clock += 1
-                self.last_used[key] = self.clock
-                self.computed(key)
+                self.uses += 1
+                self.last_used[key] = self.uses
+                self.on_expert_done(key)
         finally:
             cache.needed.difference_update(remaining)
 
-    def spoken(self, layer: int, routing: Routing) -> None:
-        """The router has spoken: forget guesses about this layer."""
+    def on_routing(self, layer: int, routing: Routing) -> None:
+        """A layer's routing is known, and nothing has been demanded yet."""
 
-    def planning(self, layer: int, routing: Routing) -> None:
+    def plan_prefetch(self, layer: int, routing: Routing) -> None:
         """The demands are enqueued: plan what the lane shall do after them."""
 
-    def due(self, remaining: list[Key]) -> list[Key]:
-        """Which of the experts that the router asked for and that are not computed yet to ask the lane for now."""
+    def to_demand(self, remaining: list[Key]) -> list[Key]:
+        """Which of the experts that the layer needs and that are not computed yet to ask the lane for now."""
         return remaining
 
-    def computed(self, key: Key) -> None:
+    def on_expert_done(self, key: Key) -> None:
         """An expert has been computed and its slot released."""
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
@@ -98,49 +102,49 @@ class ExpertScheduler:
 class PrefillScheduler(ExpertScheduler):
     """Streams the experts ahead of the computation, in the order they will be needed, through a ring of slots."""
 
-    def __init__(self, cache: GPUExpertCache, history: History, tokens: int):
-        super().__init__(cache, history)
-        self.certain = tokens >= CERTAIN
-        self.passed: set[Key] = set()       # computed in this pass, or found not to be needed
-        self.ahead: list[Key] = []          # asked for by us and not passed yet
+    def __init__(self, *of_request):
+        super().__init__(*of_request)
+        self.certain = self.tokens >= CERTAIN
+        self.done: set[Key] = set()         # computed in this pass, or found not to be needed
+        self.ahead: list[Key] = []          # asked for by us and not done yet
         self.order = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
 
     def begin_layer(self, layer: int) -> None:
         super().begin_layer(layer)
         self.run_ahead()
 
-    def spoken(self, layer: int, routing: Routing) -> None:
-        self.passed.update((layer, e) for e, n in enumerate(routing.counts) if not n)
+    def on_routing(self, layer: int, routing: Routing) -> None:
+        self.done.update((layer, e) for e, n in enumerate(routing.counts) if not n)
         if not self.certain:
-            self.cache.plan([key for key in self.ahead if key not in self.passed])      # the rest is dropped
+            self.cache.plan([key for key in self.ahead if key not in self.done])        # the rest is dropped
 
-    def planning(self, layer: int, routing: Routing) -> None:
+    def plan_prefetch(self, layer: int, routing: Routing) -> None:
         if routing.lookahead and not self.certain:      # a few tokens will not need them all: the likely ones first
             i = (layer + 1) * self.experts_a_layer
             self.order[i:i + self.experts_a_layer] = sorted(
                 self.order[i:i + self.experts_a_layer], key=lambda key: -routing.lookahead[key[1]])
         self.run_ahead()
 
-    def due(self, remaining: list[Key]) -> list[Key]:
+    def to_demand(self, remaining: list[Key]) -> list[Key]:
         """No more than the ring holds: asking for all eight at once would only push out what decode will want."""
-        here = [key for key in remaining if key in self.cache.where]
-        absent = [key for key in remaining if key not in self.cache.where]
+        here = [key for key in remaining if key in self.cache.slot_of]
+        absent = [key for key in remaining if key not in self.cache.slot_of]
         return here + absent[:max(0, RING - len(here))]
 
-    def computed(self, key: Key) -> None:
-        self.passed.add(key)
+    def on_expert_done(self, key: Key) -> None:
+        self.done.add(key)
         self.run_ahead()
 
     def run_ahead(self) -> None:
         """Keep the ring full: what is next in order and not here is asked for, whole if it is certain to be needed."""
         cache = self.cache
         ring = min(RING, len(cache.slots))
-        self.ahead = [key for key in self.ahead if key not in self.passed]
+        self.ahead = [key for key in self.ahead if key not in self.done]
         here = self.layer * self.experts_a_layer                    # (a few layers on is far enough: the ring is small)
         for key in self.order[here:here + HORIZON * self.experts_a_layer]:
             if len(self.ahead) >= ring:
                 break
-            if key in self.passed or key in self.ahead or cache.resident(key):
+            if key in self.done or key in self.ahead or cache.resident(key):
                 continue
             if self.certain and not cache.demand(key):
                 break
@@ -150,7 +154,7 @@ class PrefillScheduler(ExpertScheduler):
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         """Of what this pass is done with, what the prompt used least; else what it will need last."""
-        done = [slot for slot in candidates if slot.key in self.passed]
+        done = [slot for slot in candidates if slot.key in self.done]
         if done:
             return min(done, key=lambda slot: self.history.counts[slot.key])
         last = max(candidates, key=lambda slot: slot.key)
@@ -158,20 +162,19 @@ class PrefillScheduler(ExpertScheduler):
 
 
 class DecodeScheduler(ExpertScheduler):
-    """Fetches what is missing, then what the forecast says of the next layer; evicts what is likeliest to lie idle
-    longest."""
+    """Fetches what is missing, then what the forecast says of the next layer, then, if the link has time to spare, of
+    those after it; evicts what is likeliest to lie idle longest."""
 
-    def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast):
-        super().__init__(cache, history)
-        self.forecast = forecast
-        # What is known: how many layers of this token have spoken, and the next one's lookahead. What follows from
-        # it, once somebody asks: the next layer's `chance [experts]`, every expert's `value [layers][experts]`.
-        # Where nothing has to be guessed or evicted, nobody does, and the host goes straight on.
+    def __init__(self, *of_request):
+        super().__init__(*of_request)
+        # What is known: how many layers of this token are routed, and the next one's lookahead. What follows from it,
+        # once somebody asks: the next layer's `chance [experts]`, every expert's `value [layers][experts]`. Where
+        # nothing has to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
         self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
-        self.discount = np.tile(PATIENCE ** steps, 2)[:, None]      # of a use so many layers away, twice around
+        self.discount = np.tile(DISCOUNT ** steps, 2)[:, None]      # of a use so many layers away, twice around
 
     def begin_step(self, lookahead: list[float] | None) -> None:
         self.layer = -1
@@ -179,28 +182,31 @@ class DecodeScheduler(ExpertScheduler):
             self.state, self.lookahead = 0, lookahead
         self.replan()
 
-    def spoken(self, layer: int, routing: Routing) -> None:
+    def on_routing(self, layer: int, routing: Routing) -> None:
         self.state, self.lookahead = layer + 1, routing.lookahead
 
-    def planning(self, layer: int, routing: Routing) -> None:
+    def plan_prefetch(self, layer: int, routing: Routing) -> None:
         self.replan()                       # (what is missing has gone to the lane, its slot by what was known)
 
     def replan(self) -> None:
-        """Guess at the next layer's experts, best first; then, while slots are empty, at the likeliest absent ones."""
+        """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as far as
+        slots are empty or the link has time to spare: a guess takes no slot that is worth more."""
         cache, layer, wanted = self.cache, (self.layer + 1) % self.layers, []
         self.value = None
         if not all(cache.resident((layer, e)) for e in range(self.experts_a_layer)):
-            self.appraise()
+            self.update_values()
             best = sorted(range(self.experts_a_layer), key=lambda e: -self.chance[e])
             wanted = [(layer, e) for e in best if self.chance[e] >= LIKELY]
-        if len(cache.where) < len(cache.slots):
+        beyond = BEYOND if self.forecast.trained and cache.link_use() < BUSY else 0
+        more = max(len(cache.slots) - len(cache.slot_of), beyond)
+        if more:
             absent = [(m, e) for m in range(self.layers) for e in range(self.experts_a_layer)
-                      if not cache.resident((m, e)) and (m, e) not in wanted]
-            wanted += sorted(absent, key=self.worth, reverse=True)[:len(cache.slots) - len(cache.where)]
+                      if m != layer and not cache.resident((m, e))]
+            wanted += sorted(absent, key=self.worth, reverse=True)[:more]
         cache.plan(wanted)
 
-    def appraise(self) -> None:
-        """Every expert's value: 1 if it is used now, PATIENCE if a token from now, and so on: what is expected."""
+    def update_values(self) -> None:
+        """Every expert's value: 1 if it is used now, DISCOUNT if a token from now, and so on: what is expected."""
         estimate, coming = self.forecast.estimate(self.state, self.lookahead), self.state % self.layers
         self.chance = estimate[coming].tolist()
         estimate[coming] = worth(estimate[coming], self.history.rates()[coming])
@@ -209,7 +215,7 @@ class DecodeScheduler(ExpertScheduler):
 
     def worth(self, key: Key) -> float:
         if self.value is None:
-            self.appraise()
+            self.update_values()
         return self.value[key[0]][key[1]]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:

@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .model import Expert, Mixtral, add_answers, padded, rope_table
+from .model import Expert, Mixtral, combine_experts, padded, rope_table
 from .quant import compiled
 
 
@@ -32,7 +32,7 @@ class DecodeStep:
         new = partial(torch.zeros, device=device, dtype=kv.dtype)
         self.token, self.position = new(1, dtype=torch.long), new(1, dtype=torch.long)
         self.rope = new(2, 1, c.head_dim, dtype=torch.float32)
-        self.h, self.x, self.answers = new(1, D), new(1, D), new(1, K, D)
+        self.h, self.x, self.expert_out = new(1, D), new(1, D), new(1, K, D)
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
         self.lookahead = new(c.num_local_experts, dtype=torch.float32)              # of layer 0
         self.numbers = [new(3 * c.num_local_experts + 2 * K, dtype=torch.float32),  # what the host reads of a layer,
@@ -74,7 +74,7 @@ class DecodeStep:
         for i, run in enumerate(self.layers):
             source.begin_layer(i)
             run()
-            routing = source.hear(i, self.numbers[i + 1 == len(self.layers)])
+            routing = source.route(i, self.numbers[i + 1 == len(self.layers)])
             with closing(source.ready(i, routing)) as ready:
                 for e, slot in ready:
                     self.experts[slot][routing.ids.index(e)]()
@@ -87,25 +87,26 @@ class DecodeStep:
         self.h.copy_(h)
         self.lookahead.copy_(self.model.layers[0].gate(h)[0])
         self.rope.copy_(rope_table(self.model.config, self.position))
-        self.weights.zero_(), self.answers.zero_()                  # layer 0 comes after no experts
+        self.weights.zero_(), self.expert_out.zero_()                  # layer 0 comes after no experts
 
     def _layer(self, i: int) -> None:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :self.keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
-        self.run_layer(layers[i], following, self.answers, self.rope, k, v, self.position,
+        self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position,
                        self.h, self.x, self.weights, self.numbers[following is None])
 
     def _expert(self, slot: Expert, rank: int) -> None:
-        self.run_expert(slot, self.x, self.answers[:, rank])
+        self.run_expert(slot, self.x, self.expert_out[:, rank])
 
     def _end(self) -> None:
-        h = self.model.norm(add_answers(self.h, self.weights, self.answers))
+        h = self.model.norm(combine_experts(self.h, self.weights, self.expert_out))
         self.logits.copy_(self.model.head(h)[0])
 
 
-def run_layer(layer, following, answers, rope, k, v, position, h, x, weights, numbers):
-    """The experts' answers of the layer before, then this one up to its router's choice. Keys and values and the last four are written."""
-    out = layer.step(add_answers(h, weights, answers), rope, k, v, position, weights.shape[1], following)
+def run_layer(layer, following, expert_out, rope, k, v, position, h, x, weights, numbers):
+    """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values and the last
+    four are written."""
+    out = layer.step(combine_experts(h, weights, expert_out), rope, k, v, position, weights.shape[1], following)
     for buffer, value in zip((h, x, weights, numbers), out):
         buffer.copy_(value)
 

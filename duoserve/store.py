@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import UserError, human
+from .errors import UserError, format_bytes
 from .link import Key, LinkError
 from .files import read_into, reading
 from .packed import PackedModel
@@ -46,44 +46,44 @@ def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndar
         room = int(0.9 * (available - beside)) // 1000
         mend = (f"--host-memory {room // 1000}MB" if room >= 10**4 else f"--host-memory {max(1, room)}kB") + \
             " keeps what is used most there and reads the rest from the disk"
-        wanted = f"--host-memory {human(host_memory)}" if host_memory else "the model" if beside else "its experts"
-        raise UserError(f"{model.directory}: {wanted} would take {human(need)} of host memory and {human(available)} "
+        wanted = f"--host-memory {format_bytes(host_memory)}" if host_memory else "the model" if beside else "its experts"
+        raise UserError(f"{model.directory}: {wanted} would take {format_bytes(need)} of host memory and {format_bytes(available)} "
                         f"are available; {mend if room > 0 else 'free some'}")
     return kept
 
 
 class ExpertStore:
-    """`block(layer, expert)` is the bytes of an expert in memory; `pinned` says whether CUDA can copy them directly.
+    """`blocks[layer, expert]`, uint8 [nbytes], are the bytes of an expert in memory; `pinned` says whether CUDA can copy
+    them directly.
 
     `kept` names those in memory. The others' files must stay as they are while the store lives.
     """
 
     def __init__(self, model: PackedModel, kept: list[Key], pin: bool = False, progress=None, threads: int = 8):
         self.model, self.nbytes, stride = model, model.layout.nbytes, stride_of(model)
-        self.rows = {key: row for row, key in enumerate(sorted(kept))}
         total = len(kept) * stride
         try:
             self.memory = mmap.mmap(-1, max(total, mmap.PAGESIZE))
         except OSError as error:
-            raise UserError(f"{model.directory}: {human(total)} of host memory for its experts cannot be had "
+            raise UserError(f"{model.directory}: {format_bytes(total)} of host memory for its experts cannot be had "
                             f"({error.strerror}); ask for less with --host-memory") from None
         self.bytes = np.frombuffer(self.memory, np.uint8, total).reshape(len(kept), stride)[:, :self.nbytes]
-        self.tensor = torch.from_numpy(self.bytes)
+        self.blocks = dict(zip(sorted(kept), torch.from_numpy(self.bytes).unbind()))
 
         def load(key):
-            model.read_expert(*key, self.bytes[self.rows[key]])
+            model.read_expert(*key, self.blocks[key].numpy())
             if progress:
                 progress.add(self.nbytes)
 
         pool = ThreadPoolExecutor(threads)
         try:
-            for _ in pool.map(load, self.rows):
+            for _ in pool.map(load, self.blocks):
                 pass                        # the first corrupted expert ends the loading
         finally:
             pool.shutdown(cancel_futures=True)
         c = model.config
         every = [(layer, e) for layer in range(c.num_hidden_layers) for e in range(c.num_local_experts)]
-        self.crc = {key: 0 for key in every if key not in self.rows}        # of those on the disk, until it is checked
+        self.crc = {key: 0 for key in every if key not in self.blocks}        # of those on the disk, until it is checked
         self.stamps = {}                    # of their files
         self.bytes_read = 0                 # of theirs, since loading
         for layer in {layer for layer, _ in self.crc}:
@@ -92,10 +92,6 @@ class ExpertStore:
         self.region = max(1, REGION // stride) * stride             # bytes: no copy may cross a multiple of it
         self.pinned = pin and total > 0 and self._register(total, self.region)
 
-    def block(self, layer: int, expert: int) -> torch.Tensor:
-        """uint8 [nbytes], on the host."""
-        return self.tensor[self.rows[layer, expert]]
-
     def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
         """Copy an expert's bytes from `start` on into uint8 [n] on the host, from memory or from the disk.
 
@@ -103,8 +99,8 @@ class ExpertStore:
         not been handed on, so a damaged expert is never computed with, and loading need not read what it does not keep.
         From then on its file must stay as it was. Raises `LinkError`, naming the file.
         """
-        if key in self.rows:
-            into.copy_(self.block(*key)[start:start + len(into)])
+        if key in self.blocks:
+            into.copy_(self.blocks[key][start:start + len(into)])
             return
         header, inside = self.model.locate(f"layers.{key[0]}.experts.{key[1]}")
         if start == 0 and key in self.crc:
@@ -126,35 +122,9 @@ class ExpertStore:
         except UserError as error:
             raise LinkError(str(error)) from error
 
-    def copier(self, slots: torch.Tensor, chunk: int):
-        """-> copy(transfer, start, stop): those bytes of an expert into its row of slots [N, nbytes].
-
-        On the current stream. What is not pinned goes through two pinned buffers: a direct copy would block the host.
-        """
-        if slots.device.type == "cpu":
-            return lambda transfer, start, stop: self.fetch(transfer.key, start, slots[transfer.slot, start:stop])
-
-        rows, blocks = slots.unbind(), dict(zip(self.rows, self.tensor.unbind()))   # made once: this is hot
-
-        def direct(transfer, start, stop):
-            rows[transfer.slot][start:stop].copy_(blocks[transfer.key][start:stop], non_blocking=True)
-
-        if self.pinned and not self.crc:
-            return direct
-        ring = [(torch.empty(chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
-
-        def staged(transfer, start, stop):
-            if self.pinned and transfer.key in self.rows:
-                return direct(transfer, start, stop)
-            for begin in range(start, stop, chunk):
-                end = min(begin + chunk, stop)
-                buffer, free = ring[0]
-                free.synchronize()          # its last copy is done (at first: never recorded, which counts as done)
-                self.fetch(transfer.key, begin, buffer[:end - begin])
-                slots[transfer.slot, begin:end].copy_(buffer[:end - begin], non_blocking=True)
-                free.record()
-                ring.reverse()
-        return staged
+    def pinned_block(self, key: Key) -> torch.Tensor | None:
+        """An expert's bytes, if CUDA can copy them from where they are."""
+        return self.blocks.get(key) if self.pinned else None
 
     def _register(self, total: int, region: int) -> bool:
         """Pin our pages, region by region; on failure undo it and say what that costs."""
@@ -165,7 +135,7 @@ class ExpertStore:
                 for address in done:
                     runtime.cudaHostUnregister(address)
                 clear_cuda_error()
-                print(f"note: the driver will not pin {human(total)} of host memory (cudaHostRegister: {code}); "
+                print(f"note: the driver will not pin {format_bytes(total)} of host memory (cudaHostRegister: {code}); "
                       "transfers go through a small pinned buffer: slower, with hardly any overlap", file=sys.stderr)
                 return False
             done.append(base + start)

@@ -30,15 +30,14 @@ def event(lane: int, start: float, end: float, kind: str, layer: int, *expert: i
             "dur": round(end - start, 3), "args": args}
 
 
-def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=()) -> dict:
+def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=(),
+          decode: float = math.inf) -> dict:
     """Chrome's trace of `transfers`, sent in `chunk`s, and of `computed` (name, layer, start, end), in seconds.
 
-    A transfer's kind is demand, prefetch (on a prediction, in decode) or prefill. It was used, or wasted (dropped or
+    A transfer's kind is prefill if it was asked for before `decode` began, else prefetch or demand. It was used, or wasted (dropped or
     evicted before a use), or is kept: those in `kept`, whose experts are still in their slots.
     """
     spans = sorted(((*span, i, t) for t in transfers for i, span in enumerate(t.spans)), key=lambda span: span[:2])
-    steps = [start for name, layer, start, _ in computed if (name, layer) == ("attention", 0)]
-    decode = steps[1] if len(steps) > 1 else math.inf
     origin = min([start for _, _, start, _ in computed[:1]] + [start for start, *_ in spans[:1]], default=0.0)
     micro, free, last = lambda seconds: round(1e6 * (seconds - origin), 3), 0.0, None
     events = [{"ph": "M", "pid": 1, "tid": lane, "name": what, "args": {"name": name}} for what, lane, name in (
@@ -53,8 +52,7 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
             events[-1]["dur"] = round(end - events[-1]["ts"], 3)
             events[-1]["args"]["bytes"] += nbytes
         else:
-            demand = t.asked >= decode and len(t.spans) == 1                # it goes in one piece
-            kind = "prefetch" if t.predicted else "demand" if demand else "prefill"
+            kind = "prefill" if t.asked < decode else "prefetch" if t.predicted else "demand"
             use = "used" if t.used else "kept" if t in kept else "wasted"
             events.append(event(LINK, start, end, kind, *t.key, use=use, bytes=nbytes))
         free, last = end, t
@@ -151,6 +149,6 @@ def save(engine, path: Path) -> None:
     """What the engine has done since `watch`."""
     cache, at = engine.cache, engine.cache.lane.seconds
     computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
-    run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots})
+    run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots}, cache.since)
     with atomic(path, "w") as file:
         file.write(json.dumps(run) if path.suffix == ".json" else picture(run["traceEvents"]))

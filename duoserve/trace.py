@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .config import MixtralConfig
 from .errors import UserError
 from .files import atomic
 
@@ -29,8 +30,9 @@ def make_directory(directory: str | Path) -> Path:
 class TraceRecorder:
     """Keeps the logits of a request on the device, in memory taken beforehand, and writes them at its end."""
 
-    def __init__(self, context: int, layers: int, experts: int, device):
-        self.router = torch.zeros(context, layers, experts, dtype=torch.float16, device=device)
+    def __init__(self, config: MixtralConfig, context: int, device):
+        self.router = torch.zeros(context, config.num_hidden_layers, config.num_local_experts, dtype=torch.float16,
+                                  device=device)
         self.lookahead = torch.zeros_like(self.router)
 
     def save(self, directory: Path, token_ids: list[int], prompt_tokens: int, model: str) -> Path:

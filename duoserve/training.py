@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .predictor import HIDDEN, HINTS, PATIENCE, Predictor, margin, worth
+from .predictor import HIDDEN, HINTS, DISCOUNT, Predictor, margin, worth
 from .history import RECENT
 from .trace import Trace
 
@@ -33,12 +33,12 @@ def chosen(trace: Trace, top_k: int) -> np.ndarray:
 
 
 def worths(use: np.ndarray) -> np.ndarray:
-    """`use` [tokens, layers, experts] -> what each expert is worth at each token: PATIENCE ** (visits of its layer
+    """`use` [tokens, layers, experts] -> what each expert is worth at each token: DISCOUNT ** (visits of its layer
     until it is chosen, 0 if it is now). What comes after the end is taken to go on at the sequence's rates."""
     rate = (use.sum(0) + use[0].mean(-1, keepdims=True)) / (len(use) + 1)
     value, after = np.empty_like(use), worth(rate, rate)
     for t in reversed(range(len(use))):
-        value[t] = after = np.where(use[t], 1, PATIENCE * after)
+        value[t] = after = np.where(use[t], 1, DISCOUNT * after)
     return value
 
 

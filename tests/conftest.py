@@ -12,7 +12,8 @@ torch.set_num_threads(1)
 
 import generate
 import train_predictor
-from duoserve import bench, checkpoint
+from duoserve import checkpoint
+from duoserve.bench import __main__ as bench
 from duoserve.errors import run_main
 
 PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main, "checkpoint": checkpoint.main}
@@ -35,11 +36,10 @@ def traces(tiny, tmp_path_factory):
     from duoserve import Engine
     from duoserve.trace import TraceRecorder
     directory, engine = tmp_path_factory.mktemp("traces"), Engine.from_pretrained(tiny, device="cpu", predictor="none")
-    c = engine.config
-    engine.source.recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
+    recorder = engine.source.recorder = TraceRecorder(engine.config, engine.context, engine.device)
     for i in range(10):
         result = engine.generate([1, *range(20 * i + 20, 20 * i + 31)], max_new_tokens=12, seed=i)
-        engine.source.recorder.save(directory, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+        recorder.save(directory, engine.sequence.kv_tokens, result.prompt_tokens, engine.packed.fingerprint)
     return directory
 
 

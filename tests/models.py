@@ -165,7 +165,7 @@ class AllExperts:
     """An `ExpertSource` with every expert at hand, handed out last first: the order must not matter."""
 
     def __init__(self, model: PackedModel, linear):
-        self.table, self.logits, self.lookahead = {}, [], []
+        self.table, self.logits, self.lookahead, self.top_k = {}, [], [], model.config.num_experts_per_tok
         for i in range(model.config.num_hidden_layers):
             for e in range(model.config.num_local_experts):
                 block = np.empty(model.layout.nbytes, np.uint8)
@@ -178,11 +178,10 @@ class AllExperts:
     def begin_layer(self, layer):
         pass
 
-    def read(self, layer, logits, ids, weights, lookahead):
-        self.logits.append(logits)
-        self.lookahead.append(lookahead)
-        return Routing(ids.flatten().bincount(minlength=logits.shape[1]).tolist(), ids[-1].tolist(),
-                       weights[-1].tolist(), logits[-1].tolist(), None if lookahead is None else lookahead[-1].tolist())
+    def route(self, layer, numbers, rows):
+        self.logits.append(rows[0])
+        self.lookahead.append(rows[1])
+        return Routing.unpack(numbers.tolist(), rows[0].shape[1], self.top_k)
 
     def experts(self, layer, routing):
         for e in reversed(range(len(routing.counts))):

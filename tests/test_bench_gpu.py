@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from duoserve import bench, bench_gpu
+from duoserve.bench import __main__ as bench, gpu as bench_gpu
+from duoserve.bench.replay import synthetic_traces
 from duoserve.policies import POLICIES
 
 TINY = ("--shape", "tiny", "--device", "cpu", "--prompts", "16", "64", "70", "--new-tokens", "6", "--rounds", "1",
@@ -45,7 +46,7 @@ def test_a_policy_that_computes_something_else_is_found_out(gpu, monkeypatch):
         def disturbed(layer, routing):
             for item in ready(layer, routing):
                 yield item
-            if built.policy == "lru" and built.cache.decoding:
+            if built.policy == "lru" and built.source.decoding:
                 built.step.weights.mul_(-9)
         built.source.ready = disturbed
         return built
@@ -57,7 +58,7 @@ def test_a_policy_that_computes_something_else_is_found_out(gpu, monkeypatch):
 def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
     config = bench_gpu.SHAPES["tiny"]
     for persistence, recall in ((0.36, 0.8), (0.7, 0.5)):
-        trace, = bench.synthetic_traces(config, persistence, recall, 1, 2, 1500)
+        trace, = synthetic_traces(config, persistence, recall, 1, 2, 1500)
         top, ahead = torch.from_numpy(trace.top(2).copy()), torch.from_numpy(trace.lookahead).topk(2).indices
         again = (top[1:, :, :, None] == top[:-1, :, None]).any(-1).float().mean()
         right = (top[:, :, :, None] == ahead[:, :, None]).any(-1).float().mean()

@@ -124,10 +124,10 @@ def test_a_second_turn_prefills_only_what_is_new(tiny, passes):
     assert second.stats.prompt_tokens_kept == len(LONG) + 5 and passes == [5]
     assert second.prompt_tokens == len(turn)
     assert second.token_ids == load(tiny).generate(turn, **GREEDY).token_ids
-    assert engine.history.tokens == [len(turn) + 5] * 3
+    assert engine.sequence.history.tokens == [len(turn) + 5] * 3
     counts = load(tiny)
     counts.generate(turn + second.token_ids[:-1], max_new_tokens=1)
-    assert (engine.history.counts == counts.history.counts).all()
+    assert (engine.sequence.history.counts == counts.sequence.history.counts).all()
 
 
 @pytest.mark.parametrize("options", (dict(), dict(sliding_window=8)), ids=("full", "window"))
@@ -154,7 +154,7 @@ def test_what_differs_is_prefilled_again(tiny, passes):
         got = engine.generate(prompt, max_new_tokens=1, resume=True, temperature=0)
         assert got.stats.prompt_tokens_kept == kept and passes[-1] == len(prompt) - kept
         assert got.token_ids == fresh.generate(prompt, max_new_tokens=1, temperature=0).token_ids
-        assert engine.history.tokens == [told] * 3
+        assert engine.sequence.history.tokens == [told] * 3
 
 
 def test_without_resume_nothing_is_kept(tiny, passes):
@@ -204,7 +204,8 @@ def prompts(monkeypatch):
     """The ids of each request, as `Engine.stream` gets them."""
     seen, stream = [], engine_module.Engine.stream
     monkeypatch.setattr(engine_module.Engine, "stream",
-                        lambda engine, prompt, **options: seen.append(prompt) or stream(engine, prompt, **options))
+                        lambda engine, prompt, *args, **options: seen.append(prompt) or
+                        stream(engine, prompt, *args, **options))
     return seen
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from duoserve import checkpoint
 from duoserve.checkpoint import Progress, convert, ensure_packed, to_hf
-from duoserve.errors import UserError, human
+from duoserve.errors import UserError, format_bytes
 from duoserve.files import Header
 from duoserve.packed import PackedModel
 from duoserve.quant import dequantize, group_size, quantize
@@ -332,7 +332,7 @@ def test_the_command_line_says_it_in_one_line(made, tmp_path):
         code, out, err = run(*args)
         assert code == 2 and not out and err.count("\n") == 1 and word in err and err.startswith("error: "), err
     def line(path):
-        return f"{path}: {human(sum(p.stat().st_size for p in path.glob('*.safetensors')))} in 4 files\n"
+        return f"{path}: {format_bytes(sum(p.stat().st_size for p in path.glob('*.safetensors')))} in 4 files\n"
     code, out, err = run(made / "hf", tmp_path / "out")             # where there is no terminal nothing but this
     assert (code, out, err) == (0, "", line(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(made / "packed")

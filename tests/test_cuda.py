@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from duoserve import Engine
-from duoserve.engine import POLICIES, sample
+from duoserve.options import SamplingParams
+from duoserve.policies import POLICIES
+from duoserve.sampling import sample
 from duoserve.errors import UserError
 from models import packed
 
@@ -91,9 +93,9 @@ def test_close_to_the_cpu(directory):
 
 def test_experts_are_pinned_and_released(directory):
     e = engine(directory)
-    assert e.store.pinned and e.store.block(0, 0).is_pinned()
+    assert e.store.pinned and e.store.blocks[0, 0].is_pinned()
     e.store.close()
-    assert not e.store.block(0, 0).is_pinned()
+    assert not e.store.blocks[0, 0].is_pinned()
 
 
 class Slow:
@@ -177,7 +179,7 @@ def test_sampling_uses_nothing_that_is_not_deterministic():
     logits, generator = torch.randn(32000, device="cuda"), torch.Generator("cuda")
     torch.use_deterministic_algorithms(True)
     try:
-        drawn = {sample(logits, 0.8, 50, 0.9, generator.manual_seed(5)).item() for _ in range(20)}
+        drawn = {sample(logits, SamplingParams(top_k=50, top_p=0.9), generator.manual_seed(5)).item() for _ in range(20)}
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(drawn) == 1

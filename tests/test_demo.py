@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from duoserve import Engine
-from duoserve.bench import Costs, belady, row
+from duoserve.bench.replay import Costs, belady, row
 from duoserve.config import MixtralConfig
 from duoserve.policies import POLICIES
 from duoserve.trace import read_traces

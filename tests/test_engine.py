@@ -18,7 +18,8 @@ from models import (answers, at_rest, hostile, InterruptAt, LateLane, load, LONG
 from duoserve import Engine
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
-from duoserve.engine import sample
+from duoserve.options import SamplingParams
+from duoserve.sampling import sample
 from duoserve.errors import UserError
 from duoserve.link import LinkError, SimulatedLane, WallClock
 from duoserve.policies import POLICIES
@@ -81,7 +82,7 @@ def test_the_same_bits_over_every_link_and_chunk(policy, link, chunk, tiny, want
 def unpin(acquire):
     def acquire_and_let_go(cache, key):
         slot = acquire(cache, key)
-        cache.where[key].pinned = False
+        cache.slot_of[key].pinned = False
         cache.needed.discard(key)
         return slot
     return acquire_and_let_go
@@ -91,7 +92,7 @@ def remember_the_dead(evict):
     def evict_and_keep(cache, slot):
         key = slot.key
         evict(cache, slot)
-        cache.where[key] = slot
+        cache.slot_of[key] = slot
     return evict_and_keep
 
 
@@ -166,7 +167,7 @@ def test_a_demand_that_fails_ends_the_request_and_not_the_engine(policy, after, 
             engine.generate(SHORT, **SAMPLED)
     assert at_rest(engine.cache)
     assert engine.result.finish_reason == "interrupted"
-    kept = set(engine.cache.where)
+    kept = set(engine.cache.slot_of)
     assert kept or after == 0 or policy == "on-demand"
     put_lane(engine, healthy)
     assert same(answers(engine), want)
@@ -216,7 +217,7 @@ def test_an_interrupted_request_never_touches_the_next(tiny, monkeypatch):
     pins = []
 
     def check(*_):
-        if held and engine.cache.decoding:
+        if held and engine.source.decoding:
             held.clear()
             gc.collect()
         pins.append(sum(slot.pinned for slot in engine.cache.slots))
@@ -266,7 +267,8 @@ def test_a_temperature_of_hardly_anything(tiny):
 
 def drawn(probabilities, n=400, temperature=1.0, top_k=None, top_p=1.0):
     logits, generator = torch.tensor(probabilities).log(), torch.Generator().manual_seed(0)
-    return [sample(logits, temperature, top_k, top_p, generator).item() for _ in range(n)]
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    return [sample(logits, params, generator).item() for _ in range(n)]
 
 
 @pytest.mark.parametrize("options, possible", [
@@ -420,7 +422,7 @@ def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_pat
     try:
         first, then, midway = ask(5), ask(200), []
         for _ in engine.stream(SHORT, max_new_tokens=600, seed=1):
-            if engine.history.tokens[0] >= 250 * (len(midway) + 1):
+            if engine.sequence.history.tokens[0] >= 250 * (len(midway) + 1):
                 midway.append(held())
         assert len(engine.result.token_ids) == 600
         last = ask(2)
@@ -429,7 +431,7 @@ def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_pat
     assert first[:2] == then[:2] == last[:2] and midway[0][:2] == midway[1][:2]
     assert then[2] - first[2] < 50_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
     assert midway[1][2] - midway[0][2] < 250 * 100      # the text and the ids of the answer itself
-    assert len(engine.cache.where) <= 5 and at_rest(engine.cache)
+    assert len(engine.cache.slot_of) <= 5 and at_rest(engine.cache)
 
 
 def test_gpu_memory_becomes_slots(tiny):

@@ -115,15 +115,15 @@ def wrong_reads(cuda, seed, spoil=lambda lane: None) -> int:
     """Random demands and guesses through cache and lane; how many reads of a slot found something else there."""
     slots = 3
     device, rng = cuda(seed, slots), random.Random(seed)
+    lane = CudaLane(torch.empty(slots, CHUNKS), 1, store=None)
 
     def copy(transfer, start, stop):
         for chunk in range(start, stop):
             device.write(transfer.slot, chunk, transfer.key)
-
-    lane = CudaLane(torch.device("cpu"), 1, slots, copy)
+    lane.copy = copy
     spoil(lane)
     cache = GPUExpertCache(slots, CHUNKS, lane)
-    cache.policy = Eldest()
+    cache.serve(Eldest())
     keys = [(0, e) for e in range(6)]
     for _ in range(25):
         wanted = rng.sample(keys, 2)

@@ -83,7 +83,7 @@ def test_converting_takes_a_few_matrices_of_memory_whatever_the_model(tmp_path):
 EXACT = """
 import sys
 import torch
-from duoserve.bench_gpu import RandomModel
+from duoserve.bench.gpu import RandomModel
 from duoserve.config import MixtralConfig
 from duoserve.store import ExpertStore, stride_of
 def resident():
@@ -134,7 +134,7 @@ def test_the_same_bits_however_little_memory_there_is(policy, kept, tiny, want):
     stride = store.stride_of(PackedModel(tiny))
     options = dict(policy=policy, cache_experts=5, host_memory=max(1, kept * stride + stride // 2))
     engine = load(tiny, **options)
-    assert len(engine.store.rows) == kept and len(engine.store.memory) <= max(1, kept) * stride
+    assert len(engine.store.blocks) == kept and len(engine.store.memory) <= max(1, kept) * stride
     assert same(answers(engine), want)
     engine = load(tiny, **options)
     put_lane(engine, LateLane(engine, seed=kept))
@@ -146,7 +146,7 @@ def test_the_same_bits_however_little_memory_there_is(policy, kept, tiny, want):
 def test_the_same_bits_in_any_pieces(link, chunk, tiny, want):
     engine = load(tiny, cache_experts=4, host_memory="10%", simulate_link=link)
     engine.cache.lane.chunk = chunk
-    assert same(answers(engine), want) and 0 < len(engine.store.rows) < 4
+    assert same(answers(engine), want) and 0 < len(engine.store.blocks) < 4
 
 
 def test_sizes_of_all_kinds_and_what_is_kept_without_a_predictor(tiny):
@@ -154,8 +154,8 @@ def test_sizes_of_all_kinds_and_what_is_kept_without_a_predictor(tiny):
     stride = store.stride_of(model)
     for size, kept in ((f"{9 * stride}B", 9), ("1TB", 24), ("50%", model.nbytes // 2 // stride), (None, 24), ("1B", 0)):
         engine = load(tiny, host_memory=size)
-        assert len(engine.store.rows) == kept
-        layers = [sum(layer == i for layer, _ in engine.store.rows) for i in range(3)]
+        assert len(engine.store.blocks) == kept
+        layers = [sum(layer == i for layer, _ in engine.store.blocks) for i in range(3)]
         assert max(layers) - min(layers) <= 1           # evenly
 
 
@@ -166,7 +166,7 @@ def test_with_a_predictor_those_used_most_are_kept(tiny, traces, predictor):
             used[layer] += np.bincount(trace.top(2)[:, layer].ravel(), minlength=8)
     implied = Predictor((), measure_affinity(all_traces, 2), "").popularity()
     assert np.abs(implied - used / used.sum(1, keepdims=True)).max() < 0.02
-    kept = load(tiny, predictor=predictor, host_memory=8 * store.stride_of(PackedModel(tiny))).store.rows
+    kept = load(tiny, predictor=predictor, host_memory=8 * store.stride_of(PackedModel(tiny))).store.blocks
     assert len(kept) == 8 and sum(used[key] for key in kept) > 0.9 * np.sort(used.ravel())[-8:].sum()
 
 
@@ -220,7 +220,7 @@ def test_a_damaged_expert_on_the_disk_is_named_and_never_computed_with(policy, c
     engine = all_on_disk(copy, policy=policy)
     used, cache = set(), engine.cache
     for module in engine.source.slots:
-        module.register_forward_pre_hook(lambda *_: used.update(key for key in cache.where if cache.where[key].pinned))
+        module.register_forward_pre_hook(lambda *_: used.update(key for key in cache.slot_of if cache.slot_of[key].pinned))
     with pytest.raises(UserError, match=r"layer-001.safetensors: experts 6 is corrupted"):
         engine.logits(LONG)
     assert used and (1, 6) not in used and at_rest(engine.cache)

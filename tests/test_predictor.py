@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from duoserve import training
-from duoserve.bench import synthetic_traces
+from duoserve.bench.replay import synthetic_traces
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.predictor import PATIENCE, Forecast, Predictor, soft, worth
+from duoserve.predictor import DISCOUNT, Forecast, Predictor, sigmoid, worth
 from duoserve.trace import read_traces
 from duoserve.training import (Samples, blend, foretold, logits, mean_recall, measure_affinity, recall, train,
                                worths)
@@ -49,7 +49,7 @@ def test_run_time_features_are_those_of_training(traces, predictor):
     trace = traces[0]
     samples, weights = Samples.of([trace], 2), tensors(predictor.weights)
     expected, use, _ = samples.at(torch.arange(len(samples.now)))
-    answers = soft(logits(weights, expected).numpy())
+    answers = sigmoid(logits(weights, expected).numpy())
     history = History(4, 8)
     seen = []
 
@@ -78,13 +78,13 @@ def test_worth_is_the_discount_of_the_next_use():
     use = np.zeros((400, 1, 4), np.float32)
     use[::2, 0, 0] = use[1::2, 0, 1] = use[3, 0, 2] = 1
     value = worths(use)[:, 0]
-    assert value[0, 0] == 1 and value[1, 0] == value[0, 1] == np.float32(PATIENCE)
-    np.testing.assert_allclose(value[:4, 2], PATIENCE ** np.arange(3, -1, -1.0), rtol=1e-6)
-    assert value[4:, 2].max() < 0.05 and worth(1.0, 0.1) == 1 and worth(0.0, 1.0) == PATIENCE
+    assert value[0, 0] == 1 and value[1, 0] == value[0, 1] == np.float32(DISCOUNT)
+    np.testing.assert_allclose(value[:4, 2], DISCOUNT ** np.arange(3, -1, -1.0), rtol=1e-6)
+    assert value[4:, 2].max() < 0.05 and worth(1.0, 0.1) == 1 and worth(0.0, 1.0) == DISCOUNT
     # A use at random, with a chance at first and a rate from then on: as often as `worth` says.
     rng = np.random.RandomState(0)
     first, later = rng.rand(20000) < 0.5, rng.geometric(0.2, 20000)
-    assert abs(np.where(first, 1, PATIENCE ** later).mean() - worth(0.5, 0.2)) < 0.01
+    assert abs(np.where(first, 1, DISCOUNT ** later).mean() - worth(0.5, 0.2)) < 0.01
 
 
 def test_a_blend_is_a_mixture_of_logits(traces, predictor, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duoserve.errors import UserError
-from duoserve.quant import PackedLinear, dequantize, fused_one_row, group_size, one_row, pack, quantize, unpack
+from duoserve.quant import PackedLinear, dequantize, fused_gemv, group_size, gemv, pack, quantize, unpack
 
 GROUPS = (128, 64, 32)
 
@@ -102,7 +102,7 @@ def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance, mon
     linear = PackedLinear(256, 80)
     linear.q, linear.scale, linear.zero = w
     monkeypatch.setattr("duoserve.quant.compiled", lambda function: function)
-    for y in (linear(x), *(torch.cat([f(row[None], *w) for row in x]) for f in (one_row, fused_one_row))):
+    for y in (linear(x), *(torch.cat([f(row[None], *w) for row in x]) for f in (gemv, fused_gemv))):
         assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
@@ -139,8 +139,8 @@ def test_compiled_one_row_product_does_not_unpack_the_matrix():
     from torch._inductor.utils import run_and_get_code
     rows, columns = 512, 1024
     w, x = quantize(gaussian(rows, columns), 128, iterations=1), gaussian(1, columns, seed=5)
-    y, code = run_and_get_code(torch.compile(fused_one_row, dynamic=False), x, *w)
-    assert torch.allclose(y, one_row(x, *w), rtol=1e-4, atol=1e-3)
+    y, code = run_and_get_code(torch.compile(fused_gemv, dynamic=False), x, *w)
+    assert torch.allclose(y, gemv(x, *w), rtol=1e-4, atol=1e-3)
     buffers = [eval(shape) for shape in re.findall(r"empty_strided\w*\((\([\d, ]*\))", "".join(code))]
     assert buffers, "the generated code allocates nothing: is it read rightly?"
     assert max(torch.Size(shape).numel() for shape in buffers) < rows * columns / 16, buffers

@@ -72,7 +72,7 @@ def test_it_agrees_with_the_counts(run):
         nbytes[e["args"]["kind"]] += e["args"]["bytes"]
     assert sum(nbytes.values()) == stats.bytes_moved
     assert nbytes["demand"] == stats.misses * size
-    guesses = [t for t in engine.cache.log if t.predicted]
+    guesses = [t for t in engine.cache.log if t.predicted and t.asked >= engine.cache.since]
     assert len(guesses) == stats.prefetched and sum(t.used for t in guesses) == stats.prefetched_used
     assert nbytes["prefetch"] == sum(t.sent for t in guesses)
     lost = sum(e["args"]["bytes"] for e in blocks(trace, 2)
@@ -98,9 +98,10 @@ def test_pieces_join_only_where_nothing_lies_between():
     guess = moved((2, 5), [(1.0, 1.2), (1.2, 1.4), (1.9, 1.9)], 90, predicted=True)
     demand = moved((1, 3), [(1.4, 1.9)], 100, asked=1.3, used=True)
     prefill = moved((0, 0), [(0.0, 0.5)], 100, used=True)
-    later = moved((0, 1), [(0.5, 0.6), (0.7, 0.8)], 60, predicted=True)
+    later = moved((0, 1), [(0.5, 0.6), (0.7, 0.8)], 60, asked=0.5, predicted=True)
+    guess.asked = 0.9
     steps = [("attention", 0, 0.0, 0.1), ("expert 0", 0, 0.5, 0.6), ("attention", 0, 1.1, 1.2)]
-    link = blocks(timeline.trace([prefill, later, guess, demand], steps, 40, kept=[later]), 2)
+    link = blocks(timeline.trace([prefill, later, guess, demand], steps, 40, kept=[later], decode=0.5), 2)
     assert [(e["name"], e["args"]["use"], e["args"]["bytes"]) for e in link] == [
         ("prefill 0.0", "used", 100), ("prefetch 0.1", "kept", 40), ("prefetch 0.1", "kept", 20),
         ("prefetch 2.5", "wasted", 80), ("demand 1.3", "used", 100), ("prefetch 2.5", "wasted", 10)]

@@ -43,6 +43,7 @@ class DenseExperts(nn.Module):
 
     def __init__(self, config: MixtralConfig):
         super().__init__()
+        self.top_k = config.num_experts_per_tok
         stack = config.num_hidden_layers, config.num_local_experts
         self.w13 = nn.Parameter(torch.empty(*stack, 2 * config.intermediate_size, config.hidden_size))
         self.w2 = nn.Parameter(torch.empty(*stack, config.intermediate_size, config.hidden_size))     # transposed
@@ -59,9 +60,10 @@ class DenseExperts(nn.Module):
         self.balance = self.balance + logits.shape[1] * (share * logits.float().softmax(-1).mean(0)).sum()
         self.load.append(share)                                         # (of tokens, that an expert gets)
 
-    def read(self, layer, logits, ids, weights, lookahead):
-        self.note(logits, ids)
-        return Routing(ids.flatten().bincount(minlength=logits.shape[-1]).tolist(), [], [], [], None)
+    def route(self, layer, numbers, rows):
+        logits = rows[0]
+        self.note(logits, route(logits, self.top_k)[0])
+        return Routing(numbers[:logits.shape[-1]].int().tolist(), [], [], [], None)
 
     def experts(self, layer, routing):
         for e, (count, w13, w2) in enumerate(zip(routing.counts, *(w.unbind() for w in self.layers[layer]))):
@@ -307,13 +309,12 @@ def make_traces(engine: Engine, tokens: np.ndarray, folder: Path, sequences: int
                 new: int) -> None:
     """Let the model go on from places in the books, and record its routing: for train_predictor.py and the bench."""
     c, rng = engine.config, np.random.default_rng(0)
-    recorder = TraceRecorder(engine.context, c.num_hidden_layers, c.num_local_experts, engine.device)
-    engine.source.recorder = recorder
+    recorder = engine.source.recorder = TraceRecorder(c, engine.context, engine.device)
     for i in range(sequences):
         start, length = rng.integers(len(tokens) - prompt[1]), rng.integers(*prompt)
         ids = [c.bos_token_id, *(int(t) for t in tokens[start:start + length] if t > 2)]
         result = engine.generate(ids, max_new_tokens=new, seed=i)
-        recorder.save(folder, engine.passed, result.prompt_tokens, engine.packed.fingerprint)
+        recorder.save(folder, engine.sequence.kv_tokens, result.prompt_tokens, engine.packed.fingerprint)
     engine.source.recorder = None
 
 

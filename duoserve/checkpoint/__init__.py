@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager, suppress
 from math import prod
 from pathlib import Path
 
-from ..errors import Parser, UserError, human, import_requirements
+from ..errors import Parser, UserError, format_bytes, import_requirements
 
 import_requirements()
 import numpy as np
@@ -45,7 +45,7 @@ class Progress:
     It counts bytes, unless `write` says how to write down something else.
     """
 
-    def __init__(self, total: int, label: str, shown: bool = True, write=human):
+    def __init__(self, total: int, label: str, shown: bool = True, write=format_bytes):
         self.total, self.label, self.done, self.start, self.write = total, label, 0, time.monotonic(), write
         self.shown, self.next, self.lock = shown and sys.stderr.isatty(), self.start + 2, threading.Lock()
 
@@ -149,7 +149,7 @@ def remove_leftovers(directory: Path, name: str = "*") -> None:
 def check_space(path: Path, need: int) -> None:
     free = shutil.disk_usage(path).free
     if free < need:
-        raise UserError(f"{path}: {human(need)} are needed on this disk and {human(free)} are free")
+        raise UserError(f"{path}: {format_bytes(need)} are needed on this disk and {format_bytes(free)} are free")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -361,4 +361,4 @@ def main() -> None:
     elif not convert(src, dst, arguments.group_size):
         return                                                      # all was there already, and that has been said
     made = [path.stat().st_size for path in dst.glob("*.safetensors") if path.name != "predictor.safetensors"]
-    print(f"{dst}: {human(sum(made))} in {len(made)} files", file=sys.stderr)
+    print(f"{dst}: {format_bytes(sum(made))} in {len(made)} files", file=sys.stderr)

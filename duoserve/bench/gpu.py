@@ -1,4 +1,4 @@
-"""python -m duoserve.bench gpu: the engine at Mixtral's real shapes, on a real link, without Mixtral's weights.
+"""bench gpu: the engine at Mixtral's real shapes, on a real link, without Mixtral's weights.
 
 The experts are random 4-bit bytes, different for each and really pinned; attention, router and head are random too, and
 run. Only the routing of decode is made up, since random weights route like no language model: the next token chooses an
@@ -25,15 +25,18 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from .bench import check_policies, check_range, empty, synthetic_traces
-from .config import MixtralConfig
-from .engine import Engine, StreamedExperts
-from .errors import UserError, check_budget, check_device, parse_rate
-from .history import Routing
-from .packed import Outline
-from .predictor import Predictor
-from .store import ExpertStore
-from .training import measure_affinity, train
+from ..config import MixtralConfig
+from ..engine import Engine
+from ..errors import UserError, parse_amount, parse_rate
+from ..experts import StreamedExperts
+from ..history import Routing
+from ..options import EngineOptions, check_device
+from ..packed import ModelShapes
+from ..predictor import Predictor
+from ..store import ExpertStore
+from ..training import measure_affinity, train
+from .flags import check_policies, check_range
+from .replay import synthetic_traces
 
 SHAPES = {
     "mixtral-8x7b": MixtralConfig(),
@@ -44,7 +47,7 @@ SHAPES = {
 }
 
 
-class RandomModel(Outline):
+class RandomModel(ModelShapes):
     """Stands in for a `PackedModel`: its shapes, and random bytes that keep activations finite."""
 
     fingerprint, directory = "random", Path("random weights")
@@ -115,25 +118,25 @@ class SyntheticExperts(StreamedExperts):
 
     def follow(self, trace) -> None:
         self.trace, self.t, self.needed, self.before, self.used = trace, trace.prompt - 1, [], 0, 0
-        self.top, self.prefill_busy = trace.top(self.top_k), None
+        self.top, self.prefill_busy = trace.top(self.config.num_experts_per_tok), None
 
     def begin_step(self, lookahead) -> None:
-        if not self.cache.decoding:
+        if not self.decoding:
             return super().begin_step(lookahead)
         if self.prefill_busy is None:       # what the lane had done when decode began
             self.lane.poll()
-            self.prefill_busy, self.before = self.lane.busy, self._crossed()
+            self.prefill_busy, self.before = self.lane.busy, 0
         self.t += 1
-        self.lane.read(lookahead[-1])              # its cost is real, its content is the trace's
+        self.lane.read(lookahead[-1])       # its cost is real, its content is the trace's
         self.scheduler.begin_step(self.trace.lookahead[self.t, 0].tolist())
 
-    def _routing(self, layer, numbers):
-        real = super()._routing(layer, numbers)
-        if not self.cache.decoding:
+    def _read(self, layer, numbers):
+        real = super()._read(layer, numbers)
+        if not self.decoding:
             self.used += sum(n > 0 for n in real.counts)
             return real
-        ids, following = self.top[self.t, layer].tolist(), layer + 1 < self.history.layers
-        return Routing([int(e in ids) for e in range(self.history.experts)], ids, real.weights,
+        ids, following = self.top[self.t, layer].tolist(), layer + 1 < self.config.num_hidden_layers
+        return Routing([int(e in ids) for e in range(self.config.num_local_experts)], ids, real.weights,
                        self.trace.logits[self.t, layer].tolist(),
                        self.trace.lookahead[self.t, layer + 1].tolist() if following else None)
 
@@ -142,7 +145,7 @@ class SyntheticExperts(StreamedExperts):
 
     def end_layer(self, layer) -> None:
         super().end_layer(layer)
-        if self.cache.decoding:
+        if self.decoding:
             crossed = self._crossed()
             self.needed.append(crossed - self.before)
             self.before = crossed
@@ -153,10 +156,10 @@ def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engi
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
-    engine = Engine(model, device=args.device, context=args.context, predictor="none", compile=args.compile, store=store,
-                    simulate_link=args.simulate_link, **memory)
-    source = engine.source
-    engine.source = SyntheticExperts(source.slots, source.cache, source.top_k)
+    options = EngineOptions(device=args.device, context=args.context, predictor="none", compile=args.compile,
+                            simulate_link=args.simulate_link, **memory)
+    engine = Engine(model, options, store=store)
+    engine.source = SyntheticExperts(model.config, engine.source.slots, engine.cache)
     return engine
 
 
@@ -199,7 +202,7 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool =
     new = min(args.new_tokens, 8) if policy == "layer-prefetch" else args.new_tokens
     for tokens in args.prompts:
         if cold:
-            empty(engine)
+            engine.cache.empty()
         last = tokens == args.decode_after
         result, prefill, decode = request(engine, policy, tokens, new if last else 1, trace, round_)
         row["ttft_ms"][str(tokens)] = 1e3 * result.stats.ttft_s
@@ -209,7 +212,7 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool =
             row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,
                     "prefetched_used": stats.prefetched_used, "misses": stats.misses,
                     "needed_per_token": sum(engine.source.needed) / steps,
-                    "moved_per_token": engine.cache.counts.decode_bytes / engine.plan.expert / steps,
+                    "moved_per_token": engine.cache.counts.bytes_moved / engine.plan.expert / steps,
                     "prefill_link_busy": min(1.0, prefill / stats.ttft_s),
                     "decode_link_busy": min(1.0, decode / (stats.tpot_s * steps)), "tokens": result.token_ids,
                     "needed": engine.source.needed,
@@ -323,7 +326,7 @@ def gpu(args) -> dict:
     if args.append:
         open(args.append, "a").close()      # before minutes are spent on what could not be kept
     engine = store = None
-    sizes = sorted(args.gpu_memory or ["15%"], key=lambda size: check_budget(size, model.nbytes, device, None))
+    sizes = sorted(args.gpu_memory or ["15%"], key=lambda size: parse_amount(size, model.nbytes, "--gpu-memory"))
     for size in sizes:
         wanted = {"gpu_memory": size} if args.gpu_memory or args.shape != "tiny" else {"cache_experts": layers * experts // 4}
         engine = None                       # the device holds one at a time, the host's memory goes from one to the next
@@ -332,7 +335,7 @@ def gpu(args) -> dict:
             store = engine.store
             rate = parse_rate(args.simulate_link, "--simulate-link") if args.simulate_link else bandwidth(engine)
             engine.cache.abandon()
-            empty(engine)
+            engine.cache.empty()
             keep({"load_s": engine.load_s, "link_GB_s": rate / 1e9, "pinned": store.pinned,
                   "expert_transfer_ms": 1e3 * model.layout.nbytes / rate, "gpu_memory": size, "slots": engine.plan.slots})
         warm = synthetic_traces(config, 0.5, 0.5, 1, 2, 8)[0]       # each length once: libraries choose, memory is taken

@@ -1,0 +1,65 @@
+"""bench quality: what a model is worth, in bits per byte of a text."""
+
+import math
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ..checkpoint import Progress, ensure_packed
+from ..engine import Engine
+from ..errors import UserError, count, format_bytes
+from ..memory import LOGIT_ROWS
+from ..options import EngineOptions
+from ..packed import PackedModel
+from .flags import WEIGHTS
+
+LEAST_TEXT = 16                             # tokens that say anything at all
+QUALITY = (
+    "How well the packed model predicts a text: bits per byte, what a byte of it would take on average if the model "
+    "compressed it. Lower is better. The text goes through in windows of --context tokens, each by itself after a BOS. "
+    "To see what four bits cost, give the 16-bit model the same windows, in any program that tells its loss: bits per "
+    "byte is the sum of the losses of all tokens / ln 2 / the bytes of the text. Texts differ far more than that: "
+    "compare on the same file, with the same --context; perplexities only between models with the same tokenizer.")
+
+
+def read_text(path: str) -> str:
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{path}: is not UTF-8 text; give a text file")
+    if not text.strip():
+        raise UserError(f"{path}: is empty; give a text of some pages")
+    return text
+
+
+def quality(args) -> dict:
+    """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
+    text, packed = read_text(args.file), PackedModel(ensure_packed(args.model, WEIGHTS))
+    bos, *ids = packed.tokenizer().encode(text)
+    if len(ids) < LEAST_TEXT:
+        raise UserError(f"{args.file}: {len(ids)} tokens are too short a text to tell anything; give some pages")
+    context = min(2048, packed.config.max_position_embeddings) if args.context is None else args.context
+    engine = Engine(packed, EngineOptions(device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory,
+                                          context=context, predictor="none"), progress=Progress)
+    nats, starts, nbytes = 0.0, range(0, len(ids), context), len(text.encode())
+    with closing(Progress(len(ids), "tokens", write=count)) as bar:
+        for window in (ids[start:start + context] for start in starts):
+            logits = engine.logits([bos, *window[:-1]])
+            for rows, want in zip(logits.split(LOGIT_ROWS), torch.tensor(window).split(LOGIT_ROWS)):
+                nats += F.cross_entropy(rows, want, reduction="sum").item()
+            bar.add(len(window))
+    result = {"bits_per_byte": nats / math.log(2) / nbytes, "perplexity": math.exp(nats / len(ids)),
+              "tokens": len(ids), "bytes": nbytes, "windows": len(starts), "context": context}
+    if len(ids) < 1000:
+        print(f"note: {len(ids)} tokens are few; from 10,000 on two figures can be compared", file=sys.stderr)
+    if not args.json:
+        print(f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['perplexity']:.3f} per token "
+              f"({len(ids):,} tokens, {format_bytes(nbytes)}, {len(starts)} windows of {context})")
+    return result

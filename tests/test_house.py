@@ -1,0 +1,59 @@
+"""The house: who imports whom. Every import runs downwards, and bookkeeping has no tensor in it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+           for path in (ROOT / "duoserve").rglob("*.py")}
+
+
+def imports(name: str, anywhere: bool = False) -> set[str]:
+    """What a module imports when it is imported itself (or `anywhere` in it), by full names."""
+    path, found = MODULES[name], set()
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *filter(None, [node.module])])
+            found.update(f"{module}.{alias.name}" if f"{module}.{alias.name}" in MODULES else module
+                         for alias in node.names)
+    return found
+
+
+GRAPH = {name: imports(name) & set(MODULES) for name in MODULES}
+
+
+def below(name: str, seen: tuple[str, ...] = ()) -> set[str]:
+    """All that a module imports, directly or not; fails on a circle."""
+    assert name not in seen, " -> ".join((*seen, name))
+    return GRAPH[name].union(*(below(other, (*seen, name)) for other in GRAPH[name]))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_import_goes_round_in_a_circle(name):
+    below(name)
+
+
+def test_nothing_below_the_engine_imports_it():
+    above = {name for name in MODULES if "duoserve.engine" in below(name)}
+    assert above == {"duoserve.bench.__main__", "duoserve.bench.live", "duoserve.bench.gpu", "duoserve.bench.quality"}
+    assert not GRAPH["duoserve"]            # lazily: `python -m duoserve.checkpoint` needs none of it
+
+
+@pytest.mark.parametrize("name", ("scheduler", "cache", "policies", "history"))
+def test_bookkeeping_has_no_tensor_in_it(name):
+    assert not {"torch", "torch.nn"} & imports(f"duoserve.{name}", anywhere=True)
+
+
+def test_the_wings_of_the_bench_do_not_know_the_door():
+    assert not any("duoserve.bench.__main__" in GRAPH[name] for name in MODULES)
+
+
+def test_the_model_knows_nothing_of_caches_streams_or_policies():
+    assert below("duoserve.model") == {"duoserve.config", "duoserve.errors", "duoserve.history"}

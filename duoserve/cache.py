@@ -176,7 +176,6 @@ class GPUExpertCache:
         """After a failure or an interruption, wherever it came: no request, no pin; what is loaded stays."""
         self.queue.clear()
         self.needed.clear()
-        self.reconsider()
         for slot in self.slots:
             slot.pinned = False
             if not slot.whole or self.slot_of.get(slot.key) is not slot:

@@ -38,6 +38,7 @@ from ..training import measure_affinity, train
 from .flags import check_policies, check_range
 from .replay import synthetic_traces
 
+LEARNED = 24                                # made-up sequences that duo's predictor is trained on
 SHAPES = {
     "mixtral-8x7b": MixtralConfig(),
     "mixtral-8x22b": MixtralConfig(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
@@ -285,10 +286,9 @@ def floors(rows: list[dict], layers: int, expert_s: float, resident: dict | None
 @cache
 def made_up(config: MixtralConfig, persistence: float, recall: float, rounds: int, new: int, predict: bool):
     """-> a trace for each round, and a predictor trained on others of the same kind."""
-    k, (*traces, a, b, c) = config.num_experts_per_tok, synthetic_traces(config, persistence, recall, rounds + 3, 2, new)
-    if not predict:
-        return traces, None
-    return traces, Predictor(train([a, b, c], k), measure_affinity([a, b, c], k), "random")
+    k, traces = config.num_experts_per_tok, synthetic_traces(config, persistence, recall, rounds + predict * LEARNED, 2, new)
+    traces, others = traces[:rounds], traces[rounds:]
+    return traces, Predictor(train(others, k), measure_affinity(others, k), "random") if predict else None
 
 
 def gpu(args) -> dict:

@@ -5,6 +5,7 @@ Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A sc
 room), and answers one question, `victim`: which slot to give up for a newcomer.
 """
 
+import math
 from dataclasses import dataclass
 
 from .link import Key, LinkError, Transfer
@@ -64,14 +65,15 @@ class GPUExpertCache:
             if transfer.slot < 0:
                 transfer.asked = self.since
 
+    def transfer_s(self) -> float:
+        """Seconds of the link that an expert takes, as measured since `serve`; infinity before anything has moved."""
+        moved = self.counts.bytes_moved / self.expert_bytes
+        return (self.lane.busy - self.busy_before) / moved if moved else math.inf
+
     def link_use(self) -> float:
-        """The share of the time since `serve` that the link needs for what was used: with 1 it has none to spare (nor
-        where a copy takes the host's time, and the link none)."""
-        counts, busy = self.counts, self.lane.busy - self.busy_before
-        if not busy or not counts.bytes_moved:
-            return 1.0
-        needed = (counts.misses + counts.prefetched_used) * self.expert_bytes / counts.bytes_moved * busy
-        return needed / max(self.lane.now() - self.since, 1e-9)
+        """The share of the time since `serve` that the link takes for what was used: with 1 it has none to spare."""
+        used = self.counts.misses + self.counts.prefetched_used
+        return used * self.transfer_s() / max(self.lane.now() - self.since, 1e-9) if used else 1.0
 
     def resident(self, key: Key) -> bool:
         """All of it is here or enqueued."""

@@ -21,7 +21,7 @@ from .cache import Counts, GPUExpertCache
 from .errors import UserError, format_bytes, parse_amount
 from .experts import StreamedExperts
 from .history import History
-from .link import CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
+from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Expert, Mixtral, padded
 from .options import EngineOptions, SamplingParams, as_ids, check_context, set_threads
@@ -234,12 +234,11 @@ class Engine:
                 self._warm_up(slots[0])
 
     def _lane(self) -> CudaLane | SimulatedLane:
-        chunk, link, slots, store = chunk_size(self.packed.layout.nbytes), self.options.simulate_link, \
-            self.slots_memory, self.store
-        if self.device.type == "cuda" and not link:
-            return CudaLane(slots, chunk, store)
+        nbytes, rate, slots, store = self.packed.layout.nbytes, self.options.simulate_link, self.slots_memory, self.store
+        if self.device.type == "cuda" and not rate:
+            return CudaLane(slots, chunk_size(nbytes, PCIE), store)
         copy = lambda transfer, start, stop: store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
-        return SimulatedLane(WallClock(), link or 0, chunk, copy)
+        return SimulatedLane(WallClock(), rate or 0, chunk_size(nbytes, rate or 0), copy)
 
     def _warm_up(self, expert: Expert) -> None:
         """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling, and a step."""

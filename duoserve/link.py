@@ -10,6 +10,7 @@ above this file asks which it has.
 
 import math
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Callable
@@ -18,6 +19,7 @@ import torch
 
 Key = tuple[int, int]                       # (layer, expert)
 IN_FLIGHT = 2                               # chunks of speculation
+PCIE = 25e9                                 # bytes a second: what a GPU's link is taken to move, at least
 
 
 class LinkError(Exception):
@@ -44,9 +46,11 @@ class Transfer:
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
 
 
-def chunk_size(expert_bytes: int, chunks: int = 6) -> int:
-    """Bytes of one chunk of speculation: 8 MiB, or a sixth of a small expert."""
-    return max(1, min(8 * 2**20, -(-expert_bytes // chunks)))
+def chunk_size(expert_bytes: int, rate: float) -> int:
+    """Bytes of one chunk of speculation: 8 MiB, or a sixth of a small expert, but never less than what a link of `rate`
+    bytes a second (0: as fast as memcpy) moves in 100 us: handing over a chunk takes the host some of them."""
+    most = min(8 * 2**20, -(-expert_bytes // 6))
+    return min(expert_bytes, max(most, int(rate * 1e-4))) if rate else expert_bytes
 
 
 class Clock:
@@ -168,7 +172,8 @@ class CudaLane:
     def __init__(self, slots: torch.Tensor, chunk: int, store):
         """`slots` [N, expert bytes] on the device; `store` has what goes there: `pinned_block(key)`, the expert's bytes
         in pinned memory or None, and `fetch(key, start, into)`, which copies them from wherever they are."""
-        self.device, self.chunk, self.store = slots.device, chunk, store
+        self.device, self.chunk = slots.device, chunk
+        self.store = weakref.proxy(store)   # (its pinned memory goes with the engine, whoever still holds the lane)
         self.slots = slots.unbind()         # (made once: this is hot)
         self.stream = torch.cuda.Stream(self.device)
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)

@@ -20,6 +20,7 @@ LIKELY = 0.5                                # chance from which on a guess is wo
 HORIZON = 4                                 # layers that prefill looks ahead
 BEYOND = 4                                  # guesses that decode makes beyond the next layer
 BUSY = 0.97                                 # share of its time in use from which on the link has none to spare
+THOUGHT = 3e-4                              # seconds: a transfer that takes less is over before it has been predicted
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
@@ -171,6 +172,7 @@ class DecodeScheduler(ExpertScheduler):
         # once somebody asks: the next layer's `chance [experts]`, every expert's `value [layers][experts]`. Where
         # nothing has to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
+        self.thinks = True
         self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
@@ -193,6 +195,9 @@ class DecodeScheduler(ExpertScheduler):
         slots are empty or the link has time to spare: a guess takes no slot that is worth more."""
         cache, layer, wanted = self.cache, (self.layer + 1) % self.layers, []
         self.value = None
+        self.thinks = cache.transfer_s() > THOUGHT
+        if not self.thinks:
+            return cache.plan([])
         if not all(cache.resident((layer, e)) for e in range(self.experts_a_layer)):
             self.update_values()
             best = sorted(range(self.experts_a_layer), key=lambda e: -self.chance[e])
@@ -219,6 +224,8 @@ class DecodeScheduler(ExpertScheduler):
         return self.value[key[0]][key[1]]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
+        if not self.thinks:
+            return super().victim(key, candidates, urgent)
         worth = self.worth(key)
         value = self.value                  # (by now there is one, and this runs for every slot)
         least = min(candidates, key=lambda slot: value[slot.key[0]][slot.key[1]])

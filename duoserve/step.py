@@ -7,6 +7,7 @@ layer, up to the router's choice, and one for each slot and rank, since a graph'
 piece to piece lies in buffers of its own, and all that changes from token to token is read from the device.
 """
 
+import gc
 from contextlib import closing
 from functools import partial
 from typing import Callable
@@ -56,11 +57,15 @@ class DecodeStep:
         with torch.cuda.stream(self.stream):
             piece()                         # compiles, and whatever a library does when it is first called
             graph = torch.cuda.CUDAGraph()  # (torch.cuda.graph would empty the allocator's cache for each of hundreds)
+            collecting = gc.isenabled()
+            gc.disable()                    # an engine that is collected in here would synchronize, and spoil the graph
             graph.capture_begin(pool=self.pool)
             try:
                 piece()
             finally:
                 graph.capture_end()
+                if collecting:
+                    gc.enable()
         torch.cuda.current_stream(self.kv.device).wait_stream(self.stream)
         return graph.replay
 

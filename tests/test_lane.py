@@ -115,7 +115,7 @@ def wrong_reads(cuda, seed, spoil=lambda lane: None) -> int:
     """Random demands and guesses through cache and lane; how many reads of a slot found something else there."""
     slots = 3
     device, rng = cuda(seed, slots), random.Random(seed)
-    lane = CudaLane(torch.empty(slots, CHUNKS), 1, store=None)
+    lane = CudaLane(torch.empty(slots, CHUNKS), 1, device)
 
     def copy(transfer, start, stop):
         for chunk in range(start, stop):

@@ -16,7 +16,7 @@ from duoserve.bench.replay import Costs, Replay, belady, row, synthetic_traces
 from duoserve.cache import GPUExpertCache, Slot
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock
+from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock, chunk_size
 from duoserve.history import History, Routing
 from duoserve.policies import POLICIES, load_policy, schedulers
 from duoserve.predictor import Forecast
@@ -670,6 +670,19 @@ def test_a_policy_file_that_is_none(text, words, tmp_path):
     with pytest.raises(UserError, match=words) as error:
         load_policy(str(path))
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("transfer_ms, thinks", [(3.7, True), (0.05, False)])
+def test_where_a_transfer_takes_less_than_a_thought_nobody_predicts(transfer_ms, thinks):
+    trace = skewed_traces(0, sequences=1)[0]
+    r = Replay(trace, 2, "duo", 12, replace(COSTS, expert_transfer_ms=transfer_ms), lambda *_: np.full((6, 8), 0.5)).run()
+    assert (r.predictor.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
+
+
+def test_chunks_are_no_smaller_than_what_it_costs_to_hand_them_over():
+    mixtral, small = 93_600_000, 250_000
+    assert chunk_size(mixtral, 25e9) == 8 * 2**20 and chunk_size(20_000_000, 25e9) == 3_333_334
+    assert chunk_size(small, 25e9) == chunk_size(small, 0) == small and chunk_size(small, 0.15e9) == 41_667
 
 
 def test_a_good_lookahead_hides_the_transfer():

@@ -78,7 +78,7 @@ class GPUExpertCache:
     def resident(self, key: Key) -> bool:
         """All of it is here or enqueued."""
         slot = self.slot_of.get(key)
-        return slot is not None and slot.whole
+        return slot is not None and slot.transfer.sent == slot.transfer.size
 
     def require(self, keys: list[Key]) -> None:
         """The router asks for these: none may be evicted before it is computed."""

@@ -6,6 +6,7 @@ only when it reads the router: it fetches what is missing first, and predicts th
 arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 """
 
+from itertools import islice
 from typing import Iterator
 
 import numpy as np
@@ -171,6 +172,7 @@ class DecodeScheduler(ExpertScheduler):
         # What is known: how many layers of this token are routed, and the next one's lookahead. What follows from it,
         # once somebody asks: the next layer's `chance [experts]`, every expert's `value [layers][experts]`. Where
         # nothing has to be guessed or evicted, nobody does, and the host goes straight on.
+        self.keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
         self.state, self.lookahead = self.layers, None
         self.thinks = True
         self.chance: list[float] = []
@@ -205,9 +207,10 @@ class DecodeScheduler(ExpertScheduler):
         beyond = BEYOND if self.forecast.trained and cache.link_use() < BUSY else 0
         more = max(len(cache.slots) - len(cache.slot_of), beyond)
         if more:
-            absent = [(m, e) for m in range(self.layers) for e in range(self.experts_a_layer)
-                      if m != layer and not cache.resident((m, e))]
-            wanted += sorted(absent, key=self.worth, reverse=True)[:more]
+            self.worth((layer, 0))          # (the values are there, or they are made)
+            best = np.argsort(-np.array(self.value), axis=None, kind="stable").tolist()
+            absent = (self.keys[i] for i in best if self.keys[i][0] != layer and not cache.resident(self.keys[i]))
+            wanted += islice(absent, more)
         cache.plan(wanted)
 
     def update_values(self) -> None:

@@ -25,6 +25,7 @@ class StreamedExperts:
     def begin(self, scheduler: ExpertScheduler, start: int, tokens: int, decoding: bool) -> None:
         """Before each pass: who schedules it, and which positions it covers."""
         self.scheduler, self.rows, self.decoding = scheduler, slice(start, start + tokens), decoding
+        self.lane.begin_pass()
 
     def begin_step(self, lookahead: Tensor) -> None:
         """lookahead [T, E]: layer 0's."""

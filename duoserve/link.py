@@ -113,6 +113,9 @@ class SimulatedLane:
         """`pump` sends what is due: called whenever the host waits."""
         self.clock.pump = pump
 
+    def begin_pass(self) -> None:
+        """What is computed from here on runs on the stream that is current now."""
+
     def poll(self) -> None:
         """Take note of what has arrived. `pump` asks once, so it sends no more than may be in flight."""
         self.clock.due = math.inf
@@ -175,7 +178,9 @@ class CudaLane:
         self.device, self.chunk = slots.device, chunk
         self.store = weakref.proxy(store)   # (its pinned memory goes with the engine, whoever still holds the lane)
         self.slots = slots.unbind()         # (made once: this is hot)
+        # Streams are handed around, as asking which one is current takes longer than handing a chunk to it.
         self.stream = torch.cuda.Stream(self.device)
+        self.begin_pass()
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
         self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
         self.ring: list = []                # two pinned buffers and the event of their last copy, if they are needed
@@ -210,6 +215,9 @@ class CudaLane:
     def fed_by(self, pump: Callable[[], None]) -> None:
         self.pump = pump
 
+    def begin_pass(self) -> None:
+        self.compute = torch.cuda.current_stream(self.device)
+
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
         while self.flying and self.flying[0][1].query():
@@ -224,16 +232,16 @@ class CudaLane:
         return len(self.flying) < IN_FLIGHT
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
-        with torch.cuda.stream(self.stream):
-            if transfer.sent == 0 and self.last_use[transfer.slot] is not None:
-                self.stream.wait_event(self.last_use[transfer.slot])
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            try:
+        if transfer.sent == 0 and self.last_use[transfer.slot] is not None:
+            self.stream.wait_event(self.last_use[transfer.slot])
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
                 self.copy(transfer, transfer.sent, transfer.sent + nbytes)
-            except RuntimeError as error:
-                raise LinkError(str(error)) from error
-            end.record()
+        except RuntimeError as error:
+            raise LinkError(str(error)) from error
+        end.record(self.stream)
         self.flying.append((start, end, transfer))
         if transfer.sent + nbytes == transfer.size:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
@@ -244,26 +252,26 @@ class CudaLane:
 
     def wait(self, transfer: Transfer) -> None:
         if not transfer.arrived:
-            torch.cuda.current_stream(self.device).wait_event(transfer.loaded)
+            self.compute.wait_event(transfer.loaded)
 
     def used(self, slot: int) -> None:
         if self.last_use[slot] is None:
             self.last_use[slot] = torch.cuda.Event()
-        self.last_use[slot].record(torch.cuda.current_stream(self.device))
+        self.last_use[slot].record(self.compute)
 
     def read(self, values: torch.Tensor) -> list[float]:
         if len(self.buffer) < len(values):  # (once a size, while the engine warms up)
             self.buffer = torch.empty(len(values), pin_memory=True)
         buffer = self.buffer[:len(values)]
         buffer.copy_(values, non_blocking=True)
-        self.copied.record()
+        self.copied.record(self.compute)
         while not self.copied.query():
             self.pump()
         return buffer.tolist()
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(self.compute)
         return event
 
     def seconds(self, mark: torch.cuda.Event) -> float:

@@ -19,7 +19,8 @@ from .predictor import DISCOUNT, Forecast, worth
 RING = 4                                    # slots that prefill streams through; the others keep what decode will want
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time
 HORIZON = 4                                 # layers that prefill looks ahead
-BEYOND = 4                                  # guesses that decode makes beyond the next layer
+BEYOND = 4                                  # guesses that decode makes beyond the next layer,
+MARGIN = 2                                  # each worth so many times what it evicts: it takes the host's time, too
 BUSY = 0.97                                 # share of its time in use from which on the link has none to spare
 THOUGHT = 3e-4                              # seconds: a transfer that takes less is over before it has been predicted
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
@@ -232,4 +233,5 @@ class DecodeScheduler(ExpertScheduler):
         worth = self.worth(key)
         value = self.value                  # (by now there is one, and this runs for every slot)
         least = min(candidates, key=lambda slot: value[slot.key[0]][slot.key[1]])
-        return least if urgent or self.worth(least.key) < worth else None
+        margin = 1 if self.distance(key[0]) == 1 else MARGIN
+        return least if urgent or margin * self.worth(least.key) < worth else None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from duoserve import Engine
+from duoserve import Engine, scheduler
 from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
 from duoserve.sampling import sample
@@ -26,6 +26,12 @@ def compiled(request):
     COMPILE = request.param
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def predicting(monkeypatch):
+    """Also where, as here, a transfer takes less than a thought: so that slots change hands while they are computed."""
+    monkeypatch.setattr(scheduler, "THOUGHT", 0.0)
 
 
 def engine(directory, **options):

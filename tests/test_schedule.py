@@ -710,6 +710,13 @@ def test_duo_gives_up_what_is_least_likely_and_nothing_for_a_guess_worth_less():
     s.scheduler.update_values()
     assert victim((1, 3), False) is None
     assert victim((1, 3), True) == (0, 0)               # as likely as the others, and furthest off
+    estimate[:] = [[0.5] + [0.9] * 7, [0.9] * 8, [0.3] + [0.9] * 7]
+    s.scheduler.update_values()
+    assert victim((1, 3), False) == (2, 0)
+    assert victim((0, 3), False) == (2, 0)              # beyond the next layer a guess must be worth twice as much
+    estimate[2, 0] = estimate[0, 0] = 0.6
+    s.scheduler.update_values()
+    assert victim((1, 3), False) == (0, 0) and victim((0, 3), False) is None
 
 
 @pytest.mark.parametrize("misled", (False, True))

@@ -1,16 +1,16 @@
-"""The tiny predictor: which experts will each layer want, before its router has spoken?
+"""The tiny predictor: which experts will each layer want, before its routing is known?
 
 The strongest hint needs no training: the *lookahead*, layer l's router applied to the residual stream as it
 is before layer l-1's experts have run. It is known of the layer that comes next. Of every other layer it is
-known what its router said last: for this token if it has spoken already, else for the one before; and what
+known what its router said last: for this token if it has run already, else for the one before; and what
 this sequence used of late, and in all. Each hint votes for its own expert. A small MLP that hears all
 routers at once corrects the sum, as what one layer chose says much about the others. Of the layer that
 comes next it tells each expert's *chance*, for prefetching; of all others what the expert is *worth*, for
 eviction: the sooner it is used, the more.
 
-What is known of which layer depends on how many have spoken. That is the *state*, and each state has its
+What is known of which layer depends on how many have been routed. That is the *state*, and each state has its
 own votes and its own second half of the MLP. In state 0 a token begins; layer 0's lookahead is known. In
-the last one all layers have spoken, and there is no lookahead yet. (DuoServe-MoE, arXiv 2509.07379,
+the last one all layers are routed, and there is no lookahead yet. (DuoServe-MoE, arXiv 2509.07379,
 predicts from what earlier layers chose; the lookahead is mixtral-offloading's, arXiv 2312.17238. How all
 this is trained is in training.py.)
 """
@@ -124,7 +124,7 @@ class Forecast:
         self.trained = predictor is not None                        # else what is far off is not known well enough
 
     def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
-        """[layers, experts], when `state` layers of this token have spoken: for the layer that comes next
+        """[layers, experts], when `state` layers of this token are routed: for the layer that comes next
         (state % layers), whose lookahead this is (None: not known yet), chances of being in the top_k; for the
         others `worth`."""
         hints = self.hints(state, lookahead)

@@ -1,7 +1,7 @@
 """How the predictor is trained, offline, from traces; predictor.py says what it is.
 
 A sample is a decoded token. It is seen in all states, that is at each of the moments at which a scheduler
-asks, and what is to be foretold is how the router of the layer that comes next will choose, and when each
+asks, and what is to be predicted is how the router of the layer that comes next will choose, and when each
 other expert is used next. So little data goes a long way: the MLP's first half is the same in all states, a
 hint's vote is one number for all experts of a layer, and the MLP is held back the more, the less there is
 to learn from.
@@ -171,7 +171,7 @@ def blend(net: Weights, plain: Weights, next_share: float, share: float) -> Weig
     return mix(0, shares[:, None]), net[1], net[2], mix(3, wide[:, None]), mix(4, wide)
 
 
-def foretold(weights: Weights, samples: Samples) -> Tensor:
+def predicted_logits(weights: Weights, samples: Samples) -> Tensor:
     """Logits of the layer that comes next, each lookahead known: [tokens, layers, experts]."""
     parts = torch.arange(len(samples.now)).split(4 * BATCH)
     return torch.cat([coming(logits(weights, samples.at(pick)[0]))[:, :-1] for pick in parts])
@@ -234,8 +234,8 @@ def recalls(traces: list[Trace], seen: list[Trace], predictor: Predictor,
     scores = {"popularity": sum(chosen(t, top_k)[t.prompt:].sum(0) for t in seen),
               "previous": decoded([np.roll(u, 1, 0) for u in use]),
               "affinity": np.einsum("tli,lij->tlj", decoded(map(layer_before, use)), predictor.affinity),
-              "lookahead": samples.ahead, "history": foretold(history, samples.blind()),
-              "full": foretold(weights, samples)}
+              "lookahead": samples.ahead, "history": predicted_logits(history, samples.blind()),
+              "full": predicted_logits(weights, samples)}
     truth = samples.now[:, 0].numpy()
     by_name = {name: mean_recall(np.broadcast_to(z, truth.shape), truth, top_k) for name, z in scores.items()}
     return by_name, recall(weights, samples, top_k)[1]

@@ -13,7 +13,7 @@ from duoserve.errors import UserError
 from duoserve.history import History, Routing
 from duoserve.predictor import DISCOUNT, Forecast, Predictor, sigmoid, worth
 from duoserve.trace import read_traces
-from duoserve.training import (Samples, blend, foretold, logits, mean_recall, measure_affinity, recall, train,
+from duoserve.training import (Samples, blend, predicted_logits, logits, mean_recall, measure_affinity, recall, train,
                                worths)
 
 CONFIG = MixtralConfig(num_hidden_layers=4, num_local_experts=8, num_experts_per_tok=2)
@@ -99,14 +99,14 @@ def test_a_blend_is_a_mixture_of_logits(traces, predictor, monkeypatch):
             expected = share * a[state, :, layer] + (1 - share) * b[state, :, layer]
             torch.testing.assert_close(mixed[state, :, layer], expected, atol=1e-4, rtol=0)
     # Of the layer that comes next the plain one says what the lookahead says, in the same order.
-    assert (mean_recall(foretold(plain, samples), samples.now[:, 0], 2)
+    assert (mean_recall(predicted_logits(plain, samples), samples.now[:, 0], 2)
             == mean_recall(samples.ahead, samples.now[:, 0], 2)).all()
 
 
 def test_a_chance_is_what_it_says_it_is(traces, predictor):
     """The scheduler fetches what is likelier than not: as many of these must come true as were promised."""
     samples = Samples.of(traces[9:], 2)
-    z, truth = foretold(tensors(predictor.weights), samples), samples.now[:, 0]
+    z, truth = predicted_logits(tensors(predictor.weights), samples), samples.now[:, 0]
     for kind in (z > 1, (0 < z) & (z < 1), z < 0):
         assert kind.sum() > 100 and abs(truth[kind].mean() - z[kind].sigmoid().mean()) < 0.05
 
@@ -120,7 +120,7 @@ def test_a_little_data_does_no_harm(kind):
         few, *others = (part := read_traces(Path(__file__).with_name("traces")))[:8], *part[8:]
     samples, weights = Samples.of(others, 2), tensors(train(few, 2))
     truth = samples.now[:, 0]
-    ahead, full = (mean_recall(z, truth, 2).mean() for z in (samples.ahead, foretold(weights, samples)))
+    ahead, full = (mean_recall(z, truth, 2).mean() for z in (samples.ahead, predicted_logits(weights, samples)))
     assert full > ahead + (-0.002 if kind == "made up" else 0.005)
     hints, use, _ = samples.at(samples.known())
     last = mean_recall(hints[-1, :, 0], use[-1], 2).mean()          # the last token's experts once more

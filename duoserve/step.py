@@ -1,10 +1,10 @@
 """One token through the model, in pieces of fixed shape: each piece is one CUDA graph where there is CUDA.
 
-A decode step is some twenty small kernels a layer, and launching them costs the host more than running them costs
-the GPU. But the host reads each router before it knows which slots to compute with, so the step is split there:
-piecewise CUDA graphs, each captured once and replayed as a whole. One piece a
-layer, up to the router's choice, and one for each slot and rank, since a graph's addresses are fixed. What passes from
-piece to piece lies in buffers of its own, and all that changes from token to token is read from the device.
+A decode step is some twenty small kernels a layer, and launching them costs the host more than running them costs the
+GPU. But the host reads each router before it knows which slots to compute with, so the step is split there: piecewise
+CUDA graphs, each captured once and replayed as a whole. There is one piece a layer, up to the router's choice, and one
+for each slot and rank, since a graph's addresses are fixed. What passes from piece to piece lies in buffers of its own,
+and all that changes from token to token is read from the device.
 """
 
 import gc

@@ -595,3 +595,13 @@ def test_the_bench_as_a_module(traces, tiny):
     out, err = run.communicate(timeout=120)
     assert run.returncode == 2 and out == b""
     assert err.decode().splitlines()[-1].startswith("error: --cache-experts 1") and b"Warning" not in err
+
+
+def test_the_closing_line_says_how_many_experts_were_there_in_time():
+    """Not counting what came too late, used or not."""
+    stats = SimpleNamespace(tpot_s=0.1, ttft_s=0.2, prompt_tokens_kept=0, hits=10, prefetched_used=60, misses=30, in_time=52,
+                            cache_experts=5, peak_device_bytes=1, bytes_moved=0, link_busy_fraction=0.5,
+                            bytes_from_disk=0, policy="duo")
+    result = SimpleNamespace(stats=stats, token_ids=[1, 2], finish_reason="length", prompt_tokens=3)
+    config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
+    assert "52 % of experts were there in time" in generate.closing_line(result, config)

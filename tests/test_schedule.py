@@ -679,6 +679,17 @@ def test_where_a_transfer_takes_less_than_a_thought_nobody_predicts(transfer_ms,
     assert (r.predictor.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
 
 
+def test_the_replay_charges_for_the_predictor_where_it_runs():
+    """In each layer visit in which it does, and not in the floor: with every expert there it never runs."""
+    trace = skewed_traces(0, sequences=1)[0]
+    visits = (len(trace.logits) - trace.prompt) * 6
+    for slots, least, most in ((12, 0.95 * visits, 1.05 * visits), (48, 0, 0)):
+        runs = [Replay(trace, 2, "duo", slots, replace(COSTS, attention_ms=20.0, predict_ms=ms),
+                       lambda *_: np.full((6, 8), 0.5)).run() for ms in (0.0, 1.0)]
+        assert least <= (runs[1].decode_s - runs[0].decode_s) * 1e3 <= most + 1e-6
+        assert runs[1].floor == pytest.approx(runs[0].floor)
+
+
 def test_chunks_are_no_smaller_than_what_it_costs_to_hand_them_over():
     mixtral, small = 93_600_000, 250_000
     assert chunk_size(mixtral, 25e9) == 8 * 2**20 and chunk_size(20_000_000, 25e9) == 3_333_334

@@ -257,7 +257,7 @@ def test_a_file_that_changes_under_us_is_one_line(change, copy, want):
 
 def test_a_guess_that_cannot_be_read_is_not_visible(tiny, want, monkeypatch):
     """Only what the router asks for has to be there."""
-    engine, read, failed = all_on_disk(tiny), store.read_into, []
+    engine, read, failed = all_on_disk(tiny, simulate_link="20MB/s"), store.read_into, []
 
     def moody(file, start, buffer, path, crc):
         if len(buffer) < engine.packed.layout.nbytes and random.random() < 0.2:         # a chunk: not demanded

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import duoserve.model
 from duoserve.config import MixtralConfig
 from duoserve.model import Mixtral
+from duoserve.policies import POLICIES
 
 TOLERANCE = 1e-4    # of logits with a deviation of about 3
-POLICIES = "duo", "on-demand", "layer-prefetch", "cache", "lru", "activation"
 
 
 def test_of_equal_logits_the_first_are_chosen():

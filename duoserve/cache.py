@@ -8,6 +8,7 @@ room), and answers one question, `victim`: which slot to give up for a newcomer.
 import math
 from dataclasses import dataclass
 
+from .errors import UserError
 from .link import Key, LinkError, Transfer
 
 
@@ -57,7 +58,7 @@ class GPUExpertCache:
     def serve(self, scheduler) -> None:
         """Another phase, or another request: what is here already is there for free, and counting starts again."""
         self.scheduler, self.counts = scheduler, Counts()
-        self.since, self.busy_before = self.lane.now(), self.lane.busy
+        self.since, self.before = self.lane.now(), (self.lane.busy, self.lane.carried)
         for slot in self.slots:
             if slot.transfer is not None:
                 slot.transfer.counted = True
@@ -66,12 +67,13 @@ class GPUExpertCache:
                 transfer.asked = self.since
 
     def transfer_s(self) -> float:
-        """Seconds of the link that an expert takes, as measured since `serve`; infinity before anything has moved."""
-        moved = self.counts.bytes_moved / self.expert_bytes
-        return (self.lane.busy - self.busy_before) / moved if moved else math.inf
+        """Seconds of the link that an expert takes, as measured since `serve`; infinity before anything has arrived."""
+        busy, carried = self.lane.busy - self.before[0], self.lane.carried - self.before[1]
+        return busy * self.expert_bytes / carried if carried else math.inf
 
     def link_use(self) -> float:
-        """The share of the time since `serve` that the link takes for what was used: with 1 it has none to spare."""
+        """The share of the time since `serve` that the link takes for what was used: with 1 it has none to spare (which
+        is also what is said before anything was used)."""
         used = self.counts.misses + self.counts.prefetched_used
         return used * self.transfer_s() / max(self.lane.now() - self.since, 1e-9) if used else 1.0
 
@@ -83,7 +85,9 @@ class GPUExpertCache:
     def require(self, keys: list[Key]) -> None:
         """The router asks for these: none may be evicted before it is computed."""
         self.needed.update(keys)
-        self.counts.in_time += sum(self.resident(key) and self.lane.arrived(self.slot_of[key].transfer) for key in keys)
+        for key in filter(self.resident, keys):
+            transfer = self.slot_of[key].transfer
+            transfer.in_time = self.lane.arrived(transfer)
 
     def plan(self, keys: list[Key]) -> None:
         """Replace the guesses by these, best first. One no longer wanted stops at its chunk's end."""
@@ -152,7 +156,8 @@ class GPUExpertCache:
         slot.pinned, transfer = True, slot.transfer
         kind = "hits" if transfer.counted else "prefetched_used" if transfer.predicted else "misses"
         setattr(self.counts, kind, getattr(self.counts, kind) + 1)
-        transfer.counted = transfer.used = True
+        self.counts.in_time += transfer.in_time
+        transfer.counted, transfer.used, transfer.in_time = True, True, False
         return slot.index
 
     def release(self, key: Key) -> None:
@@ -206,6 +211,9 @@ class GPUExpertCache:
                           and (urgent or slot.transfer.sent == slot.transfer.size)]
             if candidates:
                 slot = self.scheduler.victim(transfer.key, candidates, urgent)
+                if slot is not None and slot not in candidates:
+                    raise UserError(f"policy {type(self.scheduler).__name__}: its `victim` must return one of the "
+                                    "candidates or None")
         if slot is None:
             return False
         if slot.key is not None:

@@ -264,7 +264,7 @@ class Engine:
         mine = weakref.ref(claim)
         self.claims.append(mine)
         try:
-            if next(other for other in self.claims if other() is not None) is not mine:
+            if next((other for other in list(self.claims) if other() is not None), mine) is not mine:
                 raise UserError("the engine is busy with another request: finish it or close its stream first "
                                 "(or load another Engine)")
             with enough_memory():
@@ -339,20 +339,23 @@ class Engine:
     def generate(self, prompt: str | list[int], params: SamplingParams | None = None, **options) -> Generation:
         """As `stream`, all at once."""
         with closing(self.stream(prompt, params, **options)) as pieces:
-            for _ in pieces:
-                pass
-        return self.result
+            while True:
+                try:
+                    next(pieces)
+                except StopIteration as end:                        # (`self.result` may be another thread's by now)
+                    return end.value
 
     @torch.inference_mode()
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None, *, resume: bool = False,
                **sampling) -> Iterator[str]:
-        """Yields pieces of text as they are certain; `engine.result` is the `Generation`, also if interrupted.
+        """Yields pieces of text as they are certain; `engine.result` is the `Generation`, also if interrupted, and the
+        generator returns it.
 
         Text gets BOS, ids are taken as they are; `sampling`: the fields of `SamplingParams`, if `params` are not given.
         Stops at EOS, at `max_new_tokens`, or where the context is full. With `resume` the prompt, a whole conversation,
         is prefilled only from where it differs from the request before. From its first piece to its end the stream
-        holds the engine: finish it, or `close()` it (a `for` loop that is left does so). Raises `UserError` for a bad
-        prompt or option, and if the engine is held by another request.
+        holds the engine: finish it or `close()` it (leaving a `for` loop over it does so, unless it has a name besides).
+        Raises `UserError` for a bad prompt or option, and if the engine is held by another request.
         """
         arrived, params = time.perf_counter(), params or SamplingParams(**sampling)
         if isinstance(prompt, str) and not prompt.strip():
@@ -398,6 +401,7 @@ class Engine:
                     self._rest()
                 finally:                    # (a second Ctrl-C)
                     self.result = self._result(sequence)
+            return self.result
 
     def _result(self, s: Sequence) -> Generation:
         end = s.last or s.first or s.arrived

@@ -41,6 +41,7 @@ class Transfer:
     order: int = 0                          # the lane delivers in this order
     arrived: bool = False                   # the host has seen that all of it is there: nothing need wait
     used: bool = False                      # something was computed with it
+    in_time: bool = False                   # all of it had arrived when its layer was routed
     counted: bool = False                   # a use of it has been, so that the next is a hit; or it moved in prefill
     held: bool = False                      # a guess with no slot to take: it starts no earlier than it gets one
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
@@ -107,7 +108,7 @@ class SimulatedLane:
         self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
         self.now = clock.now
         self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # when the latest pieces are (or will be) done
-        self.busy = 0.0
+        self.busy, self.carried = 0.0, 0                            # seconds so far, and bytes in them
 
     def fed_by(self, pump: Callable[[], None]) -> None:
         """`pump` sends what is due: called whenever the host waits."""
@@ -132,7 +133,7 @@ class SimulatedLane:
         start = max(transfer.asked, self.ends[-1])
         end = start + (nbytes / self.rate if self.rate else 0.0)
         self.ends.append(end)
-        self.busy += end - start
+        self.busy, self.carried = self.busy + end - start, self.carried + nbytes
         transfer.spans.append((start, end))
         if transfer.sent + nbytes == transfer.size:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
@@ -182,10 +183,10 @@ class CudaLane:
         self.stream = torch.cuda.Stream(self.device)
         self.begin_pass()
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
-        self.flying: deque = deque()                                # (start, end, transfer) of pieces under way
+        self.flying: deque = deque()                                # (start, end, transfer, bytes) of pieces under way
         self.ring: list = []                # two pinned buffers and the event of their last copy, if they are needed
         self.buffer, self.copied = torch.empty(0), torch.cuda.Event()
-        self.busy = 0.0
+        self.busy, self.carried = 0.0, 0
         self.origin = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
         self.origin.record()
@@ -221,10 +222,10 @@ class CudaLane:
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
         while self.flying and self.flying[0][1].query():
-            start, end, transfer = self.flying.popleft()
+            start, end, transfer, nbytes = self.flying.popleft()
             begin = self.epoch + self.origin.elapsed_time(start) / 1e3
             seconds = start.elapsed_time(end) / 1e3
-            self.busy += seconds
+            self.busy, self.carried = self.busy + seconds, self.carried + nbytes
             transfer.spans.append((begin, begin + seconds))
             transfer.arrived = end is transfer.loaded
 
@@ -242,7 +243,7 @@ class CudaLane:
         except RuntimeError as error:
             raise LinkError(str(error)) from error
         end.record(self.stream)
-        self.flying.append((start, end, transfer))
+        self.flying.append((start, end, transfer, nbytes))
         if transfer.sent + nbytes == transfer.size:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes

@@ -49,12 +49,19 @@ class EngineOptions:
     simulate_link: float | str | None = None
 
     def __post_init__(self):
+        for name, kinds in (("cache_experts", Integral), ("context", Integral), ("threads", Integral),
+                            ("gpu_memory", (Integral, str)), ("host_memory", (Integral, str)), ("compile", bool),
+                            ("predictor", (str, Path)), ("simulate_link", (Real, str)), ("policy", (str, Path))):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) and (value is not None or name == "policy"):    # (only from Python)
+                words = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
+                raise UserError(f"{name}={value!r}: give {words.replace('Integral', 'a whole number')}")
         load_policy(self.policy)
         self.device = check_device(self.device)
         self.dtype = check_dtype(self.dtype, self.device)
         if self.cache_experts is not None and self.cache_experts < 2:
             raise UserError(f"--cache-experts {self.cache_experts}: two is the least that works")
-        if self.threads is not None and not (isinstance(self.threads, int) and 1 <= self.threads <= MOST_THREADS):
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
             raise UserError(f"--threads {self.threads}: a whole number from 1 to {MOST_THREADS}")
         for flag, amount in (("--gpu-memory", self.gpu_memory), ("--host-memory", self.host_memory)):
             if amount is not None:

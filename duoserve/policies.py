@@ -7,6 +7,7 @@ too, wherever one is named.
 
 import runpy
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -123,28 +124,32 @@ POLICIES = {"duo": (PrefillScheduler, DecodeScheduler), "on-demand": (OnDemand,)
             "activation": (Activation,) * 2, "score": (Score,) * 2, "combined": (Combined,) * 2}
 
 
-def load_policy(policy: str, flag: str = "--policy", more: tuple[str, ...] = ()) -> tuple[type, type]:
+def load_policy(policy: str | Path, flag: str = "--policy", more: tuple[str, ...] = ()) -> tuple[type, type]:
     """The schedulers of a policy, by its name or from a file that defines one subclass of `ExpertScheduler`;
     `UserError` if it is neither (`more`: names that are known elsewhere)."""
     if policy in POLICIES:
         return POLICIES[policy]
-    if not policy.endswith(".py"):
-        raise unknown(flag, policy, (*POLICIES, *more))
-    return (defined_in(policy, flag),) * 2
+    path = Path(str(policy))
+    if path.suffix != ".py":
+        raise unknown(flag, str(policy), (*POLICIES, *more))
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    return (defined_in(str(path), path.stat().st_mtime_ns),) * 2
 
 
 @cache
-def defined_in(path: str, flag: str) -> type:
+def defined_in(path: str, changed: int) -> type:
+    """The policy in a file, which is run once for each time it was `changed`."""
     try:
         names = runpy.run_path(path)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
-    except Exception as error:
-        raise UserError(f"{flag} {path}: does not run ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: does not run as a policy ({type(error).__name__}: {error})") from error
     own = [thing for thing in names.values() if isinstance(thing, type) and issubclass(thing, ExpertScheduler)
            and thing.__module__ == names["__name__"]]
     if len(own) != 1:
-        raise UserError(f"{flag} {path}: defines {len(own)} subclasses of ExpertScheduler; it takes one")
+        raise UserError(f"{path}: defines {len(own)} subclasses of ExpertScheduler; it takes one")
     return own[0]
 
 

@@ -12,6 +12,7 @@ from typing import Iterator
 import numpy as np
 
 from .cache import GPUExpertCache, Slot
+from .errors import UserError
 from .history import History, Routing
 from .link import Key
 from .predictor import DISCOUNT, Forecast, worth
@@ -67,7 +68,11 @@ class ExpertScheduler:
                     self.plan_prefetch(layer, routing)
                     planned = True
                 # The lane delivers in the order of asking, so the oldest transfer is the next to be ready.
-                key = min(filter(cache.resident, remaining), key=lambda key: cache.slot_of[key].transfer.order)
+                ready = list(filter(cache.resident, remaining))
+                if not ready:
+                    raise UserError(f"policy {type(self).__name__}: its `victim` gives up no slot for an expert that is "
+                                    "needed now")
+                key = min(ready, key=lambda key: cache.slot_of[key].transfer.order)
                 slot = cache.acquire(key)
                 try:
                     yield key[1], slot

@@ -250,6 +250,38 @@ def test_seeds(tiny):
     assert any(engine.generate(SHORT, **SAMPLED | {"seed": seed}).token_ids != one for seed in range(4, 8))
 
 
+def test_in_time_are_no_more_than_there_were(tiny):
+    """Also of a request that is interrupted between its routing and the use of an expert."""
+    engine = load(tiny, cache_experts=24)
+    engine.generate(SHORT, **SAMPLED)
+    InterruptAt(engine, 22)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT, **SAMPLED)
+    stats = engine.result.stats
+    assert stats.in_time <= stats.hits + stats.prefetched_used
+
+
+def test_an_answer_is_ones_own_whoever_asks_next(tiny):
+    """Another thread may begin as soon as the engine is free again."""
+    engine, want = load(tiny), load(tiny).generate(SHORT, **SAMPLED).token_ids
+    stream = engine.stream
+
+    def followed(*arguments, **options):
+        result = yield from stream(*arguments, **options)
+        list(stream(LONG, max_new_tokens=1))
+        return result
+    engine.stream = followed
+    assert engine.generate(SHORT, **SAMPLED).token_ids == want and engine.result.prompt_tokens == len(LONG)
+
+
+@pytest.mark.parametrize("options", (
+    dict(cache_experts=9.5), dict(cache_experts="9"), dict(context=10.5), dict(gpu_memory=[1]), dict(host_memory=1.5),
+    dict(simulate_link=[1]), dict(predictor=3), dict(compile="no"), dict(policy=None), dict(threads="2")))
+def test_options_of_another_type_are_named_as_python_has_them(options, tiny):
+    with pytest.raises(UserError, match=f"{next(iter(options))}="):
+        load(tiny, **options)
+
+
 def test_temperature_zero_is_greedy(tiny):
     engine = load(tiny)
     got = engine.generate(SHORT, max_new_tokens=8, temperature=0, seed=5).token_ids

@@ -169,7 +169,7 @@ def arrived_before_the_last_chunk(lane):
 
     def hasty():
         poll()
-        for *_, transfer in lane.flying:
+        for _, _, transfer, _ in lane.flying:
             transfer.arrived = True
     lane.poll = hasty
 

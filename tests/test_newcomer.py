@@ -303,8 +303,8 @@ def test_threads_that_cannot_be(n, ask, threads):
 def test_threads_from_python(tiny, threads):
     load(tiny, threads=3)
     assert threads() == 3
-    for n in (0, 1.0, "two"):
-        with pytest.raises(UserError, match=f"--threads {n}: a whole number from 1"):
+    for n, words in ((0, "--threads 0: a whole number from 1"), (1.0, "threads=1.0"), ("two", "threads='two'")):
+        with pytest.raises(UserError, match=words):
             load(tiny, threads=n)
 
 

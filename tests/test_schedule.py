@@ -3,6 +3,7 @@
 An expert here is six chunks of one byte, and the link moves a byte a second.
 """
 
+import os
 import random
 from collections import deque
 from dataclasses import replace
@@ -89,8 +90,8 @@ class Arrival:
 
 def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
     lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0, False)
-    lane.origin, lane.epoch, lane.busy, transfer.loaded = Arrival(), 0.0, 0.0, ends[1]
-    lane.flying = deque((Arrival(), end, transfer) for end in ends)
+    lane.origin, lane.epoch, lane.busy, lane.carried, transfer.loaded = Arrival(), 0.0, 0.0, 0, ends[1]
+    lane.flying = deque((Arrival(), end, transfer, 1) for end in ends)
     for end, arrived in zip(ends, (False, True)):
         end.done = True
         lane.poll()
@@ -662,7 +663,8 @@ def test_a_policy_in_a_file_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("x = 1", "defines 0 subclasses"), (OWN + OWN.replace("Newest", "Oldest"), "defines 2 subclasses"),
-    ("import nothing_like_it", "does not run"), ("class :", "does not run"), (None, "cannot be read")])
+    ("import nothing_like_it", "does not run"), ("class :", "does not run"), ("raise SystemExit(3)", "does not run"),
+    (None, "no such file")])
 def test_a_policy_file_that_is_none(text, words, tmp_path):
     path = tmp_path / "own.py"
     if text is not None:
@@ -694,6 +696,19 @@ def test_chunks_are_no_smaller_than_what_it_costs_to_hand_them_over():
     mixtral, small = 93_600_000, 250_000
     assert chunk_size(mixtral, 25e9) == 8 * 2**20 and chunk_size(20_000_000, 25e9) == 3_333_334
     assert chunk_size(small, 25e9) == chunk_size(small, 0) == small and chunk_size(small, 0.15e9) == 41_667
+
+
+def test_a_policy_file_that_changes_is_run_again_and_one_that_gives_up_nothing_is_named(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    first = load_policy(path)
+    assert load_policy(path) == first
+    path.write_text(OWN.replace("return max(", "return None and max("))
+    os.utime(path, ns=(1, 1))
+    s = Schedule(path, 2)
+    s.visit(0, [(0, 1)])
+    with pytest.raises(UserError, match="NewestFirst: its `victim` gives up no slot"):
+        s.visit(1, [(2, 3)])
 
 
 def test_a_good_lookahead_hides_the_transfer():

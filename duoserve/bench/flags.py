@@ -40,5 +40,6 @@ def table(columns: list[tuple[str, int, str]], rows: list[dict]) -> str:
     """`columns`: (heading, width, how its value is written, by the row's names); the first is to the left."""
     cells = [[heading for heading, *_ in columns]] + [[how.format(**row) for *_, how in columns] for row in rows]
     widths = [width for _, width, _ in columns]
+    widths[0] = max(widths[0], *(len(line[0]) + 1 for line in cells))       # (a policy may be a path)
     return "\n".join(line[0].ljust(widths[0]) + "".join(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))
                      for line in cells)

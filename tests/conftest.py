@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 import generate
 import train_predictor
-from duoserve import checkpoint
+from duoserve import checkpoint, training
 from duoserve.bench import __main__ as bench
 from duoserve.errors import run_main
 
@@ -43,11 +43,18 @@ def traces(tiny, tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """Training that is over at once, for tests that do not ask how good a predictor is."""
+    monkeypatch.setattr(training, "LEAST_STEPS", 60)
+
+
 @pytest.fixture(scope="session")
 def predictor(tiny, traces, tmp_path_factory):
-    """The file that train_predictor.py makes of them."""
+    """The file that train_predictor.py makes of them, in haste."""
     out = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LEAST_STEPS", 60)
         patch.setattr(sys, "argv", ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
         train_predictor.main()
     return out

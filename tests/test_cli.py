@@ -290,7 +290,7 @@ def test_a_trace_of_an_answer_that_ended_by_itself(cli, tiny, tmp_path):
 # train_predictor.py
 
 
-def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
+def test_training_reports_and_repeats(cli, hasty, tiny, traces, predictor, tmp_path):
     """The file lands beside the model unless --out says otherwise, is found there, and is the same to the last bit."""
     model = shutil.copytree(tiny, tmp_path / "model")
     status, out, err = cli("train", traces, "--model", model, "--json")
@@ -311,7 +311,7 @@ def test_training_reports_and_repeats(cli, tiny, traces, predictor, tmp_path):
     assert status == 0 and "predictor" not in err
 
 
-def test_training_says_what_it_replaces_and_when_it_tests_on_what_it_saw(cli, tiny, traces, tmp_path):
+def test_training_says_what_it_replaces_and_when_it_tests_on_what_it_saw(cli, hasty, tiny, traces, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     (model / "predictor.safetensors").write_text("an older one")
     other = Path(shutil.copytree(traces, tmp_path / "other"))

@@ -22,7 +22,6 @@ from duoserve.training import measure_affinity, recalls, train
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 LEAST = 8                                   # sequences: six to train on, two to test
 REPLAYED = 8                                # of the test sequences, for the figure in milliseconds
-COSTS = Costs(0.3, 0.15, 3.7, 12, 0.05, None, None)                # those of `bench schedule`
 
 
 def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trace]:
@@ -72,7 +71,7 @@ def main() -> int:
     predictor.save(out)
     recall, visits = recalls(test, seen, predictor, k)
     replayed = test[:REPLAYED]
-    tpot = {name: row(replayed, k, "duo", slots, COSTS, p)["tpot_ms"]
+    tpot = {name: row(replayed, k, "duo", slots, Costs(), p)["tpot_ms"]
             for name, p in (("lookahead", None), ("full", predictor))}
     seconds = time.perf_counter() - began
     if args.json:

@@ -34,7 +34,7 @@ class Counts:
     misses: int = 0
     prefetched: int = 0                     # guesses whose first chunk moved
     prefetched_used: int = 0
-    in_time: int = 0                        # of the hits and used prefetches: all of it was here when the router spoke
+    in_time: int = 0                        # of the hits and used prefetches: all of it was here when it was routed to
     wasted: float = 0.0                     # guesses evicted or dropped before a use, in experts' worth of bytes
     bytes_moved: int = 0
 

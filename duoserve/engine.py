@@ -87,6 +87,7 @@ class Sequence:
     first: float | None = None              # when the first token came
     last: float | None = None
     finish_reason: str = "interrupted"      # until it ends in another way
+    schedulers: tuple = ()                  # of prefill and of decode
     prefill: Counts = field(default_factory=Counts)
     decode: Counts = field(default_factory=Counts)
 
@@ -285,10 +286,9 @@ class Engine:
         self.kv[:, :, :, kept:self.kv_written].zero_()              # masked is times zero, which NaN comes through
         self.kv_written = kept
         forecast = Forecast(history, self.predictor, c.num_experts_per_tok)
-        self.prefill_scheduler, self.decode_scheduler = schedulers(
-            self.policy, self.cache, history, forecast, len(prompt) - kept)
+        sequence.schedulers = schedulers(self.policy, self.cache, history, forecast, len(prompt) - kept)
         self.cache.lane.busy = 0.0
-        self.cache.serve(self.prefill_scheduler)
+        self.cache.serve(sequence.schedulers[0])
         sequence.prefill = self.cache.counts
         return sequence
 
@@ -310,12 +310,12 @@ class Engine:
 
     def _prefill(self, tokens: Tensor, start: int) -> Tensor:
         """tokens [T] at positions start.. -> normed hidden states [T, D]."""
-        with self._running(self.prefill_scheduler, start, len(tokens), False):
+        with self._running(self.sequence.schedulers[0], start, len(tokens), False):
             return self.model(tokens[None], self.source, self.kv, start)[0]
 
     def _decode(self, token: Tensor, position: int) -> Tensor:
         """token [1] at `position` -> logits [vocab] of the next."""
-        with self._running(self.decode_scheduler, position, 1, True):
+        with self._running(self.sequence.schedulers[1], position, 1, True):
             return self.step(token, position, self.source)
 
     def _rest(self) -> None:
@@ -370,7 +370,7 @@ class Engine:
             try:
                 logits = self.model.head(self._prefill(tokens[sequence.kept:], sequence.kept)[-1:])[0].float()
                 sequence.position = n
-                self.cache.serve(self.decode_scheduler)             # what prefill left is decode's
+                self.cache.serve(sequence.schedulers[1])             # what prefill left is decode's
                 sequence.decode = self.cache.counts
                 while True:
                     token = sample(logits, params, generator).view(1)

@@ -58,6 +58,10 @@ class History:
         self.ids[layer] = routing.ids
         self.top_k = len(routing.ids)
 
+    def share(self, layer: int, expert: int) -> float:
+        """Of this request's tokens, those that chose an expert."""
+        return self.counts[layer][expert] / max(1, self.tokens[layer])
+
     def rates(self) -> np.ndarray:
         """How often this request's tokens choose each expert; a few tokens say little, so four even ones are added."""
         return (self.counts + 4 * self.top_k / self.experts) / (np.array(self.tokens)[:, None] + 4)

@@ -72,9 +72,7 @@ class Combined(LookaheadLru):
     twelve lines, and ahead of what has been published."""
 
     def worth(self, key: Key) -> float:
-        layer, e = key
-        share = self.history.counts[layer][e] / max(1, self.history.tokens[layer])
-        return share * 0.6 ** (self.distance(layer) / self.layers)
+        return self.history.share(*key) * 0.6 ** (self.distance(key[0]) / self.layers)
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         return min(candidates, key=lambda slot: (self.worth(slot.key), self.last_used.get(slot.key, 0)))
@@ -109,9 +107,7 @@ class Activation(ExpertScheduler):
         self.cache.plan([(following, e) for e in best[:len(routing.ids)]])
 
     def worth(self, key: Key) -> float:
-        layer, e = key
-        share = self.history.counts[layer][e] / max(1, self.history.tokens[layer])
-        return (share + 1e-6) * (1 - self.distance(layer) / (self.layers + 1))
+        return (self.history.share(*key) + 1e-6) * (1 - self.distance(key[0]) / (self.layers + 1))
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         least = min(candidates, key=lambda slot: self.worth(slot.key))

@@ -213,8 +213,9 @@ class DecodeScheduler(ExpertScheduler):
         beyond = BEYOND if self.forecast.trained and cache.link_use() < BUSY else 0
         more = max(len(cache.slots) - len(cache.slot_of), beyond)
         if more:
-            self.worth((layer, 0))          # (the values are there, or they are made)
-            best = np.argsort(-np.array(self.value), axis=None, kind="stable").tolist()
+            if self.value is None:
+                self.update_values()
+            best = np.argsort(-self.values, axis=None, kind="stable").tolist()
             absent = (self.keys[i] for i in best if self.keys[i][0] != layer and not cache.resident(self.keys[i]))
             wanted += islice(absent, more)
         cache.plan(wanted)
@@ -225,7 +226,8 @@ class DecodeScheduler(ExpertScheduler):
         self.chance = estimate[coming].tolist()
         estimate[coming] = worth(estimate[coming], self.history.rates()[coming])
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
-        self.value = (self.discount[first:first + self.layers] * estimate).tolist()
+        self.values = self.discount[first:first + self.layers] * estimate
+        self.value = self.values.tolist()   # (for those who ask of one after the other)
 
     def worth(self, key: Key) -> float:
         if self.value is None:

@@ -46,7 +46,7 @@ def worths(use: np.ndarray) -> np.ndarray:
 class Samples:
     """What is known around each decoded token, and what came of it; all float32.
 
-    The hints `before` and `after` its routers spoke [tokens, HINTS, layers, experts]; the margins of its
+    The hints `before` and `after` it was routed [tokens, HINTS, layers, experts]; the margins of its
     lookahead, `ahead` [tokens, layers, experts]; what was chosen, and what each expert was worth, for it and for
     the token after it: `now` and `then` [tokens, 2, layers, experts]. `then` is NaN where the sequence ends.
     """

@@ -577,8 +577,9 @@ def test_cache_guesses_nothing_and_evicts_the_oldest():
 
 
 @pytest.mark.parametrize("phase", ("prefill", "decode"))
-def test_lru_guesses_by_lookahead_and_keeps_each_layers_share(phase):
-    s = Schedule("lru", 6, attention=100.0)
+@pytest.mark.parametrize("policy, slots", [("lru", 6), ("combined", 9), ("score", 9)])
+def test_who_guesses_by_lookahead(policy, slots, phase):
+    s = Schedule(policy, slots, attention=100.0)
     if phase == "decode":
         s.step([[(0, 1)]] * 3)
         s.decode()
@@ -586,6 +587,9 @@ def test_lru_guesses_by_lookahead_and_keeps_each_layers_share(phase):
     s.visit(0, [(0, 1)], AHEAD)
     s.visit(1, [(2, 6)], AHEAD)
     assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 2)], [(1, 6)]]
+
+
+def test_lru_keeps_each_layers_share():
     s = Schedule("lru", 6)                  # two slots a layer: a layer that has them gives up one of its own
     s.step([[(0, 1)]] * 3)
     s.visit(1, [(1, 5)])
@@ -630,17 +634,6 @@ def test_score_keeps_a_running_mean_of_the_best_scores():
         np.testing.assert_allclose([s.scheduler.worth((1, e)) for e in range(8)], want)
         assert s.scheduler.worth((0, 0)) == 0
     assert s.scheduler.victim((0, 0), [Slot(0, (1, 0)), Slot(1, (1, 3)), Slot(2, (1, 2))], False).key == (1, 3)
-
-
-@pytest.mark.parametrize("policy", ("combined", "score"))
-def test_combined_and_score_guess_by_lookahead(policy):
-    s = Schedule(policy, 9, attention=100.0)
-    s.step([[(0, 1)]] * 3)
-    s.decode()
-    first = len(s.cache.lane.pieces)
-    s.visit(0, [(0, 1)], AHEAD)
-    s.visit(1, [(2, 6)], AHEAD)
-    assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 2)], [(1, 6)]]
 
 
 OWN = """

@@ -45,18 +45,18 @@ def parse_args():
                 "is made up (default: none)")
             add("--context", type=int, metavar="N",
                 help="tokens of KV cache in a --gpu-memory plan (default: 2048, or what the model takes)")
-            add("--attention-ms", type=float, default=0.3, metavar="A",
+            add("--attention-ms", type=float, default=replay.Costs.attention_ms, metavar="A",
                 help="milliseconds to compute a layer without its experts (default %(default)s)")
-            add("--expert-ms", type=float, default=0.15, metavar="B",
+            add("--expert-ms", type=float, default=replay.Costs.expert_ms, metavar="B",
                 help="ms to compute an expert (default %(default)s)")
             link = parsers[name].add_mutually_exclusive_group().add_argument
             link("--expert-transfer-ms", type=float, metavar="T",
                  help="ms to move an expert (default with traces: 3.7, Mixtral-8x7B on PCIe 4)")
             link("--link", metavar="SIZE/s",
                  help="instead: the model's own experts at this speed (default with a config alone: 25GB/s)")
-            add("--chunks", type=int, default=12, metavar="N",
+            add("--chunks", type=int, default=replay.Costs.chunks, metavar="N",
                 help="pieces an expert is moved in (default %(default)s)")
-            add("--predict-ms", type=float, default=0.05, metavar="X",
+            add("--predict-ms", type=float, default=replay.Costs.predict_ms, metavar="X",
                 help="ms that a layer visit takes longer where the trained predictor runs (default %(default)s)")
             add("--prefill-attention-ms", type=float, metavar="A",
                 help="of a prompt (default: --attention-ms x (1 + tokens / 128))")

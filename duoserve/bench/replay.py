@@ -29,13 +29,13 @@ from .flags import check_policies, check_range, table
 class Costs:
     """Milliseconds. A prefill's attention and experts grow with their tokens unless they are given."""
 
-    attention_ms: float
-    expert_ms: float
-    expert_transfer_ms: float
-    chunks: int
-    predict_ms: float
-    prefill_attention_ms: float | None
-    prefill_expert_ms: float | None
+    attention_ms: float = 0.3
+    expert_ms: float = 0.15
+    expert_transfer_ms: float = 3.7         # Mixtral-8x7B's on PCIe 4
+    chunks: int = 12
+    predict_ms: float = 0.05
+    prefill_attention_ms: float | None = None
+    prefill_expert_ms: float | None = None
 
     def prefill_attention(self, tokens: int) -> float:
         given = self.prefill_attention_ms
@@ -244,7 +244,7 @@ def schedule(args) -> dict:
             check_range("--" + flag.replace("_", "-"), getattr(args, flag), 0, 1e6, flag == "expert_transfer_ms")
     if transfer is None:                    # replayed routing stands for Mixtral-8x7B's unless a link is named
         rate = parse_rate(args.link or "25GB/s", "--link")
-        transfer = 3.7 if args.traces and not args.link else 1e3 * layout.nbytes / rate
+        transfer = Costs.expert_transfer_ms if args.traces and not args.link else 1e3 * layout.nbytes / rate
     check_range("--chunks", args.chunks, 1, 10_000)
     costs = Costs(args.attention_ms, args.expert_ms, transfer, args.chunks, args.predict_ms, args.prefill_attention_ms,
                   args.prefill_expert_ms)
@@ -281,10 +281,12 @@ def slots_in(gpu_memory: str, config: MixtralConfig, context: int, wanted: list[
     budget = parse_amount(gpu_memory, model.nbytes, "--gpu-memory")
     plans = [plan_memory(model, torch.bfloat16, context, True, True, budget, n) for n in wanted]
     plan = max(plans, key=lambda plan: plan.slots)
-    print(f"note: 4-bit model {format_bytes(model.nbytes)} ({format_bytes(model.nbytes - model.resident_bytes())} of experts in host memory); of "
-          f"{format_bytes(budget)} on the GPU, {format_bytes(plan.resident)} resident weights, {format_bytes(plan.kv)} KV cache for {context} tokens, "
-          f"{format_bytes(plan.workspace)} workspace, {plan.slots} slots of {format_bytes(plan.expert)}; the CUDA context is on top",
-          file=sys.stderr)
+    size = {name: format_bytes(n) for name, n in (
+        ("model", model.nbytes), ("experts", model.nbytes - model.resident_bytes()), ("budget", budget),
+        ("resident", plan.resident), ("kv", plan.kv), ("workspace", plan.workspace), ("expert", plan.expert))}
+    print("note: 4-bit model {model} ({experts} of experts in host memory); of {budget} on the GPU, {resident} resident "
+          "weights, {kv} KV cache for {context} tokens, {workspace} workspace, {slots} slots of {expert}; the CUDA context "
+          "is on top".format(context=context, slots=plan.slots, **size), file=sys.stderr)
     return [plan.slots for plan in plans]
 
 

@@ -1,8 +1,8 @@
 """GPUExpertCache: a few slots on the device, who is in them, who is on the way, who may be evicted.
 
-Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A scheduler asks for experts in two ways,
-`demand` (needed now: sent whole, at once) and `plan` (guesses in order of priority: sent in chunks as the lane has
-room), and answers one question, `victim`: which slot to give up for a newcomer.
+Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A scheduler asks for experts in
+two ways, `demand` (needed now: sent whole, at once) and `plan` (guesses in order of priority: sent in chunks
+as the lane has room), and answers one question, `victim`: which slot to give up for a newcomer.
 """
 
 import math
@@ -14,7 +14,8 @@ from .link import Key, LinkError, Transfer
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One expert's place. `transfer` is what filled or is filling it; a dropped load leaves the slot empty."""
+    """One expert's place. `transfer` is what filled or is filling it; a dropped load leaves the slot
+    empty."""
 
     index: int
     key: Key | None = None
@@ -34,13 +35,14 @@ class Counts:
     misses: int = 0
     prefetched: int = 0                     # guesses whose first chunk moved
     prefetched_used: int = 0
-    in_time: int = 0                        # of the hits and used prefetches: all of it was here when it was routed to
-    wasted: float = 0.0                     # guesses evicted or dropped before a use, in experts' worth of bytes
+    in_time: int = 0                        # of hits and used prefetches: was there when it was routed to
+    wasted: float = 0.0                     # guesses evicted or dropped before a use, in experts' bytes
     bytes_moved: int = 0
 
 
 class GPUExpertCache:
-    """N slots of `expert_bytes` each, filled by `lane`; `scheduler.victim(key, candidates, urgent)` chooses who goes."""
+    """N slots of `expert_bytes` each, filled by `lane`; `scheduler.victim(key, candidates, urgent)` chooses
+    who goes."""
 
     def __init__(self, slots: int, expert_bytes: int, lane):
         self.slots = [Slot(i) for i in range(slots)]
@@ -49,14 +51,15 @@ class GPUExpertCache:
         self.queue: list[Transfer] = []     # guesses not fully sent, in order of priority
         self.needed: set[Key] = set()       # asked for by the router and not yet computed: may not be evicted
         self.scheduler = None
-        self.blocked: Transfer | None = None                        # a guess with no slot to take, as things stand
+        self.blocked: Transfer | None = None                        # a guess that found no slot to take
         self.sent = 0                       # transfers fully enqueued so far
         self.counts = Counts()
-        self.log: list[Transfer] | None = None                     # every transfer that moved, for the timeline
+        self.log: list[Transfer] | None = None                      # what moved, for the timeline
         lane.fed_by(self.pump)
 
     def serve(self, scheduler) -> None:
-        """Another phase, or another request: what is here already is there for free, and counting starts again."""
+        """Another phase, or another request: what is here already is there for free, and counting starts
+        again."""
         self.scheduler, self.counts = scheduler, Counts()
         self.since, self.before = self.lane.now(), (self.lane.busy, self.lane.carried)
         for slot in self.slots:
@@ -67,13 +70,14 @@ class GPUExpertCache:
                 transfer.asked = self.since
 
     def transfer_s(self) -> float:
-        """Seconds of the link that an expert takes, as measured since `serve`; infinity before anything has arrived."""
+        """Seconds of the link that an expert takes, as measured since `serve`; infinity before anything has
+        arrived."""
         busy, carried = self.lane.busy - self.before[0], self.lane.carried - self.before[1]
         return busy * self.expert_bytes / carried if carried else math.inf
 
     def link_use(self) -> float:
-        """The share of the time since `serve` that the link takes for what was used: with 1 it has none to spare (which
-        is also what is said before anything was used)."""
+        """The share of the time since `serve` that the link takes for what was used: with 1 it has none to
+        spare (which is also what is said before anything was used)."""
         used = self.counts.misses + self.counts.prefetched_used
         return used * self.transfer_s() / max(self.lane.now() - self.since, 1e-9) if used else 1.0
 
@@ -106,7 +110,7 @@ class GPUExpertCache:
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
             if transfer.slot < 0 and (transfer is self.blocked or not self._take(transfer)):
-                # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on meanwhile.
+                # No slot is worth less: it waits until one is, or the plan changes. What has begun goes on.
                 self.blocked, transfer.held = transfer, True
                 transfer = next((begun for begun in self.queue if begun.slot >= 0), None)
                 if transfer is None:
@@ -127,7 +131,8 @@ class GPUExpertCache:
         self.blocked = None
 
     def demand(self, key: Key) -> bool:
-        """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it yet."""
+        """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it
+        yet."""
         self.pump()
         slot = self.slot_of.get(key)
         if slot is not None and slot.whole:
@@ -204,16 +209,16 @@ class GPUExpertCache:
     def _take(self, transfer: Transfer, urgent: bool = False) -> bool:
         """Give a transfer its slot, now that its first chunk is due."""
         slot = None
-        if len(self.slot_of) < len(self.slots):
-            slot = next((slot for slot in self.slots if slot.key is None), None)    # (None: interrupted half-way)
-        else:                               # a guess never takes the slot of another under way, which would lose it
+        if len(self.slot_of) < len(self.slots):                     # (no empty one: interrupted half-way)
+            slot = next((slot for slot in self.slots if slot.key is None), None)
+        else:                               # a guess never takes a slot that is being filled
             candidates = [slot for slot in self.slots if not slot.pinned and slot.key not in self.needed
                           and (urgent or slot.transfer.sent == slot.transfer.size)]
             if candidates:
                 slot = self.scheduler.victim(transfer.key, candidates, urgent)
                 if slot is not None and slot not in candidates:
-                    raise UserError(f"policy {type(self.scheduler).__name__}: its `victim` must return one of the "
-                                    "candidates or None")
+                    raise UserError(f"policy {type(self.scheduler).__name__}: its `victim` must return one "
+                                    "of the candidates or None")
         if slot is None:
             return False
         if slot.key is not None:

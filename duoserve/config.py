@@ -6,6 +6,9 @@ from pathlib import Path
 
 from .errors import UserError
 
+LEAST = {"vocab_size": 2, "hidden_size": 2, "intermediate_size": 1, "num_hidden_layers": 1,
+         "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 1, "num_experts_per_tok": 1,
+         "max_position_embeddings": 1, "bos_token_id": 0}       # sensible values, in the order they are read
 
 @dataclass(frozen=True)
 class MixtralConfig:
@@ -28,6 +31,11 @@ class MixtralConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     tie_word_embeddings: bool = False
 
+    @property
+    def expert_keys(self) -> list[tuple[int, int]]:
+        """(layer, expert) of every expert there is, in the order of a pass."""
+        return [(layer, e) for layer in range(self.num_hidden_layers) for e in range(self.num_local_experts)]
+
     @classmethod
     def read(cls, path: str | Path) -> "MixtralConfig":
         """Read `config.json` (or the directory that holds it); `UserError` names what is wrong with it."""
@@ -48,66 +56,55 @@ class MixtralConfig:
     @classmethod
     def from_dict(cls, raw: dict, name: str = "config.json") -> "MixtralConfig":
         """Check a parsed `config.json`: whatever we do not implement is refused by name."""
-        if not isinstance(raw, dict):
-            raise UserError(f"{name}: holds no JSON object")
-        kind = raw.get("model_type")
-        if kind != "mixtral":
-            raise UserError(f"{name}: model_type is {kind!r}; duoserve runs 'mixtral' and nothing else")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{name}: hidden_act {raw['hidden_act']!r} is not implemented (only 'silu')")
-        rope = raw.get("rope_scaling")              # the older spelling wins where both stand, as in transformers
-        rope = (raw.get("rope_parameters") if rope is None else rope)
-        rope = {} if rope is None else rope
-        if not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{name}: rope_parameters must be an object, with partial_rotary_factor 1")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise UserError(f"{name}: RoPE scaling {rope_type!r} is not implemented (only 'default')")
-
-        def number(key, kind, value, least):
+        def number(key, value, least=1, kind=int):
             most = 1024 if key in ("num_hidden_layers", "num_local_experts") else 2**31 - 1
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most \
                     or value != kind(value):
                 raise UserError(f"{name}: {key} is {value!r}, which is not a sensible {kind.__name__}")
             return kind(value)
 
-        values = {}
-        for key, least in (("vocab_size", 2), ("hidden_size", 2), ("intermediate_size", 1), ("num_hidden_layers", 1),
-                           ("num_attention_heads", 1), ("num_key_value_heads", 1), ("num_local_experts", 1),
-                           ("num_experts_per_tok", 1), ("max_position_embeddings", 1), ("bos_token_id", 0)):
-            value = raw.get(key)
-            if key == "num_key_value_heads" and key in raw and value is None:
-                value = values["num_attention_heads"]       # null: as many as query heads
-            values[key] = number(key, int, getattr(cls, key) if value is None else value, least)
-        theta = rope.get("rope_theta")
-        for key, value, least in (("rms_norm_eps", raw.get("rms_norm_eps"), 0),
-                                  ("rope_theta", raw.get("rope_theta") if theta is None else theta, 1e-9)):
-            values[key] = number(key, float, getattr(cls, key) if value is None else value, least)
+        def given(key, default):            # null is as good as absent
+            return default if raw.get(key) is None else raw[key]
+
+        def refuse(*rules):
+            for wrong, why in rules:
+                if wrong:
+                    raise UserError(f"{name}: {why}")
+
+        refuse((not isinstance(raw, dict), "holds no JSON object"))
+        kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
+        rope = given("rope_scaling", given("rope_parameters", {}))      # the older spelling wins
+        refuse((kind != "mixtral", f"model_type is {kind!r}; duoserve runs 'mixtral' and nothing else"),
+               (activation != "silu", f"hidden_act {activation!r} is not implemented (only 'silu')"),
+               (not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1,
+                "rope_parameters must be an object, with partial_rotary_factor 1"))
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        tied = given("tie_word_embeddings", False)
+        refuse((scaling != "default", f"RoPE scaling {scaling!r} is not implemented (only 'default')"),
+               (not isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, neither true nor false"))
+        values = {"tie_word_embeddings": tied}
+        for key, least in LEAST.items():
+            many = key == "num_key_value_heads" and key in raw          # null: as many as query heads
+            default = values["num_attention_heads"] if many else getattr(cls, key)
+            values[key] = number(key, given(key, default), least)
+        values["rms_norm_eps"] = number("rms_norm_eps", given("rms_norm_eps", cls.rms_norm_eps), 0, float)
+        theta = given("rope_theta", cls.rope_theta) if rope.get("rope_theta") is None else rope["rope_theta"]
+        values["rope_theta"] = number("rope_theta", theta, 1e-9, float)
         if raw.get("sliding_window") is not None:
-            values["sliding_window"] = number("sliding_window", int, raw["sliding_window"], 1)
-        eos = raw.get("eos_token_id")
-        eos = [2] if eos is None else eos if isinstance(eos, list) else [eos]
-        values["eos_token_ids"] = tuple(number("eos_token_id", int, e, 0) for e in eos)
-        tied = raw.get("tie_word_embeddings")
-        if tied not in (None, True, False) or isinstance(tied, (int, float)) and not isinstance(tied, bool):
-            raise UserError(f"{name}: tie_word_embeddings is {tied!r}, neither true nor false")
-        values["tie_word_embeddings"] = bool(tied)
-        head_dim = raw.get("head_dim")
-        if head_dim is None:
-            head_dim = values["hidden_size"] // values["num_attention_heads"]
-        values["head_dim"] = number("head_dim", int, head_dim, 2)
-        config = cls(**values)
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise UserError(f"{name}: num_attention_heads {config.num_attention_heads} is not a multiple of "
-                            f"num_key_value_heads {config.num_key_value_heads}")
-        if config.num_experts_per_tok > config.num_local_experts:
-            raise UserError(f"{name}: num_experts_per_tok {config.num_experts_per_tok} exceeds "
-                            f"num_local_experts {config.num_local_experts}")
-        if config.bos_token_id >= config.vocab_size:
-            raise UserError(f"{name}: bos_token_id {config.bos_token_id} is outside vocab_size {config.vocab_size}")
-        if config.num_hidden_layers * config.num_local_experts > 2**16:
-            raise UserError(f"{name}: num_hidden_layers {config.num_hidden_layers} times num_local_experts "
-                            f"{config.num_local_experts} is more than is believed here")
-        if config.head_dim % 2:
-            raise UserError(f"{name}: head_dim {config.head_dim} is odd; RoPE turns pairs")
-        return config
+            values["sliding_window"] = number("sliding_window", raw["sliding_window"])
+        eos = given("eos_token_id", 2)
+        eos = eos if isinstance(eos, list) else [eos]
+        values["eos_token_ids"] = tuple(number("eos_token_id", token, 0) for token in eos)
+        values["head_dim"] = number("head_dim", given(
+            "head_dim", values["hidden_size"] // values["num_attention_heads"]), 2)
+        c = cls(**values)
+        refuse((c.num_attention_heads % c.num_key_value_heads, f"num_attention_heads {c.num_attention_heads} "
+                f"is not a multiple of num_key_value_heads {c.num_key_value_heads}"),
+               (c.num_experts_per_tok > c.num_local_experts, f"num_experts_per_tok {c.num_experts_per_tok} "
+                f"exceeds num_local_experts {c.num_local_experts}"),
+               (c.bos_token_id >= c.vocab_size, f"bos_token_id {c.bos_token_id} is outside vocab_size "
+                f"{c.vocab_size}"),
+               (c.num_hidden_layers * c.num_local_experts > 2**16, f"num_hidden_layers {c.num_hidden_layers} "
+                f"times num_local_experts {c.num_local_experts} is more than any Mixtral has"),
+               (c.head_dim % 2, f"head_dim {c.head_dim} is odd; RoPE turns pairs"))
+        return c

@@ -1,7 +1,8 @@
 """The engine ties it together: load, prefill, decode, sample, count.
 
-What a token passes through: `Engine.stream` runs the model; the model asks `StreamedExperts` for each layer's experts;
-that reads the router's choice, tells the scheduler, and yields slots as the scheduler finds them ready.
+What a token passes through: `Engine.stream` runs the model; the model asks `StreamedExperts` for each layer's
+experts; that reads the router's choice, tells the scheduler, and yields slots as the scheduler finds them
+ready.
 """
 
 import os
@@ -24,7 +25,8 @@ from .history import History
 from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Expert, Mixtral, padded
-from .options import EngineOptions, SamplingParams, as_ids, check_context, set_threads
+from .machine import can_compile, enough_memory, set_threads
+from .options import EngineOptions, SamplingParams, as_ids, check_context
 from .packed import PackedModel
 from .policies import schedulers
 from .predictor import Forecast, Predictor
@@ -48,18 +50,18 @@ class Stats:
     misses: int
     prefetched: int
     prefetched_used: int
-    in_time: int                            # of hits and used prefetches: all of it had arrived when it was routed to
+    in_time: int                            # of hits and used prefetches: was there when routed to
     bytes_moved: int
     peak_device_bytes: int
     link_busy_fraction: float
     bytes_from_disk: int                    # of those moved (with --host-memory)
-    prompt_tokens_kept: int                 # whose keys and values were there from the request before: not prefilled
+    prompt_tokens_kept: int                 # not prefilled: their keys and values were there
 
 
 @dataclass
 class Generation:
-    """What a request gave: `token_ids` are the new tokens only, without the EOS; `finish_reason` is 'stop' (EOS),
-    'length' or 'interrupted'."""
+    """What a request gave: `token_ids` are the new tokens only, without the EOS; `finish_reason` is 'stop'
+    (EOS), 'length' or 'interrupted'."""
 
     text: str
     token_ids: list[int]
@@ -68,8 +70,7 @@ class Generation:
     stats: Stats
 
     def asdict(self) -> dict:
-        return {"text": self.text, "token_ids": self.token_ids, "prompt_tokens": self.prompt_tokens,
-                "new_tokens": len(self.token_ids), "finish_reason": self.finish_reason, "stats": asdict(self.stats)}
+        return asdict(self) | {"new_tokens": len(self.token_ids)}
 
 
 @dataclass(eq=False)
@@ -77,7 +78,7 @@ class Sequence:
     """One request: what was asked, what has come of it, and when (in seconds of `time.perf_counter`)."""
 
     prompt: list[int]
-    kept: int                               # tokens of it whose keys and values are those of the request before
+    kept: int                               # tokens of it whose keys and values were there before
     position: int                           # tokens whose keys and values are in the KV cache
     history: History
     arrived: float
@@ -100,47 +101,31 @@ class Claim:
     """A request's, to an engine."""
 
 
-def can_compile(device: torch.device) -> bool:
-    """Compile and run one line; where that fails (no compiler, no Triton) say so once and go on eager."""
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"note: torch.compile does not work here ({reason[0][:100]}); going on without it", file=sys.stderr)
-        return False
-
-
-@contextmanager
-def enough_memory():
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
-
-
 def common_prefix_len(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class Engine:
-    """A loaded model. One request at a time; the cache stays warm between requests. `result` is the last request's."""
+    """A loaded model. One request at a time; the cache stays warm between requests. `result` is the last
+    request's."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, progress=None, **options) -> "Engine":
-        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`); see `EngineOptions`."""
+        """Load a packed directory, or a Hugging Face one (converted once, into `weights/`); see
+        `EngineOptions`."""
         from .checkpoint import ensure_packed
         chosen = EngineOptions(**options)   # checked before a conversion that takes its time
         beside = Path(__file__).resolve().parents[1] / "weights"
         return cls(PackedModel(ensure_packed(Path(directory), beside)), chosen, progress=progress)
 
-    def __init__(self, packed: PackedModel, options: EngineOptions, *, progress=None, store: ExpertStore | None = None):
-        """A model that is open already. `progress(total, label)` makes a progress display; `store`: a former engine's,
-        of the same model. Raises `UserError` for whatever a user can mend."""
+    def __init__(self, packed: PackedModel, options: EngineOptions, *, progress=None,
+                 store: ExpertStore | None = None):
+        """A model that is open already. `progress(total, label)` makes a progress display; `store`: a former
+        engine's, of the same model. Raises `UserError` for whatever a user can mend."""
         began = time.perf_counter()
         self.packed, self.config, self.options, self.policy = packed, packed.config, options, options.policy
         self.device, self.dtype = device, dtype = options.device, options.dtype
-        self.claims: list[weakref.ref] = []                         # the request that holds the engine, and who asks
+        self.claims: list[weakref.ref] = [] # the request that holds the engine first, then who asks
         self.sequence: Sequence | None = None                       # the request under way, or the last one
         self.result: Generation | None = None
         self.kv_written = 0                 # positions of the KV cache that hold anything
@@ -148,13 +133,13 @@ class Engine:
         set_threads(options.threads, packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")    # 8 MiB a stream, not Hopper's 32
-            os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")            # (in KiB)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")        # 8 MiB, not Hopper's 32
+            os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")                # (in KiB)
         c = packed.config
         if options.context is not None:
             check_context(options.context, c.max_position_embeddings)
         self.context = options.context or min(c.max_position_embeddings, 4096)
-        total = c.num_hidden_layers * c.num_local_experts
+        total = len(c.expert_keys)
         wanted = options.cache_experts
         if wanted is not None and wanted > total:
             print(f"note: --cache-experts {wanted} is more than the model's {total} experts; using {total}",
@@ -162,12 +147,14 @@ class Engine:
             wanted = total
         if wanted is None and options.gpu_memory is None and device.type == "cpu":
             wanted = max(2, total // 4)
-        compiled = (device.type == "cuda" if options.compile is None else options.compile) and can_compile(device)
+        compiled = device.type == "cuda" if options.compile is None else options.compile
+        compiled = compiled and can_compile(device)
         self.plan = plan_memory(packed, dtype, self.context, compiled, device.type == "cuda",
                                 options.budget(packed.nbytes), wanted)
         if device.type == "cuda" and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
-            raise UserError(f"--gpu-memory: {format_bytes(self.plan.total)} are planned and {format_bytes(free)} are "
-                            f"free on {device}; ask for less (--gpu-memory, --cache-experts or --context)")
+            raise UserError(f"--gpu-memory: {format_bytes(self.plan.total)} are planned and "
+                            f"{format_bytes(free)} are free on {device}; ask for less (--gpu-memory, "
+                            "--cache-experts or --context)")
         self.tokenizer = packed.tokenizer()
         self.tokenizer.check(c.vocab_size)
         self.predictor = self._load_predictor()
@@ -184,7 +171,8 @@ class Engine:
             return None
         if named is None and not own.exists():
             if self.policy == "duo":
-                print(f"note: no {own}; predicting by lookahead alone (train_predictor.py makes one)", file=sys.stderr)
+                print(f"note: no {own}; predicting by lookahead alone (train_predictor.py makes one)",
+                      file=sys.stderr)
             return None
         c = self.config
         return Predictor.read(named or own, self.packed.fingerprint, c.num_hidden_layers, c.num_local_experts)
@@ -193,7 +181,8 @@ class Engine:
         """Read the experts that the host's memory is to hold."""
         packed, wanted, cuda = self.packed, self.options.host_memory, self.device.type == "cuda"
         nbytes = None if wanted is None else parse_amount(wanted, packed.nbytes, "--host-memory")
-        kept = choose_kept(packed, nbytes, self.predictor and self.predictor.popularity(), 0 if cuda else self.plan.total)
+        popularity, beside = self.predictor and self.predictor.popularity(), 0 if cuda else self.plan.total
+        kept = choose_kept(packed, nbytes, popularity, beside)
         if wanted is not None:
             rest = "; the others are read from the disk" if len(kept) < total else ""
             print(f"note: {len(kept)} of {total} experts are kept in memory{rest}", file=sys.stderr)
@@ -206,9 +195,10 @@ class Engine:
     def _load(self, compiled: bool) -> None:
         """Take all that the device will hold, once, the largest first; compile."""
         c, packed, device, dtype = self.config, self.packed, self.device, self.dtype
-        self.slots_memory = torch.empty(self.plan.slots, packed.layout.nbytes, dtype=torch.uint8, device=device)
-        self.kv = torch.zeros(c.num_hidden_layers, 2, c.num_key_value_heads, padded(self.context), c.head_dim,
-                              dtype=dtype, device=device)
+        shape = c.num_hidden_layers, 2, c.num_key_value_heads, padded(self.context), c.head_dim
+        nbytes = packed.layout.nbytes
+        self.slots_memory = torch.empty(self.plan.slots, nbytes, dtype=torch.uint8, device=device)
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
             self.model = Mixtral(c, linear)
@@ -226,7 +216,8 @@ class Engine:
         with torch.inference_mode():
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
             if self.step.capturing:         # what a prompt unpacks lies at fixed addresses too
-                matrices = [m for owner in (self.model, *slots) for m in owner.modules() if isinstance(m, PackedLinear)]
+                modules = [module for owner in (self.model, *slots) for module in owner.modules()]
+                matrices = [module for module in modules if isinstance(module, PackedLinear)]
                 largest = max(2 * m.q[m.parts()[0]].numel() for m in matrices)
                 workspace = torch.empty(largest, dtype=dtype, device=device)
                 for matrix in matrices:
@@ -235,14 +226,19 @@ class Engine:
                 self._warm_up(slots[0])
 
     def _lane(self) -> CudaLane | SimulatedLane:
-        nbytes, rate, slots, store = self.packed.layout.nbytes, self.options.simulate_link, self.slots_memory, self.store
-        if self.device.type == "cuda" and not rate:
+        slots, store, nbytes = self.slots_memory, self.store, self.packed.layout.nbytes
+        if self.device.type == "cuda" and not self.options.simulate_link:
             return CudaLane(slots, chunk_size(nbytes, PCIE), store)
-        copy = lambda transfer, start, stop: store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
-        return SimulatedLane(WallClock(), rate or 0, chunk_size(nbytes, rate or 0), copy)
+
+        def copy(transfer, start, stop):
+            store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
+
+        rate = self.options.simulate_link or 0
+        return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
 
     def _warm_up(self, expert: Expert) -> None:
-        """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling, and a step."""
+        """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling,
+        and a step."""
         c, attention = self.config, self.model.layers[0].attention
         for rows in (1, 2):
             for module, columns in ((expert, c.hidden_size), (attention.qkv, c.hidden_size),
@@ -250,40 +246,41 @@ class Engine:
                 module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
         prompt = [c.bos_token_id] * min(8, self.context - 1)
         self.generate(prompt, max_new_tokens=1)
-        self._decode(torch.tensor(prompt[:1], device=self.device), len(prompt))     # (whatever the sample said)
+        self._decode(torch.tensor(prompt[:1], device=self.device), len(prompt))     # (after an EOS, too)
         self._rest()
         self.sequence = None                # (nobody recorded it)
 
     @contextmanager
     def _held(self):
-        """The engine is this request's alone, from here to the end of the `with`; another one meanwhile is refused.
+        """The engine is this request's alone, from here to the end of the `with`; another one meanwhile is
+        refused.
 
-        A request whose frames are gone holds nothing, however it ended (a second Ctrl-C may come at any line): so the
-        claims are weak references. Appending is atomic: of two threads one is the first.
+        A request whose frames are gone holds nothing, however it ended (a second Ctrl-C may come at any
+        line): so the claims are weak references. Appending is atomic: of two threads one is the first.
         """
         claim = Claim()
         mine = weakref.ref(claim)
         self.claims.append(mine)
         try:
             if next((other for other in list(self.claims) if other() is not None), mine) is not mine:
-                raise UserError("the engine is busy with another request: finish it or close its stream first "
-                                "(or load another Engine)")
+                raise UserError("the engine is busy with another request: finish it or close its stream "
+                                "first (or load another Engine)")
             with enough_memory():
                 yield
         finally:
             self.claims.remove(mine)
 
     def _begin(self, prompt: list[int], arrived: float, resume: bool) -> Sequence:
-        """A new request. With `resume` it keeps what it has in common with the one before; the history goes on where
-        that is all of it, and is a new one otherwise. The cache keeps its experts."""
+        """A new request. With `resume` it keeps what it has in common with the one before; the history goes
+        on where that is all of it, and is a new one otherwise. The cache keeps its experts."""
         c, before = self.config, self.sequence.kv_tokens if self.sequence else []
-        kept = common_prefix_len(before, prompt[:-1]) if resume else 0              # (one token at least must pass)
+        kept = common_prefix_len(before, prompt[:-1]) if resume else 0              # (one token must be run)
         history = self.sequence.history if 0 < kept == len(before) else \
             History(c.num_hidden_layers, c.num_local_experts)
-        # First what is believed of the KV cache, then what is overwritten: an interruption may come in between.
+        # First note what the KV cache will hold, then overwrite it: an interruption may come in between.
         self.sequence = sequence = Sequence(prompt, kept, kept, history, arrived, self.store.bytes_read)
         self.cache.abandon()                # (what an interruption may have left)
-        self.kv[:, :, :, kept:self.kv_written].zero_()              # masked is times zero, which NaN comes through
+        self.kv[:, :, :, kept:self.kv_written].zero_()              # (a masked NaN would still be a NaN)
         self.kv_written = kept
         forecast = Forecast(history, self.predictor, c.num_experts_per_tok)
         sequence.schedulers = schedulers(self.policy, self.cache, history, forecast, len(prompt) - kept)
@@ -302,10 +299,10 @@ class Engine:
         except BaseException as error:
             self.cache.abandon()
             history = self.sequence.history
-            self.sequence.history = History(history.layers, history.experts)        # half of this pass is in the other
+            self.sequence.history = History(history.layers, history.experts)    # (that had half a pass)
             if isinstance(error, LinkError):
-                raise UserError(f"an expert could not be copied to {self.device} ({error}); the request is dropped, "
-                                "the engine can be used again") from error
+                raise UserError(f"an expert could not be copied to {self.device} ({error}); the request is "
+                                "dropped, the engine can be used again") from error
             raise
 
     def _prefill(self, tokens: Tensor, start: int) -> Tensor:
@@ -325,7 +322,8 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> Tensor:
-        """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the host."""
+        """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the
+        host."""
         ids = as_ids(token_ids, "`logits` takes a list of token ids")
         tokens = self._check_ids(ids, self.context)
         with self._held():
@@ -336,26 +334,28 @@ class Engine:
             finally:
                 self._rest()
 
-    def generate(self, prompt: str | list[int], params: SamplingParams | None = None, **options) -> Generation:
+    def generate(self, prompt: str | list[int], params: SamplingParams | None = None,
+                 **options) -> Generation:
         """As `stream`, all at once."""
         with closing(self.stream(prompt, params, **options)) as pieces:
             while True:
                 try:
                     next(pieces)
-                except StopIteration as end:                        # (`self.result` may be another thread's by now)
+                except StopIteration as end:                        # (`self.result` may be another's by now)
                     return end.value
 
     @torch.inference_mode()
     def stream(self, prompt: str | list[int], params: SamplingParams | None = None, *, resume: bool = False,
                **sampling) -> Iterator[str]:
-        """Yields pieces of text as they are certain; `engine.result` is the `Generation`, also if interrupted, and the
-        generator returns it.
+        """Yields pieces of text as they are certain; `engine.result` is the `Generation`, also if
+        interrupted, and the generator returns it.
 
-        Text gets BOS, ids are taken as they are; `sampling`: the fields of `SamplingParams`, if `params` are not given.
-        Stops at EOS, at `max_new_tokens`, or where the context is full. With `resume` the prompt, a whole conversation,
-        is prefilled only from where it differs from the request before. From its first piece to its end the stream
-        holds the engine: finish it or `close()` it (leaving a `for` loop over it does so, unless it has a name besides).
-        Raises `UserError` for a bad prompt or option, and if the engine is held by another request.
+        Text gets BOS, ids are taken as they are; `sampling`: the fields of `SamplingParams`, if `params` are
+        not given. Stops at EOS, at `max_new_tokens`, or where the context is full. With `resume` the prompt,
+        a whole conversation, is prefilled only from where it differs from the request before. From its first
+        piece to its end the stream holds the engine: finish it or `close()` it (leaving a `for` loop over it
+        does so, unless it has a name besides). Raises `UserError` for a bad prompt or option, and if the
+        engine is held by another request.
         """
         arrived, params = time.perf_counter(), params or SamplingParams(**sampling)
         if isinstance(prompt, str) and not prompt.strip():
@@ -374,12 +374,13 @@ class Engine:
                 sequence.decode = self.cache.counts
                 while True:
                     token = sample(logits, params, generator).view(1)
-                    token_id = int(self.cache.lane.read(token.float())[0])          # exact: ids stay below 2^24
+                    token_id = int(self.cache.lane.read(token.float())[0])          # (exact below 2^24)
                     now = time.perf_counter()
                     sequence.first = sequence.first or now
                     if token_id < 0:
-                        raise UserError(f"the model's logits are not finite in {str(self.dtype).split('.')[1]}; "
-                                        "use --dtype bfloat16 or float32, or convert the model again")
+                        dtype = str(self.dtype).removeprefix("torch.")
+                        raise UserError(f"the model's logits are not finite in {dtype}; use --dtype bfloat16 "
+                                        "or float32, or convert the model again")
                     if token_id in self.tokenizer.eos:
                         sequence.finish_reason = "stop"
                         break
@@ -405,11 +406,12 @@ class Engine:
 
     def _result(self, s: Sequence) -> Generation:
         end = s.last or s.first or s.arrived
+        d = s.decode
         return Generation(s.text, s.new, len(s.prompt), s.finish_reason, Stats(
             load_s=self.load_s, ttft_s=s.first and s.first - s.arrived,
             tpot_s=(s.last - s.first) / (len(s.new) - 1) if len(s.new) > 1 else None,
-            policy=self.policy, cache_experts=self.plan.slots, hits=s.decode.hits, misses=s.decode.misses,
-            prefetched=s.decode.prefetched, prefetched_used=s.decode.prefetched_used, in_time=s.decode.in_time,
+            policy=self.policy, cache_experts=self.plan.slots, hits=d.hits, misses=d.misses,
+            prefetched=d.prefetched, prefetched_used=d.prefetched_used, in_time=d.in_time,
             bytes_moved=s.prefill.bytes_moved + s.decode.bytes_moved, peak_device_bytes=self.peak_bytes(),
             link_busy_fraction=min(1.0, self.cache.lane.busy / max(end - s.arrived, 1e-9)),
             bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
@@ -422,8 +424,9 @@ class Engine:
         if not ids:
             raise UserError("the prompt is empty; give at least one token")
         if len(ids) > most:
-            raise UserError(f"the prompt has {len(ids)} tokens and --context {self.context} leaves room for {most}; "
-                            f"shorten it or raise --context (this model takes {self.config.max_position_embeddings})")
+            raise UserError(f"the prompt has {len(ids)} tokens and --context {self.context} leaves room for "
+                            f"{most}; shorten it or raise --context (this model takes "
+                            f"{self.config.max_position_embeddings})")
         bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
         if bad is not None:
             raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")

@@ -1,5 +1,5 @@
-"""What stands between the model's tensors and the scheduler's plain ints: it reads each router's choice to the host,
-and turns the slots that the scheduler finds ready into experts that compute."""
+"""What stands between the model's tensors and the scheduler's plain ints: it reads each router's choice to
+the host, and turns the slots that the scheduler finds ready into experts that compute."""
 
 from contextlib import closing
 from typing import Iterator
@@ -50,7 +50,8 @@ class StreamedExperts:
         return routing
 
     def _read(self, layer: int, numbers: Tensor) -> Routing:
-        return Routing.unpack(self.lane.read(numbers), self.config.num_local_experts, self.config.num_experts_per_tok)
+        c = self.config
+        return Routing.unpack(self.lane.read(numbers), c.num_local_experts, c.num_experts_per_tok)
 
     def ready(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """(expert, slot) of every expert with a token, as the scheduler has it ready."""

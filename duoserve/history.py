@@ -1,4 +1,5 @@
-"""What the routers of one request have done so far: plain numbers, read by the predictor, by eviction and by policies."""
+"""What the routers of one request have done so far: plain numbers, read by the predictor, by eviction and by
+policies."""
 
 from dataclasses import dataclass
 
@@ -25,16 +26,16 @@ class Routing:
     @classmethod
     def unpack(cls, values: list[float], experts: int, top_k: int) -> "Routing":
         a, b, c = experts, experts + top_k, experts + 2 * top_k
-        return cls([int(n) for n in values[:a]], [int(e) for e in values[a:b]], values[b:c], values[c:c + experts],
-                   values[c + experts:] or None)
+        counts, ids = [int(n) for n in values[:a]], [int(e) for e in values[a:b]]
+        return cls(counts, ids, values[b:c], values[c:c + experts], values[c + experts:] or None)
 
 
 class History:
     """One request's routing so far; fed after every router, read by predictor, eviction and policies.
 
-    Everything about a layer ahead of the current one is known up to the previous token only.
-    `counts [layers][experts]`: tokens of this request; `logits`, `recent [layers, experts]`: the router's logits
-    for the last token, and the decaying average of use; `ids [layers]`: the last token's experts.
+    Everything about a layer ahead of the current one is known up to the previous token only. `counts
+    [layers][experts]`: tokens of this request; `logits`, `recent [layers, experts]`: the router's logits for
+    the last token, and the decaying average of use; `ids [layers]`: the last token's experts.
     """
 
     def __init__(self, layers: int, experts: int):
@@ -63,5 +64,6 @@ class History:
         return self.counts[layer][expert] / max(1, self.tokens[layer])
 
     def rates(self) -> np.ndarray:
-        """How often this request's tokens choose each expert; a few tokens say little, so four even ones are added."""
+        """How often this request's tokens choose each expert; a few tokens say little, so four even ones are
+        added."""
         return (self.counts + 4 * self.top_k / self.experts) / (np.array(self.tokens)[:, None] + 4)

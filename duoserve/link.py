@@ -1,11 +1,11 @@
 """The lane from host to device: the one scarce thing in this program.
 
 A lane sends bytes of experts in the order it is told and says when they are there. *Demand* is sent whole, at
-once. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than those two. The
-lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
+once. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than those two.
+The lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
 
-Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's clock or on a virtual one. Nothing
-above this file asks which it has.
+Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's clock or on a virtual one.
+Nothing above this file asks which it has.
 """
 
 import math
@@ -28,7 +28,8 @@ class LinkError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """One expert on its way: `sent` of `size` bytes are enqueued, into `slot` once the first chunk is (-1 before)."""
+    """One expert on its way: `sent` of `size` bytes are enqueued, into `slot` once the first chunk is (-1
+    before)."""
 
     key: Key
     size: int
@@ -42,21 +43,22 @@ class Transfer:
     arrived: bool = False                   # the host has seen that all of it is there: nothing need wait
     used: bool = False                      # something was computed with it
     in_time: bool = False                   # all of it had arrived when its layer was routed
-    counted: bool = False                   # a use of it has been, so that the next is a hit; or it moved in prefill
-    held: bool = False                      # a guess with no slot to take: it starts no earlier than it gets one
+    counted: bool = False                   # it has been used, or moved in prefill: its next use is a hit
+    held: bool = False                      # a guess that found no slot: it starts when it gets one
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
 
 
 def chunk_size(expert_bytes: int, rate: float) -> int:
-    """Bytes of one chunk of speculation: 8 MiB, or a sixth of a small expert, but never less than what a link of `rate`
-    bytes a second (0: as fast as memcpy) moves in 100 us: handing over a chunk takes the host some of them."""
+    """Bytes of one chunk of speculation: 8 MiB, or a sixth of a small expert, but never less than what a link
+    of `rate` bytes a second (0: as fast as memcpy) moves in 100 us: handing over a chunk takes the host some
+    of them."""
     most = min(8 * 2**20, -(-expert_bytes // 6))
     return min(expert_bytes, max(most, int(rate * 1e-4))) if rate else expert_bytes
 
 
 class Clock:
-    """Time, for a simulated lane. Whoever waits stops at each moment at which a chunk falls due, and the lane is fed:
-    what is sent, and what is evicted for it, is decided with what was known at that moment."""
+    """Time, for a simulated lane. Whoever waits stops at each moment at which a chunk falls due, and the lane
+    is fed: what is sent, and what is evicted for it, is decided with what was known at that moment."""
 
     due = math.inf                          # when the lane will have room for the chunk that is next
 
@@ -97,17 +99,18 @@ class VirtualClock(Clock):
 
 
 class SimulatedLane:
-    """A link of `rate` bytes a second (0: as fast as memcpy). `copy(transfer, start, stop)` moves the bytes, if any.
+    """A link of `rate` bytes a second (0: as fast as memcpy). `copy(transfer, start, stop)` moves the bytes,
+    if any.
 
-    A chunk starts when the lane falls free or when it was asked for, whichever is later, even if it is sent after
-    that: this models a host that feeds the lane while the accelerator computes.
+    A chunk starts when the lane falls free or when it was asked for, whichever is later, even if it is sent
+    after that: this models a host that feeds the lane while the accelerator computes.
     """
 
     def __init__(self, clock: Clock, rate: float, chunk: int,
                  copy: Callable[[Transfer, int, int], None] | None = None):
         self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
         self.now = clock.now
-        self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # when the latest pieces are (or will be) done
+        self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # of the latest chunks: when they are done
         self.busy, self.carried = 0.0, 0                            # seconds so far, and bytes in them
 
     def fed_by(self, pump: Callable[[], None]) -> None:
@@ -148,7 +151,8 @@ class SimulatedLane:
         self.clock.wait_until(transfer.loaded)
 
     def used(self, slot: int) -> None:
-        """What was computed up to here is the slot's last use, until the next call: it may be overwritten after it."""
+        """What was computed up to here is the slot's last use, until the next call: it may be overwritten
+        after it."""
 
     def read(self, values: torch.Tensor) -> list[float]:
         """A few numbers from the device; the lane is fed meanwhile."""
@@ -169,22 +173,23 @@ class SimulatedLane:
 class CudaLane:
     """A side stream, and an event each way: compute waits for a load, a load for the slot's last use.
 
-    CUDA takes a wait on an event that was never recorded as done. So `loaded` exists only once the last chunk is
-    enqueued, and a slot's first chunk waits for the event that `used` recorded.
+    CUDA takes a wait on an event that was never recorded as done. So `loaded` exists only once the last chunk
+    is enqueued, and a slot's first chunk waits for the event that `used` recorded.
     """
 
     def __init__(self, slots: torch.Tensor, chunk: int, store):
-        """`slots` [N, expert bytes] on the device; `store` has what goes there: `pinned_block(key)`, the expert's bytes
-        in pinned memory or None, and `fetch(key, start, into)`, which copies them from wherever they are."""
+        """`slots` [N, expert bytes] on the device; `store` has what goes there: `pinned_block(key)`, the
+        expert's bytes in pinned memory or None, and `fetch(key, start, into)`, which copies them from
+        wherever they are."""
         self.device, self.chunk = slots.device, chunk
-        self.store = weakref.proxy(store)   # (its pinned memory goes with the engine, whoever still holds the lane)
+        self.store = weakref.proxy(store)   # (a lane that outlives its engine keeps no pinned memory)
         self.slots = slots.unbind()         # (made once: this is hot)
         # Streams are handed around, as asking which one is current takes longer than handing a chunk to it.
         self.stream = torch.cuda.Stream(self.device)
         self.begin_pass()
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
-        self.flying: deque = deque()                                # (start, end, transfer, bytes) of pieces under way
-        self.ring: list = []                # two pinned buffers and the event of their last copy, if they are needed
+        self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way
+        self.ring: list = []                # if needed: two pinned buffers, each with its last copy's event
         self.buffer, self.copied = torch.empty(0), torch.cuda.Event()
         self.busy, self.carried = 0.0, 0
         self.origin = torch.cuda.Event(enable_timing=True)
@@ -195,8 +200,8 @@ class CudaLane:
         self.now = time.perf_counter
 
     def copy(self, transfer: Transfer, start: int, stop: int) -> None:
-        """Enqueue those bytes of an expert on the current stream. What is not pinned goes through the ring: a direct
-        copy would block the host."""
+        """Enqueue those bytes of an expert on the current stream. What is not pinned goes through the ring: a
+        direct copy would block the host."""
         slot, block = self.slots[transfer.slot], self.store.pinned_block(transfer.key)
         if block is not None:
             slot[start:stop].copy_(block[start:stop], non_blocking=True)
@@ -207,7 +212,7 @@ class CudaLane:
         for begin in range(start, stop, self.chunk):
             end = min(begin + self.chunk, stop)
             buffer, free = self.ring[0]
-            free.synchronize()              # its last copy is done (at first: never recorded, which counts as done)
+            free.synchronize()              # its last copy is done (an event never recorded counts as done)
             self.store.fetch(transfer.key, begin, buffer[:end - begin])
             slot[begin:end].copy_(buffer[:end - begin], non_blocking=True)
             free.record()

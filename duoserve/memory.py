@@ -1,4 +1,5 @@
-"""The memory plan: what the device will hold, all of it taken once, and how many experts that leaves room for.
+"""The memory plan: what the device will hold, all of it taken once, and how many experts that leaves room
+for.
 
 Resident weights, KV cache and workspace come first; what is left of `--gpu-memory` is slots.
 """
@@ -13,8 +14,8 @@ from .packed import ModelShapes
 from .quant import parts
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
-LIBRARIES = 40 * 2**20                      # what cuBLAS takes of torch's memory, and what is lost to rounding; and for
-GRAPH = 32 * 2**10                          # each CUDA graph of a slot: measured on an H200, with 6 to 256 slots
+# Measured on an H200, with 6 to 256 slots: what cuBLAS takes and rounding loses; a CUDA graph of a slot.
+LIBRARIES, GRAPH = 40 * 2**20, 32 * 2**10
 
 
 @dataclass
@@ -33,14 +34,15 @@ class MemoryPlan:
         return self.resident + self.kv + self.workspace + self.slots * (self.expert + self.graphs)
 
 
-def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled: bool, cuda: bool, budget: int | None,
-                cache_experts: int | None) -> MemoryPlan:
-    """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the least."""
-    c, size, total = packed.config, dtype.itemsize, packed.config.num_hidden_layers * packed.config.num_local_experts
+def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled: bool, cuda: bool,
+                budget: int | None, cache_experts: int | None) -> MemoryPlan:
+    """Turn a budget in bytes (None: unlimited) into slots, or check the slots wanted; `UserError` names the
+    least."""
+    c, size, total = packed.config, dtype.itemsize, len(packed.config.expert_keys)
     resident = packed.resident_bytes(size)
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * padded(context) * size
-    # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand a
-    # prompt's hidden states and per-rank answers, one row block's activations and mask, and a row block of logits.
+    # Unpacking: fused it leaves the matrix alone, eager also its nibbles and two fp32 copies. Beside it stand
+    # a prompt's hidden states and per-rank outputs, a row block's activations and mask, a block of logits.
     expert = [packed.layout.fields[f"{name}.q"][2] for name in ("w13", "w2")]
     attention = [packed.shapes[f"layers.0.attention.{name}.q"][1] for name in ("qkv", "o")]
     unpacked = max(parts(rows, 2 * half)[0].stop * 2 * half for rows, half in expert + attention)
@@ -55,11 +57,13 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     graphs = GRAPH * pieces if cuda and compiled else 0
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, graphs, 2)
     if budget is not None and plan.total > budget:
-        raise UserError(f"--gpu-memory {format_bytes(budget)} is too small: {rounded_up(plan.total)} is the least that works ("
-                        f"{format_bytes(resident)} resident weights, {format_bytes(kv)} KV cache for --context {context}, "
-                        f"{format_bytes(plan.workspace)} workspace, two experts of {format_bytes(plan.expert)})")
+        raise UserError(f"--gpu-memory {format_bytes(budget)} is too small: {rounded_up(plan.total)} is the "
+                        f"least that works ({format_bytes(resident)} resident weights, {format_bytes(kv)} KV "
+                        f"cache for --context {context}, {format_bytes(plan.workspace)} workspace, two "
+                        f"experts of {format_bytes(plan.expert)})")
     fit = total if budget is None else 2 + (budget - plan.total) // (plan.expert + plan.graphs)
     if cache_experts is not None and cache_experts > fit and fit < total:
-        raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {format_bytes(budget)} leaves room for {fit}")
+        raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {format_bytes(budget)} leaves room "
+                        f"for {fit}")
     plan.slots = min(total, fit if cache_experts is None else cache_experts)
     return plan

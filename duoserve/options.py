@@ -1,9 +1,10 @@
-"""What a user may choose, checked once: of an engine (`EngineOptions`) and of how it samples (`SamplingParams`).
+"""What a user may choose, checked once: of an engine (`EngineOptions`) and of how it samples
+(`SamplingParams`).
 
 Every mistake is a `UserError` that names the flag, or the argument if there is no such flag.
 """
 
-import os
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from operator import index
@@ -11,27 +12,38 @@ from pathlib import Path
 
 import torch
 
-from .config import MixtralConfig
 from .errors import UserError, parse_amount, parse_rate
 from .policies import load_policy
 from .predictor import check_exists
-from .store import usable_cpus
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
+KINDS = {Integral: "a whole number", Real: "a number", str: "str", Path: "Path", bool: "bool"}
 MOST_THREADS = 1024
-TORCH_THREADS = torch.get_num_threads()     # what it takes if it is not told
+LARGEST = 1e30                              # beyond any sense, within a float32
+
+
+def check(options, name: str, kinds, least: float = 0, most: float = LARGEST, words: str = "") -> None:
+    """`UserError` unless a field is of one of these kinds and, if a number, in this range. None will do if it
+    is the default."""
+    value, kinds = getattr(options, name), kinds if isinstance(kinds, tuple) else (kinds,)
+    if value is None and getattr(type(options), name) is None:
+        return
+    if not isinstance(value, kinds):        # (only from Python: a flag's text has been parsed)
+        raise UserError(f"{name}={value!r}: give {' or '.join(KINDS[kind] for kind in kinds)}")
+    if words and isinstance(value, Real) and not least <= value <= most:
+        raise UserError(f"--{name.replace('_', '-')} {value}: {words}")
 
 
 @dataclass
 class EngineOptions:
-    """`device`: 'cpu', 'cuda' or 'cuda:N' (None: a GPU if there is one); `dtype`: a torch dtype or its name (None:
-    float32 on the CPU, bfloat16 on CUDA, float16 below compute capability 8.0); `policy`: a name, or a file that
-    defines one; `cache_experts`: slots; `gpu_memory`: bytes, '4GiB' or '15%' of the packed model; `host_memory`:
-    likewise, for the experts used most, the others being read from the disk (None: all are kept); `context`: prompt and
-    new tokens (None: the model's, 4096 at most); `predictor`: a file, 'none', or None for the model's own; `compile`:
-    None for yes on CUDA alone; `threads`: of torch in this process, for what is computed on the CPU (None: as many as
-    gain something); `simulate_link`: bytes a second, or '25GB/s'.
+    """`device`: 'cpu', 'cuda' or 'cuda:N' (None: a GPU if there is one); `dtype`: a torch dtype or its name
+    (None: float32 on the CPU, bfloat16 on CUDA, float16 below compute capability 8.0); `policy`: a name, or a
+    file that defines one; `cache_experts`: slots; `gpu_memory`: bytes, '4GiB' or '15%' of the packed model;
+    `host_memory`: likewise, for the experts used most, the others being read from the disk (None: all are
+    kept); `context`: prompt and new tokens (None: the model's, 4096 at most); `predictor`: a file, 'none', or
+    None for the model's own; `compile`: None for yes on CUDA alone; `threads`: of torch in this process, for
+    what is computed on the CPU (None: as many as gain something); `simulate_link`: bytes a second, or
+    '25GB/s'.
 
     Afterwards `device`, `dtype` and `simulate_link` are what torch and the lane understand.
     """
@@ -49,20 +61,16 @@ class EngineOptions:
     simulate_link: float | str | None = None
 
     def __post_init__(self):
-        for name, kinds in (("cache_experts", Integral), ("context", Integral), ("threads", Integral),
-                            ("gpu_memory", (Integral, str)), ("host_memory", (Integral, str)), ("compile", bool),
-                            ("predictor", (str, Path)), ("simulate_link", (Real, str)), ("policy", (str, Path))):
-            value = getattr(self, name)
-            if not isinstance(value, kinds) and (value is not None or name == "policy"):    # (only from Python)
-                words = " or ".join(k.__name__ for k in (kinds if isinstance(kinds, tuple) else (kinds,)))
-                raise UserError(f"{name}={value!r}: give {words.replace('Integral', 'a whole number')}")
+        for name, kinds, *allowed in (
+                ("cache_experts", Integral, 2, LARGEST, "two is the least that works"), ("context", Integral),
+                ("threads", Integral, 1, MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}"),
+                ("gpu_memory", (Integral, str)), ("host_memory", (Integral, str)), ("compile", bool),
+                ("predictor", (str, Path)), ("policy", (str, Path)),
+                ("simulate_link", (Real, str), 1e3, 1e15, "not a speed; write it like 25GB/s")):
+            check(self, name, kinds, *allowed)
         load_policy(self.policy)
         self.device = check_device(self.device)
         self.dtype = check_dtype(self.dtype, self.device)
-        if self.cache_experts is not None and self.cache_experts < 2:
-            raise UserError(f"--cache-experts {self.cache_experts}: two is the least that works")
-        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
-            raise UserError(f"--threads {self.threads}: a whole number from 1 to {MOST_THREADS}")
         for flag, amount in (("--gpu-memory", self.gpu_memory), ("--host-memory", self.host_memory)):
             if amount is not None:
                 parse_amount(amount, 10**12, flag)
@@ -70,8 +78,6 @@ class EngineOptions:
             check_exists(self.predictor)
         if isinstance(self.simulate_link, str):
             self.simulate_link = parse_rate(self.simulate_link, "--simulate-link")
-        if self.simulate_link is not None and not 1e3 <= self.simulate_link < 1e15:
-            raise UserError(f"--simulate-link {self.simulate_link}: not a speed; write it like 25GB/s")
 
     def budget(self, model_bytes: int) -> int | None:
         """Bytes of the device that may be used; None: no bound but the number of slots."""
@@ -84,8 +90,8 @@ class EngineOptions:
 
 @dataclass
 class SamplingParams:
-    """`temperature` 0 is greedy; `top_k` (None: all) and `top_p` bound from how many of the likeliest tokens is drawn;
-    another `seed`, another text."""
+    """`temperature` 0 is greedy; `top_k` (None: all) and `top_p` bound from how many of the likeliest tokens
+    is drawn; another `seed`, another text."""
 
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -94,19 +100,11 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self):
-        for name, kind, least, below, words in (
-                ("max_new_tokens", Integral, 1, float("inf"), "at least 1"),
-                ("temperature", Real, 0, float("inf"), "0 (greedy) or more"),
-                ("top_k", Integral, 1, float("inf"), "at least 1"),
-                ("top_p", Real, 2**-1074, 1 + 2**-52, "above 0, at most 1"),
-                ("seed", Integral, 0, 2**64, "a number from 0 to 2^64 - 1")):
-            value = getattr(self, name)
-            if name == "top_k" and value is None:
-                continue
-            if not isinstance(value, kind):                         # (only from Python: no flags)
-                raise UserError(f"{name}={value!r}: give a {'whole ' if kind is Integral else ''}number")
-            if not least <= value < below:
-                raise UserError(f"--{name.replace('_', '-')} {value}: {words}")
+        check(self, "max_new_tokens", Integral, 1, LARGEST, "at least 1")
+        check(self, "temperature", Real, 0, LARGEST, "0 (greedy) or more")
+        check(self, "top_k", Integral, 1, LARGEST, "at least 1")
+        check(self, "top_p", Real, sys.float_info.min, 1, "above 0, at most 1")
+        check(self, "seed", Integral, 0, 2**64 - 1, "a number from 0 to 2^64 - 1")
 
 
 def check_device(device: torch.device | str | None) -> torch.device:
@@ -139,7 +137,8 @@ def check_context(context: int, most: int) -> None:
 
 
 def as_ids(ids, wanted: str) -> list[int]:
-    """A list, an array or a tensor of whole numbers as plain ints; `wanted` says what should have been given."""
+    """A list, an array or a tensor of whole numbers as plain ints; `wanted` says what should have been
+    given."""
     items = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(items, (str, bytes, bytearray, dict)) or not hasattr(items, "__iter__"):
         raise UserError(f"{wanted}, not {type(ids).__name__}")
@@ -150,15 +149,3 @@ def as_ids(ids, wanted: str) -> list[int]:
         except TypeError:                   # (also for a float: it would be whole by accident only)
             raise UserError(f"{wanted}; what is at [{i}] is {item!r}, not a whole number") from None
     return out
-
-
-def set_threads(threads: int | None, config: MixtralConfig) -> None:
-    """How many threads torch computes with on the CPU; for None as many as gain something.
-
-    A product of one row with a small matrix is over before a second thread has been woken. `OMP_NUM_THREADS` is obeyed.
-    """
-    if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        small = 2 * config.intermediate_size * config.hidden_size < SMALL_MATRIX
-        threads = 1 if small else min(usable_cpus(), TORCH_THREADS)
-    if threads and threads != torch.get_num_threads():
-        torch.set_num_threads(threads)

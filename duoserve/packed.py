@@ -1,10 +1,12 @@
 """A packed model directory: what is in it, how it is written so that it can be believed, how it is checked.
 
-    config.json  tokenizer.model  outer.safetensors  layer-000.safetensors ...  manifest.json  [predictor.safetensors]
+    config.json  tokenizer.model  outer.safetensors  layer-000.safetensors ...  manifest.json
+    [predictor.safetensors]
 
-`outer` holds embedding, final norm and head; a layer's file its attention (4-bit), norms, router, and each expert
-as one block of bytes. Every tensor's CRC-32 stands in its file's header. A file appears under its name only when
-it is whole, and the manifest last: a directory without one is an unfinished conversion, not a model.
+`outer` holds embedding, final norm and head; a layer's file its attention (4-bit), norms, router, and each
+expert as one block of bytes. Every tensor's CRC-32 stands in its file's header. A file appears under its name
+only when it is whole, and the manifest last: a directory without one is an unfinished conversion, not a
+model.
 """
 
 import hashlib
@@ -26,6 +28,11 @@ MANIFEST = "manifest.json"
 KINDS = {"16": (torch.float16, torch.bfloat16), "u8": (torch.uint8,), "f16": (torch.float16,)}
 
 
+def unfit(path: Path, what: str) -> UserError:
+    """A packed file that cannot be used as it is."""
+    return UserError(f"{path}: {what}{';' if not what.endswith(' or') else ''} convert the model again")
+
+
 def fingerprint(directory: Path, names: list[str]) -> str:
     """Hashes config, tokenizer and the headers (with their CRCs) of the tensor files: 16 hex digits."""
     digest = hashlib.sha256()
@@ -42,7 +49,8 @@ def tensor_files(config: MixtralConfig) -> list[str]:
 
 
 def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (kind, shape) of all that stays on the device; kind is '16' (16 bits, as they came), 'u8' or 'f16'.
+    """Name -> (kind, shape) of all that stays on the device; kind is '16' (16 bits, as they came), 'u8' or
+    'f16'.
 
     Names are those of `Mixtral`'s state_dict; `group_of(columns, name)` gives a packed matrix's group size.
     """
@@ -55,8 +63,9 @@ def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tup
         for name in ("attention_norm", "ffn_norm"):
             shapes[f"layers.{i}.{name}.weight"] = "16", (c.hidden_size,)
         shapes[f"layers.{i}.router.weight"] = "16", (c.num_local_experts, c.hidden_size)
-        for name, rows, columns in (("qkv", q_rows + 2 * kv_rows, c.hidden_size), ("o", c.hidden_size, q_rows)):
-            name = f"layers.{i}.attention.{name}"
+        for matrix, rows, columns in (("qkv", q_rows + 2 * kv_rows, c.hidden_size),
+                                      ("o", c.hidden_size, q_rows)):
+            name = f"layers.{i}.attention.{matrix}"
             groups = columns // group_of(columns, name)
             shapes |= {f"{name}.q": ("u8", (rows, columns // 2)), f"{name}.scale": ("f16", (rows, groups)),
                        f"{name}.zero": ("f16", (rows, groups))}
@@ -70,7 +79,7 @@ class ModelShapes:
         self.config, self.largest_group = config, largest_group
         self.layout = ExpertLayout.of(config, largest_group)
         self.shapes = resident_shapes(config, lambda columns, name: group_size(columns, largest_group, name))
-        self.nbytes = self.resident_bytes() + config.num_hidden_layers * config.num_local_experts * self.layout.nbytes
+        self.nbytes = self.resident_bytes() + len(config.expert_keys) * self.layout.nbytes
 
     def resident_bytes(self, size: int = 2) -> int:
         """Of all but the experts, with `size` bytes for what came in 16 bits."""
@@ -81,14 +90,16 @@ class ModelShapes:
 def check_directory(directory: Path) -> None:
     if directory.is_file():
         of_one = directory.suffix in (".json", ".safetensors", ".model")
-        raise UserError(f"{directory}: is a file; what is read is a directory, packed or with safetensors (in 16 bits, or "
-                        f"in 4 by AWQ or GPTQ){f': give {directory.parent}' if of_one else ''}")
+        raise UserError(f"{directory}: is a file; what is read is a directory, packed or with safetensors "
+                        "(in 16 bits, or in 4 by AWQ or GPTQ)" + f": give {directory.parent}" * of_one)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is downloaded")
+        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is "
+                        "downloaded")
 
 
 class PackedModel(ModelShapes):
-    """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the file."""
+    """An opened packed directory. Opening reads headers only; every mismatch is a `UserError` naming the
+    file."""
 
     def __init__(self, directory: str | Path):
         self.directory = directory = Path(directory)
@@ -102,32 +113,30 @@ class PackedModel(ModelShapes):
             raise UserError(f"{directory}: no {MANIFEST}, so this is not a (complete) packed model; "
                             "convert one with python -m duoserve.checkpoint") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: damaged ({error!r}); convert the model again") from None
+            raise unfit(path, f"damaged ({error!r})") from None
         if version != 1 or largest_group not in (32, 64, 128):
-            raise UserError(f"{path}: version {version}, group size {largest_group}: not made by this duoserve; "
-                            "convert the model again")
+            raise unfit(path, f"version {version}, group size {largest_group}: not made by this duoserve")
         super().__init__(MixtralConfig.read(directory), largest_group)
         for file in tensor_files(self.config):
             if not (directory / file).exists():
-                raise UserError(f"{directory / file}: no such file; copy it from where the others came from, or convert "
-                                "the model again")
+                raise unfit(directory / file, "no such file; copy it from where the others came from, or")
         self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
         made = fingerprint(directory, tensor_files(self.config))
         if made != self.fingerprint:
-            raise UserError(f"{path}: fingerprint {self.fingerprint} does not match the files, which make {made}: "
-                            "a file was changed or comes from another model; convert the model again")
+            raise unfit(path, f"fingerprint {self.fingerprint} does not match the files, which make {made}: "
+                              "a file was changed or comes from another model")
         self.crc = {}
         for name, header in self.headers.items():
             table = str(header.metadata.get("crc32", "")).split()
             if len(table) != len(header.tensors):
-                raise UserError(f"{header.path}: holds no CRC table; convert the model again")
+                raise unfit(header.path, "holds no CRC table")
             self.crc |= {(name, tensor): crc for tensor, crc in zip(header.tensors, table)}
         for name, (kind, shape) in self.shapes.items():
             self.locate(name, shape, KINDS[kind])
-        for i in range(self.config.num_hidden_layers):
-            for e in range(self.config.num_local_experts):
-                self.locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,), KINDS["u8"])
-        self.nbytes = sum(end - start for h in self.headers.values() for _, _, start, end in h.tensors.values())
+        for i, e in self.config.expert_keys:
+            self.locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,), KINDS["u8"])
+        tensors = [tensor for header in self.headers.values() for tensor in header.tensors.values()]
+        self.nbytes = sum(end - start for _, _, start, end in tensors)
 
     def locate(self, name: str, shape=None, dtypes=()) -> tuple[Header, str]:
         """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003.
@@ -141,23 +150,25 @@ class PackedModel(ModelShapes):
         header = self.headers[file]
         dtype, found, *_ = header.tensors.get(inside, (None, None))
         if found is None or (shape is not None and found != shape):
-            raise UserError(f"{header.path}: {inside} {'is missing' if found is None else f'has shape {list(found)}'}, "
-                            f"expected {list(shape or ())}; convert the model again")
+            is_there = "is missing" if found is None else f"has shape {list(found)}"
+            raise unfit(header.path, f"{inside} {is_there}, expected {list(shape or ())}")
         if dtypes and dtype not in dtypes:
-            raise UserError(f"{header.path}: {inside} is {dtype}; convert the model again")
+            raise unfit(header.path, f"{inside} is {dtype}")
         return header, inside
 
     def check(self, header: Header, inside: str, crc: int) -> None:
         """`UserError` unless a tensor's CRC-32 is the one that was written down."""
         if f"{crc:08x}" != self.crc[header.path.name, inside]:
-            raise UserError(f"{header.path}: {inside.replace('.', ' ')} is corrupted (its CRC-32 does not match); "
-                            "get the file again or convert the model again")
+            raise unfit(header.path, f"{inside.replace('.', ' ')} is corrupted (its CRC-32 does not match); "
+                                     "get the file again or")
 
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.directory / "tokenizer.model", self.config.bos_token_id, self.config.eos_token_ids)
+        c = self.config
+        return Tokenizer(self.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
 
     def resident(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host, checked."""
+        """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host,
+        checked."""
         out = {}
         for name in self.shapes:
             if name.startswith(prefix):

@@ -1,8 +1,9 @@
-"""The uniform baselines of the field, each the honest best version of its idea, on the same lane, slots and kernels.
+"""The uniform baselines of the field, each the honest best version of its idea, on the same lane, slots and
+kernels.
 
-A uniform policy is one `ExpertScheduler` for both phases. What they share with ours: pinned memory, one copy an
-expert, demands before guesses, every expert computed as soon as it is there. A file that defines one more is a policy,
-too, wherever one is named.
+A uniform policy is one `ExpertScheduler` for both phases. What they share with ours: pinned memory, one copy
+an expert, demands before guesses, every expert computed as soon as it is there. A file that defines one more
+is a policy, too, wherever one is named.
 """
 
 import runpy
@@ -26,7 +27,8 @@ class OnDemand(ExpertScheduler):
 
 
 class LayerPrefetch(ExpertScheduler):
-    """Asks for the whole next layer; what finds no slot stays queued and is dropped when that layer is routed."""
+    """Asks for the whole next layer; what finds no slot stays queued and is dropped when that layer is
+    routed."""
 
     def on_routing(self, layer: int, routing: Routing) -> None:
         self.cache.plan([transfer.key for transfer in self.cache.queue if transfer.key in self.cache.needed])
@@ -67,9 +69,9 @@ class LookaheadLru(ExpertScheduler):
 
 
 class Combined(LookaheadLru):
-    """Predicts the next layer's top_k by lookahead, and for a guess always evicts somebody: whose share of this
-    sequence's tokens is least, the further off its layer is the less. Nobody's, but what a good engineer would write in
-    twelve lines, and ahead of what has been published."""
+    """Predicts the next layer's top_k by lookahead, and for a guess always evicts somebody: whose share of
+    this sequence's tokens is least, the further off its layer is the less. Nobody's, but what a good engineer
+    would write in twelve lines, and ahead of what has been published."""
 
     def worth(self, key: Key) -> float:
         return self.history.share(*key) * 0.6 ** (self.distance(key[0]) / self.layers)
@@ -79,8 +81,8 @@ class Combined(LookaheadLru):
 
 
 class Score(Combined):
-    """Evicts by a running mean of the router's scores, in which only the 2 top_k best of each time count: HybriMoE's
-    cache (arXiv 2504.05897)."""
+    """Evicts by a running mean of the router's scores, in which only the 2 top_k best of each time count:
+    HybriMoE's cache (arXiv 2504.05897)."""
 
     def __init__(self, *of_request):
         super().__init__(*of_request)
@@ -97,8 +99,8 @@ class Score(Combined):
 
 
 class Activation(ExpertScheduler):
-    """Predicts the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing more, as
-    MoE-Infinity does (arXiv 2401.14361)."""
+    """Predicts the next layer's top_k by this sequence's counts and evicts by count, nearer layers weighing
+    more, as MoE-Infinity does (arXiv 2401.14361)."""
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
         following = (layer + 1) % self.layers
@@ -150,7 +152,8 @@ def defined_in(path: str, changed: int) -> type:
 
 
 def schedulers(policy: str, *of_request) -> tuple[ExpertScheduler, ExpertScheduler]:
-    """-> a request's schedulers for prefill and for decode: (cache, history, forecast, tokens of its prompt)."""
+    """-> a request's schedulers for prefill and for decode: (cache, history, forecast, tokens of its
+    prompt)."""
     prefill, decode = load_policy(policy)
     first = prefill(*of_request)
     return first, first if decode is prefill else decode(*of_request)

@@ -33,7 +33,8 @@ VERSION = "2"                               # of the file: 1 had nets for each l
 
 
 def margin(logits: np.ndarray, top_k: int) -> np.ndarray:
-    """How far each logit lies above the middle between the last that is in the top_k and the first that is not."""
+    """How far each logit lies above the middle between the last that is in the top_k and the first that is
+    not."""
     ranked = np.sort(logits, -1)            # (with as many experts as top_k there is no line: take the last)
     return logits - (ranked[..., -top_k, None] + ranked[..., max(-top_k - 1, -ranked.shape[-1]), None]) / 2
 
@@ -43,18 +44,19 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def worth(chance, rate):
-    """What an expert is worth at its layer's next visit: 1 if it is chosen, DISCOUNT if it is at the one after
-    that, and so on. With this chance it is; else at every later visit with chance `rate`: a geometric series."""
+    """What an expert is worth at its layer's next visit: 1 if it is chosen, DISCOUNT if it is at the one
+    after that, and so on. With this chance it is; else at every later visit with chance `rate`: a geometric
+    series."""
     return chance + (1 - chance) * rate * DISCOUNT / (1 - DISCOUNT * (1 - rate))
 
 
 class Predictor:
     """Trained weights, run with a few numpy lines.
 
-    `weights`, float32, w1 shared and the others with a row for each state: votes [states, HINTS, layers],
-    w1 [layers * experts, HIDDEN], b1 [states, HIDDEN], w2 [states, HIDDEN, layers * experts],
-    b2 [states, layers * experts]. `affinity [layers, experts, experts]`: how often expert j of a layer is chosen,
-    given expert i of the layer before, in the traces.
+    `weights`, float32, w1 shared and the others with a row for each state: votes [states, HINTS, layers], w1
+    [layers * experts, HIDDEN], b1 [states, HIDDEN], w2 [states, HIDDEN, layers * experts], b2 [states, layers
+    * experts]. `affinity [layers, experts, experts]`: how often expert j of a layer is chosen, given expert i
+    of the layer before, in the traces.
     """
 
     def __init__(self, weights: tuple[np.ndarray, ...], affinity: np.ndarray, model: str):
@@ -93,8 +95,9 @@ class Predictor:
             with safe_open(path, "np") as file:
                 meta = file.metadata() or {}
                 if meta.get("version", VERSION) != VERSION:
-                    raise UserError(f"{path}: predictor version {meta['version']}, this reads version {VERSION};"
-                                    " train it again with train_predictor.py, or say --predictor none")
+                    raise UserError(f"{path}: predictor version {meta['version']}, this reads version "
+                                    f"{VERSION}; train it again with train_predictor.py, or say "
+                                    "--predictor none")
                 weights = tuple(map(file.get_tensor, WEIGHTS))
                 affinity = file.get_tensor("affinity")
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
@@ -107,26 +110,29 @@ class Predictor:
         shapes = ((states, HINTS, layers), (wide, HIDDEN), (states, HIDDEN), (states, HIDDEN, wide),
                   (states, wide), (layers, experts, experts))
         if tuple(w.shape for w in (*weights, affinity)) != shapes:
-            raise UserError(f"{path}: its shapes do not fit this model; train it again with train_predictor.py")
+            raise UserError(f"{path}: its shapes do not fit this model; train it again with "
+                            "train_predictor.py")
         return cls(weights, affinity, model)
 
 
 def check_exists(path: str | Path) -> None:
     if not Path(path).exists():
-        raise UserError(f"{path}: no such predictor; train one with train_predictor.py, or say --predictor none")
+        raise UserError(f"{path}: no such predictor; train one with train_predictor.py, or say --predictor "
+                        "none")
 
 
 class Forecast:
-    """What a scheduler asks. Without a predictor the lookahead, and the last token's routing, stand in for one."""
+    """What a scheduler asks. Without a predictor the lookahead, and the last token's routing, stand in for
+    one."""
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
-        self.trained = predictor is not None                        # else what is far off is not known well enough
+        self.trained = predictor is not None                        # else what is far off is hardly known
 
     def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
         """[layers, experts], when `state` layers of this token are routed: for the layer that comes next
-        (state % layers), whose lookahead this is (None: not known yet), chances of being in the top_k; for the
-        others `worth`."""
+        (state % layers), whose lookahead this is (None: not known yet), chances of being in the top_k; for
+        the others `worth`."""
         hints = self.hints(state, lookahead)
         if self.predictor is not None:
             return self.predictor(state, hints)

@@ -16,8 +16,9 @@ def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -
         logits = logits.masked_fill(logits < least, -torch.inf)
     ranked, ids = ((logits - logits.max()) / params.temperature).sort(descending=True, stable=True)
     p = ranked.softmax(-1)
-    if params.top_p < 1:                    # keep the smallest set that reaches top_p, added up in whole numbers:
-        parts = (p * 2**40).long()          # a GPU adds in no fixed order, and the same seed gives the same text
+    if params.top_p < 1:                    # the smallest set that reaches top_p, summed in whole numbers:
+        parts = (p * 2**40).long()          # a GPU adds in no fixed order, and one seed must give one text
         p[parts.cumsum(-1) - parts >= params.top_p * 2**40] = 0
-    token = ids.gather(0, torch.multinomial(p.nan_to_num(1.0), 1, generator=generator))   # (NaN would end the process)
+    p = p.nan_to_num(1.0)                   # (NaN would end the process)
+    token = ids.gather(0, torch.multinomial(p, 1, generator=generator))
     return torch.where(finite, token, -1)

@@ -1,9 +1,9 @@
 """The dual phase: which expert crosses the link next, and who makes room for it.
 
-Prefill needs nearly every expert of every layer and knows it in advance: its bytes stream in a fixed order, through
-layer boundaries, while attention and the experts that have arrived are computed. Decode needs 2 of 8 and learns which
-only when it reads the router: it fetches what is missing first, and predicts the rest of the time (DuoServe-MoE,
-arXiv 2509.07379). Both share one cache, which is the hand-over between them.
+Prefill needs nearly every expert of every layer and knows it in advance: its bytes stream in a fixed order,
+through layer boundaries, while attention and the experts that have arrived are computed. Decode needs 2 of 8
+and learns which only when it reads the router: it fetches what is missing first, and predicts the rest of the
+time (DuoServe-MoE, arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 """
 
 from itertools import islice
@@ -17,13 +17,13 @@ from .history import History, Routing
 from .link import Key
 from .predictor import DISCOUNT, Forecast, worth
 
-RING = 4                                    # slots that prefill streams through; the others keep what decode will want
+RING = 4                                    # slots that prefill streams through; decode keeps the rest
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time
 HORIZON = 4                                 # layers that prefill looks ahead
 BEYOND = 4                                  # guesses that decode makes beyond the next layer,
-MARGIN = 2                                  # each worth so many times what it evicts: it takes the host's time, too
-BUSY = 0.97                                 # share of its time in use from which on the link has none to spare
-THOUGHT = 3e-4                              # seconds: a transfer that takes less is over before it has been predicted
+MARGIN = 2                                  # each worth this many times what it evicts (it costs host time)
+BUSY = 0.97                                 # share of its time in use at which the link has none to spare
+THOUGHT = 3e-4                              # seconds; a shorter transfer is over before it is predicted
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
@@ -54,7 +54,8 @@ class ExpertScheduler:
         self.cache.pump()
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
-        """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or closed."""
+        """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or
+        closed."""
         self.history.observe(layer, routing)
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         cache.require(remaining)
@@ -62,7 +63,7 @@ class ExpertScheduler:
         planned = False
         try:
             while remaining:
-                for key in self.to_demand(remaining):               # as many as there are slots, before any guess
+                for key in self.to_demand(remaining):               # as many as fit, before any guess
                     cache.demand(key)
                 if not planned:
                     self.plan_prefetch(layer, routing)
@@ -70,8 +71,8 @@ class ExpertScheduler:
                 # The lane delivers in the order of asking, so the oldest transfer is the next to be ready.
                 ready = list(filter(cache.resident, remaining))
                 if not ready:
-                    raise UserError(f"policy {type(self).__name__}: its `victim` gives up no slot for an expert that is "
-                                    "needed now")
+                    raise UserError(f"policy {type(self).__name__}: its `victim` gives up no slot for an "
+                                    "expert that is needed now")
                 key = min(ready, key=lambda key: cache.slot_of[key].transfer.order)
                 slot = cache.acquire(key)
                 try:
@@ -108,7 +109,8 @@ class ExpertScheduler:
 
 
 class PrefillScheduler(ExpertScheduler):
-    """Streams the experts ahead of the computation, in the order they will be needed, through a ring of slots."""
+    """Streams the experts ahead of the computation, in the order they will be needed, through a ring of
+    slots."""
 
     def __init__(self, *of_request):
         super().__init__(*of_request)
@@ -127,14 +129,15 @@ class PrefillScheduler(ExpertScheduler):
             self.cache.plan([key for key in self.ahead if key not in self.done])        # the rest is dropped
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
-        if routing.lookahead and not self.certain:      # a few tokens will not need them all: the likely ones first
+        if routing.lookahead and not self.certain:                  # few tokens: the likely experts first
             i = (layer + 1) * self.experts_a_layer
             self.order[i:i + self.experts_a_layer] = sorted(
                 self.order[i:i + self.experts_a_layer], key=lambda key: -routing.lookahead[key[1]])
         self.run_ahead()
 
     def to_demand(self, remaining: list[Key]) -> list[Key]:
-        """No more than the ring holds: asking for all eight at once would only push out what decode will want."""
+        """No more than the ring holds: asking for all eight at once would only push out what decode will
+        want."""
         here = [key for key in remaining if key in self.cache.slot_of]
         absent = [key for key in remaining if key not in self.cache.slot_of]
         return here + absent[:max(0, RING - len(here))]
@@ -144,11 +147,12 @@ class PrefillScheduler(ExpertScheduler):
         self.run_ahead()
 
     def run_ahead(self) -> None:
-        """Keep the ring full: what is next in order and not here is asked for, whole if it is certain to be needed."""
+        """Keep the ring full: what is next in order and not here is asked for, whole if it is certain to be
+        needed."""
         cache = self.cache
         ring = min(RING, len(cache.slots))
         self.ahead = [key for key in self.ahead if key not in self.done]
-        here = self.layer * self.experts_a_layer                    # (a few layers on is far enough: the ring is small)
+        here = self.layer * self.experts_a_layer                    # (the ring holds only a few layers)
         for key in self.order[here:here + HORIZON * self.experts_a_layer]:
             if len(self.ahead) >= ring:
                 break
@@ -170,13 +174,13 @@ class PrefillScheduler(ExpertScheduler):
 
 
 class DecodeScheduler(ExpertScheduler):
-    """Fetches what is missing, then what the forecast says of the next layer, then, if the link has time to spare, of
-    those after it; evicts what is likeliest to lie idle longest."""
+    """Fetches what is missing, then what the forecast says of the next layer, then, if the link has time to
+    spare, of those after it; evicts what is likeliest to lie idle longest."""
 
     def __init__(self, *of_request):
         super().__init__(*of_request)
-        # What is known: how many layers of this token are routed, and the next one's lookahead. What follows from it,
-        # once somebody asks: the next layer's `chance [experts]`, every expert's `value [layers][experts]`. Where
+        # What is known: how many layers of this token are routed, and the next one's lookahead. What follows,
+        # once somebody asks: the next layer's `chance [experts]`, each expert's `value [layers][experts]`. If
         # nothing has to be guessed or evicted, nobody does, and the host goes straight on.
         self.keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
         self.state, self.lookahead = self.layers, None
@@ -184,7 +188,7 @@ class DecodeScheduler(ExpertScheduler):
         self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
-        self.discount = np.tile(DISCOUNT ** steps, 2)[:, None]      # of a use so many layers away, twice around
+        self.discount = np.tile(DISCOUNT ** steps, 2)[:, None]      # of a use 1, 2 .. layers away
 
     def begin_step(self, lookahead: list[float] | None) -> None:
         self.layer = -1
@@ -196,11 +200,11 @@ class DecodeScheduler(ExpertScheduler):
         self.state, self.lookahead = layer + 1, routing.lookahead
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
-        self.replan()                       # (what is missing has gone to the lane, its slot by what was known)
+        self.replan()                       # (what is missing is under way by now)
 
     def replan(self) -> None:
-        """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as far as
-        slots are empty or the link has time to spare: a guess takes no slot that is worth more."""
+        """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as
+        far as slots are empty or the link has time to spare: a guess takes no slot that is worth more."""
         cache, layer, wanted = self.cache, (self.layer + 1) % self.layers, []
         self.value = None
         self.thinks = cache.transfer_s() > THOUGHT
@@ -216,12 +220,13 @@ class DecodeScheduler(ExpertScheduler):
             if self.value is None:
                 self.update_values()
             best = np.argsort(-self.values, axis=None, kind="stable").tolist()
-            absent = (self.keys[i] for i in best if self.keys[i][0] != layer and not cache.resident(self.keys[i]))
-            wanted += islice(absent, more)
+            best = map(self.keys.__getitem__, best)
+            wanted += islice((key for key in best if key[0] != layer and not cache.resident(key)), more)
         cache.plan(wanted)
 
     def update_values(self) -> None:
-        """Every expert's value: 1 if it is used now, DISCOUNT if a token from now, and so on: what is expected."""
+        """Every expert's value: 1 if it is used now, DISCOUNT if a token from now, and so on: what is
+        expected."""
         estimate, coming = self.forecast.estimate(self.state, self.lookahead), self.state % self.layers
         self.chance = estimate[coming].tolist()
         estimate[coming] = worth(estimate[coming], self.history.rates()[coming])

@@ -1,10 +1,10 @@
 """One token through the model, in pieces of fixed shape: each piece is one CUDA graph where there is CUDA.
 
-A decode step is some twenty small kernels a layer, and launching them costs the host more than running them costs the
-GPU. But the host reads each router before it knows which slots to compute with, so the step is split there: piecewise
-CUDA graphs, each captured once and replayed as a whole. There is one piece a layer, up to the router's choice, and one
-for each slot and rank, since a graph's addresses are fixed. What passes from piece to piece lies in buffers of its own,
-and all that changes from token to token is read from the device.
+A decode step is some twenty small kernels a layer, and launching them costs the host more than running them
+costs the GPU. But the host reads each router before it knows which slots to compute with, so the step is
+split there: piecewise CUDA graphs, each captured once and replayed as a whole. There is one piece a layer, up
+to the router's choice, and one for each slot and rank, since a graph's addresses are fixed. What passes from
+piece to piece lies in buffers of its own, and all that changes from token to token is read from the device.
 """
 
 import gc
@@ -20,10 +20,11 @@ from .quant import compiled
 
 
 class DecodeStep:
-    """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A]: the cache; `slots`: the experts.
+    """`step(token, position, source)` -> logits of the next token. kv [N, 2, G, C, A]: the cache; `slots`:
+    the experts.
 
-    C is a multiple of PADDING, and what was never written is finite. Eager, a piece is run as it stands; with `compile`
-    it is fused by torch.compile, and captured if the device is CUDA.
+    C is a multiple of PADDING, and what was never written is finite. Eager, a piece is run as it stands; with
+    `compile` it is fused by torch.compile, and captured if the device is CUDA.
     """
 
     def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compile: bool):
@@ -35,18 +36,18 @@ class DecodeStep:
         self.rope = new(2, 1, c.head_dim, dtype=torch.float32)
         self.h, self.x, self.expert_out = new(1, D), new(1, D), new(1, K, D)
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
-        self.lookahead = new(c.num_local_experts, dtype=torch.float32)              # of layer 0
-        self.numbers = [new(3 * c.num_local_experts + 2 * K, dtype=torch.float32),  # what the host reads of a layer,
-                        new(2 * c.num_local_experts + 2 * K, dtype=torch.float32)]  # ... and of the last one
+        self.lookahead = new(c.num_local_experts, dtype=torch.float32)      # of layer 0
+        E = c.num_local_experts             # what the host reads of a layer, and of the last one
+        self.numbers = [new(n * E + 2 * K, dtype=torch.float32) for n in (3, 2)]
         self.keys = self.context = kv.shape[3]
         self.capturing = compile and device.type == "cuda"
-        self.whole = compile                # compiled code reads the whole context: one shape, whatever the position
+        self.whole = compile                # compiled code reads the whole context: one shape at any position
         self.run_layer, self.run_expert = map(compiled if compile else lambda f: f, (run_layer, run_expert))
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.begin = self.capture(self._begin)
         self.layers = [self.capture(partial(self._layer, i)) for i in range(c.num_hidden_layers)]
-        self.experts = [[self.capture(partial(self._expert, slot, rank)) for rank in range(K)] for slot in slots]
+        self.experts = [[self.capture(partial(self._expert, slot, k)) for k in range(K)] for slot in slots]
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
@@ -56,9 +57,9 @@ class DecodeStep:
         self.stream.wait_stream(torch.cuda.current_stream(self.kv.device))
         with torch.cuda.stream(self.stream):
             piece()                         # compiles, and whatever a library does when it is first called
-            graph = torch.cuda.CUDAGraph()  # (torch.cuda.graph would empty the allocator's cache for each of hundreds)
+            graph = torch.cuda.CUDAGraph()  # (torch.cuda.graph would empty the allocator's cache every time)
             collecting = gc.isenabled()
-            gc.disable()                    # an engine that is collected in here would synchronize, and spoil the graph
+            gc.disable()                    # an engine that is collected in here would synchronize: an error
             graph.capture_begin(pool=self.pool)
             try:
                 piece()
@@ -109,9 +110,10 @@ class DecodeStep:
 
 
 def run_layer(layer, following, expert_out, rope, k, v, position, h, x, weights, numbers):
-    """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values and the last
-    four are written."""
-    out = layer.step(combine_experts(h, weights, expert_out), rope, k, v, position, weights.shape[1], following)
+    """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values
+    and the last four are written."""
+    h_in = combine_experts(h, weights, expert_out)
+    out = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
     for buffer, value in zip((h, x, weights, numbers), out):
         buffer.copy_(value)
 

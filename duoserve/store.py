@@ -1,25 +1,25 @@
-"""ExpertStore: the experts' bytes on the host, one contiguous block each, registered with CUDA if there is one.
+"""ExpertStore: the experts' bytes on the host, one contiguous block each, registered with CUDA if there is
+one.
 
-The memory is one anonymous map of exactly the size needed. `pin_memory` would round every block up to a power of two
-(94 MB to 128 MiB); registering our own pages with the driver pins them as they are. Where the memory does not hold
-all experts, those used least stay in their files, and come through a small buffer when the lane asks for them.
+The memory is one anonymous map of exactly the size needed. `pin_memory` would round every block up to a power
+of two (94 MB to 128 MiB); registering our own pages with the driver pins them as they are. Where the memory
+does not hold all experts, those used least stay in their files, and come through a small buffer when the lane
+asks for them.
 """
 
-import ctypes
 import mmap
 import os
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from .errors import UserError, format_bytes
-from .link import Key, LinkError
 from .files import read_into, reading
+from .link import Key, LinkError
+from .machine import available_memory, clear_cuda_error
 from .packed import PackedModel
 
 REGION = 2**30                              # bytes registered at a time
@@ -30,43 +30,46 @@ def stride_of(model: PackedModel) -> int:
     return -(-model.layout.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None, beside: int) -> list[Key]:
+def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None,
+                beside: int) -> list[Key]:
     """Which experts to keep in memory: all, or as many as `host_memory` bytes hold of those used most.
 
-    Those are the first by `popularity` [layers, experts]; where nothing is known, equally many of every layer.
-    `UserError`, before anything is read, if that much and the `beside` bytes of other things are not available.
+    Those are the first by `popularity` [layers, experts]; where nothing is known, equally many of every
+    layer. `UserError`, before anything is read, if that much and the `beside` bytes of other things are not
+    available.
     """
-    c, stride = model.config, stride_of(model)
-    keys = [(layer, e) for e in range(c.num_local_experts) for layer in range(c.num_hidden_layers)]
-    if popularity is not None:
-        keys.sort(key=lambda key: -popularity[key])
+    stride = stride_of(model)
+    rank = popularity is None and (lambda key: key[1]) or (lambda key: -popularity[key])
+    keys = sorted(model.config.expert_keys, key=rank)
     kept = keys if host_memory is None else keys[:host_memory // stride]
     need, available = len(kept) * stride + beside, available_memory()
     if available is not None and need > available:
         room = int(0.9 * (available - beside)) // 1000
-        mend = (f"--host-memory {room // 1000}MB" if room >= 10**4 else f"--host-memory {max(1, room)}kB") + \
-            " keeps what is used most there and reads the rest from the disk"
-        wanted = f"--host-memory {format_bytes(host_memory)}" if host_memory else "the model" if beside else "its experts"
-        raise UserError(f"{model.directory}: {wanted} would take {format_bytes(need)} of host memory and {format_bytes(available)} "
-                        f"are available; {mend if room > 0 else 'free some'}")
+        size = f"{room // 1000}MB" if room >= 10**4 else f"{room}kB"
+        mend = f"--host-memory {size} keeps what is used most there and reads the rest from the disk"
+        wanted = f"--host-memory {format_bytes(host_memory)}" if host_memory else \
+            "the model" if beside else "its experts"
+        raise UserError(f"{model.directory}: {wanted} would take {format_bytes(need)} of host memory and "
+                        f"{format_bytes(available)} are available; {mend if room > 0 else 'free some'}")
     return kept
 
 
 class ExpertStore:
-    """`blocks[layer, expert]`, uint8 [nbytes], are the bytes of an expert in memory; `pinned` says whether CUDA can copy
-    them directly.
+    """`blocks[layer, expert]`, uint8 [nbytes], are the bytes of an expert in memory; `pinned` says whether
+    CUDA can copy them directly.
 
     `kept` names those in memory. The others' files must stay as they are while the store lives.
     """
 
-    def __init__(self, model: PackedModel, kept: list[Key], pin: bool = False, progress=None, threads: int = 8):
+    def __init__(self, model: PackedModel, kept: list[Key], pin: bool = False, progress=None,
+                 threads: int = 8):
         self.model, self.nbytes, stride = model, model.layout.nbytes, stride_of(model)
         total = len(kept) * stride
         try:
             self.memory = mmap.mmap(-1, max(total, mmap.PAGESIZE))
         except OSError as error:
-            raise UserError(f"{model.directory}: {format_bytes(total)} of host memory for its experts cannot be had "
-                            f"({error.strerror}); ask for less with --host-memory") from None
+            raise UserError(f"{model.directory}: {format_bytes(total)} of host memory for its experts cannot "
+                            f"be had ({error.strerror}); ask for less with --host-memory") from None
         self.bytes = np.frombuffer(self.memory, np.uint8, total).reshape(len(kept), stride)[:, :self.nbytes]
         self.blocks = dict(zip(sorted(kept), torch.from_numpy(self.bytes).unbind()))
 
@@ -81,23 +84,22 @@ class ExpertStore:
                 pass                        # the first corrupted expert ends the loading
         finally:
             pool.shutdown(cancel_futures=True)
-        c = model.config
-        every = [(layer, e) for layer in range(c.num_hidden_layers) for e in range(c.num_local_experts)]
-        self.crc = {key: 0 for key in every if key not in self.blocks}        # of those on the disk, until it is checked
-        self.stamps = {}                    # of their files
+        # Of the experts on the disk: the CRC so far, until it has been checked, and a stamp of their files.
+        self.crc = {key: 0 for key in model.config.expert_keys if key not in self.blocks}
+        self.stamps = {}
         self.bytes_read = 0                 # of theirs, since loading
         for layer in {layer for layer, _ in self.crc}:
             with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
                 self.stamps[layer] = stamp(file)
-        self.region = max(1, REGION // stride) * stride             # bytes: no copy may cross a multiple of it
+        self.region = max(1, REGION // stride) * stride             # bytes; no copy may cross a multiple
         self.pinned = pin and total > 0 and self._register(total, self.region)
 
     def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
         """Copy an expert's bytes from `start` on into uint8 [n] on the host, from memory or from the disk.
 
-        Of what comes from the disk the CRC is checked when it is first read to its end: by then its last chunk has
-        not been handed on, so a damaged expert is never computed with, and loading need not read what it does not keep.
-        From then on its file must stay as it was. Raises `LinkError`, naming the file.
+        Of what comes from the disk the CRC is checked when it is first read to its end: by then its last
+        chunk has not been handed on, so a damaged expert is never computed with, and loading need not read
+        what it does not keep. From then on its file must stay as it was. Raises `LinkError`, naming the file.
         """
         if key in self.blocks:
             into.copy_(self.blocks[key][start:start + len(into)])
@@ -135,8 +137,9 @@ class ExpertStore:
                 for address in done:
                     runtime.cudaHostUnregister(address)
                 clear_cuda_error()
-                print(f"note: the driver will not pin {format_bytes(total)} of host memory (cudaHostRegister: {code}); "
-                      "transfers go through a small pinned buffer: slower, with hardly any overlap", file=sys.stderr)
+                print(f"note: the driver will not pin {format_bytes(total)} of host memory "
+                      f"(cudaHostRegister: {code}); transfers go through a small pinned buffer: slower, "
+                      "with hardly any overlap", file=sys.stderr)
                 return False
             done.append(base + start)
 
@@ -149,37 +152,7 @@ class ExpertStore:
         return True
 
 
-def clear_cuda_error() -> None:
-    """A failed runtime call leaves its code behind, and the next, unrelated kernel launch would raise it."""
-    with open("/proc/self/maps") as maps:
-        paths = {line.split()[-1] for line in maps if "libcudart" in line}
-    for path in paths:
-        ctypes.CDLL(path).cudaGetLastError()
-
-
 def stamp(file) -> tuple[int, ...]:
     """What changes when somebody writes to a file, or puts another in its place."""
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def usable_cpus() -> int:
-    """How many CPUs this process may keep busy: its affinity, less a container's quota."""
-    cpus = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):                             # (no quota is written as "max")
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cpus = min(cpus, max(1, round(quota / period)))
-    return cpus
-
-
-def available_memory() -> int | None:
-    """Bytes of host memory that can be had without swapping, of the machine's and the container's; None: unknown."""
-    found = []
-    with suppress(OSError, StopIteration):
-        with open("/proc/meminfo") as info:
-            found.append(next(int(line.split()[1]) * 1024 for line in info if line.startswith("MemAvailable")))
-    with suppress(OSError, StopIteration, ValueError):              # (no limit is written as "max")
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        with open("/sys/fs/cgroup/memory.stat") as info:
-            found.append(limit - next(int(line.split()[1]) for line in info if line.startswith("anon ")))
-    return min(found, default=None)

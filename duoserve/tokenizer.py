@@ -1,4 +1,5 @@
-"""Text to tokens and back: sentencepiece, the instruct template, detokenisation that streams whole characters."""
+"""Text to tokens and back: sentencepiece, the instruct template, detokenisation that streams whole
+characters."""
 
 import re
 from pathlib import Path
@@ -16,9 +17,9 @@ class Tokenizer:
 
     def __init__(self, path: Path, bos: int, eos: tuple[int, ...]):
         if not path.exists():
-            hint = " (its tokenizer.json cannot be used; the model's page has the sentencepiece file beside it)" \
-                if path.with_name("tokenizer.json").exists() else ""
-            raise UserError(f"{path}: no such file; tokenizer.model is needed{hint}")
+            hint = path.with_name("tokenizer.json").exists() and \
+                " (its tokenizer.json cannot be used; the model's page has the sentencepiece file beside it)"
+            raise UserError(f"{path}: no such file; tokenizer.model is needed{hint or ''}")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines
@@ -28,10 +29,11 @@ class Tokenizer:
         self.inst = [self.sp.piece_to_id(piece) for piece in ("[INST]", "[/INST]")]
 
     def check(self, vocab_size: int) -> None:
-        """`UserError` if text may become ids that the model does not have (one that has more is merely padded)."""
+        """`UserError` if text may become ids that the model does not have (one that has more is merely
+        padded)."""
         if len(self) > vocab_size:
-            raise UserError(f"{self.path}: has {len(self)} pieces, more than the model's vocab_size {vocab_size}: it "
-                            "is another model's; get the one that belongs to this")
+            raise UserError(f"{self.path}: has {len(self)} pieces, more than the model's vocab_size "
+                            f"{vocab_size}: it is another model's; get the one that belongs to this")
 
     def __len__(self) -> int:
         return self.sp.vocab_size()
@@ -44,15 +46,18 @@ class Tokenizer:
         return [self.bos, *self.sp.encode(text)]
 
     def chat(self, message: str, before: list[int] | tuple = ()) -> list[int]:
-        """A user's message in the instruct models' template, after the conversation `before` it; closes its answer.
+        """A user's message in the instruct models' template, after the conversation `before` it; closes its
+        answer.
 
         As mistral-common defines it: tokenizers with control tokens for it (v3: Mixtral-8x22B-Instruct) read
-        `<s>[INST] hello[/INST] answer</s>[INST] ..`; those without (v1: Mixtral-8x7B-Instruct) `[INST] hello [/INST]`,
-        as text. A message that stands in the template already is taken out of it; `UserError` for several of them.
+        `<s>[INST] hello[/INST] answer</s>[INST] ..`; those without (v1: Mixtral-8x7B-Instruct) `[INST] hello
+        [/INST]`, as text. A message that stands in the template already is taken out of it; `UserError` for
+        several of them.
         """
         message = match[1] if (match := TEMPLATED.fullmatch(message)) else message
         if message.lstrip().startswith(("<s>", "[INST]")):
-            raise UserError("the message is in the [INST] template already, and --chat adds it: give the bare message")
+            raise UserError("the message is in the [INST] template already, and --chat adds it: "
+                            "give the bare message")
         if not message.strip():
             raise UserError("the message is empty; give some text")
         begin, end = self.inst
@@ -71,7 +76,8 @@ class Tokenizer:
 class TextStream:
     """Tokens in, pieces of text out, as soon as they are certain.
 
-    Byte tokens (<0x..>) are held until they make a whole UTF-8 character; bytes that never will become U+FFFD.
+    Byte tokens (<0x..>) are held until they make a whole UTF-8 character; bytes that never will become
+    U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -17,7 +17,7 @@ import torch
 from models import (answers, at_rest, DEFAULTS, hostile, InterruptAt, LateLane, load, LONG, put_lane, same,
                     SAMPLED, SHORT, tokenizer_model)
 
-from duoserve import store
+from duoserve import machine, store
 from duoserve.cache import GPUExpertCache
 from duoserve.checkpoint import hugging_face
 from duoserve.config import MixtralConfig
@@ -193,13 +193,13 @@ def test_too_little_memory_is_said_before_anything_is_read(tiny, monkeypatch):
 def test_memory_of_a_container(tmp_path, monkeypatch):
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n", "/sys/fs/cgroup/memory.max": "max\n",
              "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 5\n"}
-    monkeypatch.setattr(store, "open", lambda path: StringIO(files[str(path)]), raising=False)
+    monkeypatch.setattr(machine, "open", lambda path: StringIO(files[str(path)]), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
-    assert store.available_memory() == 5_120_000
+    assert machine.available_memory() == 5_120_000
     files["/sys/fs/cgroup/memory.max"] = "4000000\n"
-    assert store.available_memory() == 3_999_000
+    assert machine.available_memory() == 3_999_000
     files["/proc/meminfo"] = ""
-    assert store.available_memory() == 3_999_000
+    assert machine.available_memory() == 3_999_000
 
 
 def all_on_disk(directory, **options):

@@ -310,19 +310,19 @@ def test_threads_from_python(tiny, threads):
 
 def test_threads_by_default(tiny, threads, monkeypatch):
     """One for small matrices; for large ones what affinity and quota allow; what the environment says, if it does."""
-    from duoserve import options, store
+    from duoserve import machine
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     torch.set_num_threads(3)
     load(tiny)
     assert threads() == 1
     torch.set_num_threads(3)
-    monkeypatch.setattr(options, "SMALL_MATRIX", 100)
-    monkeypatch.setattr(options, "TORCH_THREADS", 3)
+    monkeypatch.setattr(machine, "SMALL_MATRIX", 100)
+    monkeypatch.setattr(machine, "TORCH_THREADS", 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     for quota, expected in (("max 100000", 3), ("200000 100000", 2), ("50000 100000", 1)):
         torch.set_num_threads(3)
-        monkeypatch.setattr(store, "Path", lambda _: SimpleNamespace(read_text=lambda: quota))
-        options.set_threads(None, load(tiny, threads=3).config)
+        monkeypatch.setattr(machine, "Path", lambda _: SimpleNamespace(read_text=lambda: quota))
+        machine.set_threads(None, load(tiny, threads=3).config)
         assert threads() == expected
     torch.set_num_threads(3)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -1,0 +1,80 @@
+"""What this machine has and allows: processors, host memory, a compiler, memory on the GPU."""
+
+import ctypes
+import os
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+from .config import MixtralConfig
+from .errors import UserError
+
+SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
+TORCH_THREADS = torch.get_num_threads()     # what torch takes if it is not told
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may keep busy: its affinity, and no more than a container's quota."""
+    cpus = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):                             # (no quota is written as "max")
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cpus = min(cpus, max(1, round(quota / period)))
+    return cpus
+
+
+def set_threads(threads: int | None, config: MixtralConfig) -> None:
+    """How many threads torch computes with on the CPU; for None as many as gain something.
+
+    A product of one row with a small matrix is over before a second thread wakes. `OMP_NUM_THREADS` is
+    obeyed.
+    """
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        small = 2 * config.intermediate_size * config.hidden_size < SMALL_MATRIX
+        threads = 1 if small else min(usable_cpus(), TORCH_THREADS)
+    if threads and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def available_memory() -> int | None:
+    """Bytes of host memory free without swapping, in the machine and in its container; None: unknown."""
+    found = []
+    with suppress(OSError, StopIteration):
+        with open("/proc/meminfo") as info:
+            kib = next(int(line.split()[1]) for line in info if line.startswith("MemAvailable"))
+            found.append(kib * 1024)
+    with suppress(OSError, StopIteration, ValueError):              # (no limit is written as "max")
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        with open("/sys/fs/cgroup/memory.stat") as info:
+            found.append(limit - next(int(line.split()[1]) for line in info if line.startswith("anon ")))
+    return min(found, default=None)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Compile and run one line; where that fails (no compiler, no Triton) say so: the run goes on eager."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"note: torch.compile does not work here ({reason[0][:100]}); going on without it",
+              file=sys.stderr)
+        return False
+
+
+@contextmanager
+def enough_memory():
+    """Running out of GPU memory is something a user can mend."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
+
+
+def clear_cuda_error() -> None:
+    """A failed runtime call leaves its code behind, and the next, unrelated kernel launch would raise it."""
+    with open("/proc/self/maps") as maps:
+        paths = {line.split()[-1] for line in maps if "libcudart" in line}
+    for path in paths:
+        ctypes.CDLL(path).cudaGetLastError()

@@ -198,8 +198,9 @@ class QuantizedSource(HuggingFaceSource):
                 index = self._load(name).long()
                 if not torch.equal(index, torch.arange(len(index)) // self._group(len(index))):
                     raise UserError(f"{header.path}: {name} puts columns into groups out of order, as "
-                                    "desc_act does; give a GPTQ checkpoint made without it, or the 16-bit model")
-            elif name.endswith(".bias") and self._load(name).any():  # AutoGPTQ writes them, all zero
+                                    "desc_act does; give a GPTQ checkpoint made without it, or the 16-bit "
+                                    "model")
+            elif name.endswith(".bias") and self._load(name).any():         # AutoGPTQ writes zeros
                 raise UserError(f"{header.path}: {name} is not zero; a Mixtral has no biases")
 
     def _group(self, columns: int) -> int:

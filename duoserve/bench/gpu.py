@@ -12,6 +12,7 @@ with all experts resident, which gives the floors, comes last.
 
 import gc
 import json
+import queue
 import statistics
 import sys
 import threading
@@ -59,10 +60,12 @@ class RandomModel(ModelShapes):
     def __init__(self, config: MixtralConfig, device: torch.device):
         super().__init__(config)
         self.device, self.left = device, config.num_hidden_layers * config.num_local_experts
-        self.two, self.lock = threading.Semaphore(2), threading.Lock()
+        self.blocks, self.lock = queue.SimpleQueue(), threading.Lock()
+        for _ in range(2):
+            self.blocks.put(None)           # memory to make an expert in, when it is needed
 
     def tokenizer(self):
-        """One without text and without an end: every id is a token that says nothing."""
+        """A stand-in: every id is a token without text, and none ends the answer."""
         return SimpleNamespace(eos=(), sp=SimpleNamespace(vocab_size=lambda: 0), check=lambda size: None)
 
     def _fill(self, name: str, tensor: torch.Tensor, columns: int) -> None:
@@ -89,20 +92,27 @@ class RandomModel(ModelShapes):
         return out
 
     def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
-        """Made on the device and copied down; two at a time, for the memory plan has room for no more."""
-        with self.two:
-            self._make_expert(torch.from_numpy(into))
+        """Made on the device and copied down; two at a time, as the memory plan has no room for more."""
+        block, stream = self.blocks.get() or self._block()
+        with torch.cuda.stream(stream):
+            self._fill_expert(block)
+            torch.from_numpy(into).copy_(block)
+        self.blocks.put((block, stream))
         with self.lock:
             self.left -= 1
             if not self.left:               # give the memory back before anything else needs it
+                del block
+                self.blocks = None
                 release(self.device)
 
-    def _make_expert(self, into: torch.Tensor) -> None:
-        block = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device)
+    def _block(self) -> tuple[torch.Tensor, torch.cuda.Stream | None]:
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        return torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device), stream
+
+    def _fill_expert(self, block: torch.Tensor) -> None:
         for name, view in self.layout.views(block).items():
             columns = self.config.hidden_size if name.startswith("w13") else self.config.intermediate_size
             self._fill(name, view, columns)
-        into.copy_(block)
 
 
 class SyntheticExperts(StreamedExperts):
@@ -291,7 +301,7 @@ def made_up(config: MixtralConfig, persistence: float, recall: float, rounds: in
     k, sequences = config.num_experts_per_tok, rounds + predict * LEARNED
     traces = synthetic_traces(config, persistence, recall, sequences, 2, new)
     traces, others = traces[:rounds], traces[rounds:]
-    return traces, predict and Predictor(train(others, k), measure_affinity(others, k), "random") or None
+    return traces, Predictor(train(others, k), measure_affinity(others, k), "random") if predict else None
 
 
 def gpu(args) -> dict:

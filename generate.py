@@ -22,8 +22,7 @@ def parse_args():
         help="the prompt is a message to an instruct model: the [INST] template (default: text to continue)")
     add("--interactive", action="store_true",
         help="continue what is typed, and keep what was said: text, or with --chat a conversation. Ctrl-C "
-             "stops an answer, an empty line has it continued; exit, quit or Ctrl-D leaves (default: one "
-             "answer)")
+             "stops an answer, an empty line continues it; exit, quit or Ctrl-D leaves (default: one answer)")
     add("--max-new-tokens", "-n", type=int, default=128, metavar="N",
         help="the longest an answer may be (default %(default)s)")
     add("--context", "-c", type=int, metavar="N", help="sizes the KV cache (default: prompt and new tokens; "
@@ -122,7 +121,7 @@ class Conversation:
 
     def run(self, line: str | None) -> None:
         """`line` is the first, if it is given."""
-        sys.stdin.reconfigure(errors="surrogateescape")             # what is no text is an error later
+        sys.stdin.reconfigure(errors="surrogateescape")             # invalid UTF-8 is an error later
         typed = sys.stdin.isatty()
         hello = "> " if typed and sys.stdout.isatty() else ""
         if typed:
@@ -157,7 +156,7 @@ class Conversation:
         elif not self.cut:
             return
         result = answer(engine, ids, self.args)
-        if result.token_ids or result.finish_reason == "stop":      # else it is as if nothing had been said
+        if result.token_ids or result.finish_reason == "stop":      # else the line is forgotten
             self.said, self.cut = ids + result.token_ids, result.finish_reason != "stop"
         if len(self.said) >= engine.context:
             self.start_anew()
@@ -195,8 +194,7 @@ def what_bounded(s, config) -> str:
     if s.link_busy_fraction < 0.5:
         return f"{busy}: computing set the speed"
     if s.cache_experts >= config.num_hidden_layers * config.num_local_experts:
-        return (f"{busy}, bringing experts for the first time: all fit, so a longer run will wait for it less"
-                f"{disk}")
+        return f"{busy}, bringing experts for the first time: all fit, so a longer run waits less{disk}"
     mend = "--policy duo" if s.policy == "on-demand" else "more --gpu-memory"      # on-demand keeps nothing
     if s.link_busy_fraction >= 0.8:
         return f"{busy}: {mend} is what would help{disk}"

@@ -83,15 +83,13 @@ def main() -> int:
                           "test_sequences": len(test), "seconds": seconds, "out": str(out)}))
         return 0
     print(f"{len(seen)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
-    print(f"share of the true top {k} among {k} predicted, for the layer that comes next, and for the next "
-          "visits of the others:")
+    print(f"share of the true top {k} among {k} predicted, for the next layer, and for visits after it:")
     columns = recall | {"next visit": visits}
     rows = [*enumerate(zip(*columns.values())), ("all", [found.mean() for found in columns.values()])]
     lines = [dict(zip(columns, found), layer=layer) for layer, found in rows]
     print(table([("layer", 11, "{layer}"), *((name, 12, f"{{{name}:.3f}}") for name in columns)], lines))
     share = recall["full"].mean()
-    print(f"of the {k} experts prefetched a layer, {k * share:.2f} would be used and {k * (1 - share):.2f} "
-          "wasted, if none were in the cache")
+    print(f"without a cache, of {k} experts prefetched a layer {k * share:.2f} would be used")
     print(f"a token with {slots} slots, replayed on {len(replayed)} test sequences at bench schedule's "
           f"costs: {tpot['full']:.1f} ms, by the lookahead alone {tpot['lookahead']:.1f} ms\n{out}")
     return 0

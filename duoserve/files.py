@@ -39,8 +39,7 @@ def atomic(path: Path, mode: str = "wb"):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); "
-                        "what was complete before stays") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); complete files stay") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -85,8 +84,7 @@ class Header:
                     raise ValueError(f"{name}'s size does not match its shape")
                 start, end = start + 8 + length, end + 8 + length
                 if end > size:
-                    raise UserError(f"{path}: truncated: {name} ends at byte {end} of {size}; "
-                                    "get or make it again")
+                    raise UserError(f"{path}: truncated: {name} ends at byte {end} of {size}; get it again")
                 self.tensors[name] = dtype, shape, start, end
             if not isinstance(self.metadata, dict):
                 raise ValueError("__metadata__ is no object")

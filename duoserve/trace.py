@@ -62,15 +62,13 @@ class Trace:
                     raise UserError(f"{path}: is not a trace (it has no router_logits); name the directory "
                                     "that generate.py --trace-dir made")
                 if meta.get("version") != "1":
-                    raise UserError(f"{path}: trace version {meta.get('version')}, this reads version 1; "
-                                    "record it again")
+                    raise UserError(f"{path}: trace version {meta.get('version')}, not 1; record it again")
                 logits, lookahead = (file.get_tensor(f"{name}_logits").astype(np.float32)
                                      for name in ("router", "lookahead"))
                 prompt, tokens = int(meta["prompt_tokens"]), len(file.get_tensor("token_ids"))
                 trace = cls(logits, lookahead, prompt, meta["model"])
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a trace, or truncated ({error}); delete it or record it "
-                            "again") from None
+            raise UserError(f"{path}: not a trace, or truncated ({error}); record it again") from None
         fits = logits.ndim == 3 and lookahead.shape == logits.shape and 1 <= prompt <= tokens == len(logits)
         if not fits or not (np.isfinite(logits).all() and np.isfinite(lookahead).all()):
             raise UserError(f"{path}: its tensors do not fit together; delete it or record it again")

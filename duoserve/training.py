@@ -33,7 +33,7 @@ def chosen(trace: Trace, top_k: int) -> np.ndarray:
 
 def worths(use: np.ndarray) -> np.ndarray:
     """`use` [tokens, layers, experts] -> what each expert is worth at each token: DISCOUNT ** (visits of its
-    layer until it is chosen, 0 if it is now). The end is taken to go on at the same rates."""
+    layer until it is chosen, 0 if it is now). After its end a sequence keeps its rates."""
     rate = (use.sum(0) + use[0].mean(-1, keepdims=True)) / (len(use) + 1)
     value, after = np.empty_like(use), worth(rate, rate)
     for t in reversed(range(len(use))):
@@ -75,7 +75,7 @@ class Samples:
         return hints[:-1], hints[1:], margin(trace.lookahead, top_k)[p:], outcome, then
 
     def blind(self) -> "Samples":
-        """The same without a lookahead: in its place is the last choice of the next layer's router."""
+        """The same without a lookahead: in its place are the router's logits for the token before."""
         return replace(self, ahead=self.before[:, 0])
 
     def known(self) -> Tensor:
@@ -88,8 +88,7 @@ class Samples:
         experts]."""
         layers = self.ahead.shape[1]
         here = torch.arange(layers)
-        passed = (here < torch.arange(layers + 1)[:, None])         # [states, layers]
-        passed = passed[:, None, None, :, None]
+        passed = (here < torch.arange(layers + 1)[:, None])[:, None, None, :, None]     # by state and layer
         hints = torch.where(passed, self.after[pick], self.before[pick])
         hints[here, :, 0, here] = self.ahead[pick].transpose(0, 1)
         return hints, *torch.where(passed, self.then[pick], self.now[pick]).unbind(2)

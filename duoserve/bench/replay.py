@@ -260,8 +260,7 @@ def routing(args, model: ModelShapes) -> list[Trace]:
                              (config.num_hidden_layers, config.num_local_experts))
         traces = [trace for trace in traces if len(trace.logits) > trace.prompt]
         if not traces:
-            raise UserError(f"{args.traces}: no trace has a decode step; "
-                            "record some with more --max-new-tokens")
+            raise UserError(f"{args.traces}: no trace has a decode step; record longer answers")
         return traces
     if not args.model_config:
         raise UserError("bench schedule needs a directory of traces or --model-config FILE")

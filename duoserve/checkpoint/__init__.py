@@ -139,7 +139,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
 
 
 def remove_leftovers(directory: Path, name: str = "*") -> None:
-    """Delete what `atomic` and `to_hf` left of `name` in processes that are no more."""
+    """Delete what `atomic` and `to_hf` left of `name` when their processes were killed."""
     for path in directory.glob(f".{name}.*.part"):
         pid = re.search(r"\.(\d{1,9})\.part$", path.name)
         if not pid or int(pid[1]) != os.getpid() and is_alive(int(pid[1])):
@@ -161,8 +161,7 @@ def is_alive(pid: int) -> bool:
 def check_space(path: Path, need: int) -> None:
     free = shutil.disk_usage(path).free
     if free < need:
-        raise UserError(f"{path}: {format_bytes(need)} are needed on this disk and {format_bytes(free)} "
-                        "are free")
+        raise UserError(f"{path}: needs {format_bytes(need)} on this disk; {format_bytes(free)} are free")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -211,8 +210,7 @@ def check_destination(dst: Path, files: dict[str, Tensors], stamp: dict[str, str
             headers[file] = Header(dst / file)
     for file, header in headers.items():
         if not stamp.items() <= header.metadata.items():
-            raise UserError(f"{dst / file}: was made from another model or with another group size; "
-                            "name another directory")
+            raise UserError(f"{dst / file}: is of another model or group size; name another directory")
     return headers
 
 

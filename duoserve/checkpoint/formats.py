@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..files import Header, reading
 from ..quant import pack, quantize
 
-BLOCK = 2 * 2**20                           # weights packed at a time: fp32 temporaries of 8 MB
+BLOCK = 2 * 2**20                           # weights at a time: 8 MB of fp32, which malloc reuses
 SAMPLE = 2**16                              # bytes of each source tensor that its fingerprint hashes
 FLOATS = torch.float16, torch.bfloat16, torch.float32
 CONFIG_ERRORS = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
@@ -64,8 +64,7 @@ class HuggingFaceSource:
         for name in self.files:             # a bias or a layer too many is not ignored
             extra = name.startswith(("model.layers.", "layers.")) and name not in self.where
             if extra and not name.endswith("rotary_emb.inv_freq"):
-                raise UserError(f"{self.index}: {name} has no place in the Mixtral that {self.described} "
-                                "describes")
+                raise UserError(f"{self.index}: {name} has no place in the Mixtral of {self.described}")
         self.fingerprint = self._fingerprint()
 
     def _find(self) -> tuple[Path, dict[str, str]]:
@@ -89,8 +88,7 @@ class HuggingFaceSource:
         for file in set(files.values()):
             path = PurePosixPath(file)
             if not file or "\0" in file or path.is_absolute() or ".." in path.parts:
-                raise UserError(f"{index}: the file {file!r} that it names is outside {self.directory}; "
-                                "get it again")
+                raise UserError(f"{index}: names {file!r}, outside {self.directory}; get it again")
             if not (self.directory / file).is_file():
                 raise UserError(f"{self.directory / file}: missing, though {index.name} names it; get it too")
         return files
@@ -118,7 +116,7 @@ class HuggingFaceSource:
             raise UserError(f"{header.path}: {name} is {dtype}; {wanted} is expected")
 
     def _fingerprint(self) -> str:
-        """Hashes config, tokenizer, headers and a sample of each tensor, where alone fine-tunes differ."""
+        """Hashes config, tokenizer, headers and a sample of each tensor: fine-tunes differ there only."""
         digest = hashlib.sha256()
         for path in (self.directory / self.described, self.tokenizer):
             with reading(path) as file:
@@ -175,7 +173,7 @@ class QuantizedSource(HuggingFaceSource):
         found = found if isinstance(found, dict) else {"quant_method": found}
         self.method, self.group = found.get("quant_method"), found.get("group_size", 128)
         wrong, version = [], None
-        if self.method in list(REPACKED):   # (it need not be hashable)
+        if self.method in list(REPACKED):   # the method need not be hashable
             whole = type(self.group) is int
             if not whole or self.group not in (-1, 32, 64) and (self.group < 1 or self.group % 128):
                 wrong.append(f"group_size {self.group!r}")
@@ -197,9 +195,8 @@ class QuantizedSource(HuggingFaceSource):
             if name.endswith(".g_idx"):     # the group of each column
                 index = self._load(name).long()
                 if not torch.equal(index, torch.arange(len(index)) // self._group(len(index))):
-                    raise UserError(f"{header.path}: {name} puts columns into groups out of order, as "
-                                    "desc_act does; give a GPTQ checkpoint made without it, or the 16-bit "
-                                    "model")
+                    raise UserError(f"{header.path}: {name} puts columns into groups out of order; give a "
+                                    "GPTQ checkpoint made without desc_act, or the 16-bit model")
             elif name.endswith(".bias") and self._load(name).any():         # AutoGPTQ writes zeros
                 raise UserError(f"{header.path}: {name} is not zero; a Mixtral has no biases")
 
@@ -211,9 +208,8 @@ class QuantizedSource(HuggingFaceSource):
         if f"{module}qweight" not in self.files:
             return super()._stored(name, shape, plain)
         if plain:
-            raise UserError(f"{self.index}: {name} is quantised ({module}qweight), but stays in 16 bits "
-                            "here; give a checkpoint that leaves it so (modules_to_not_convert), or the "
-                            "16-bit model")
+            raise UserError(f"{self.index}: {name} is quantised ({module}qweight), but is needed in 16 bits;"
+                            " give a checkpoint that leaves it so (modules_to_not_convert)")
         rows, columns = shape
         group = self._group(columns)
         if columns % group or rows % 8:

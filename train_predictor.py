@@ -1,4 +1,4 @@
-"""traces/ -> <model>/predictor.safetensors, with a report of what each hint is worth on sequences it never saw."""
+"""traces/ -> <model>/predictor.safetensors, and a report: what each hint is worth on unseen sequences."""
 
 import json
 import sys
@@ -7,11 +7,12 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from duoserve.errors import Parser, UserError, count, import_requirements, run_main
+from duoserve.errors import DEMO, Parser, UserError, count, import_requirements, run_main
 
 import_requirements()
 import numpy as np
 
+from duoserve.bench.flags import table
 from duoserve.bench.replay import Costs, row
 from duoserve.checkpoint import Progress
 from duoserve.packed import PackedModel
@@ -19,7 +20,6 @@ from duoserve.predictor import Predictor
 from duoserve.trace import Trace, read_traces
 from duoserve.training import measure_affinity, recalls, train
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 LEAST = 8                                   # sequences: six to train on, two to test
 REPLAYED = 8                                # of the test sequences, for the figure in milliseconds
 
@@ -29,25 +29,26 @@ def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trac
     shape = model.config.num_hidden_layers, model.config.num_local_experts
     traces = [t for t in read_traces(directory, model.fingerprint, shape) if len(t.logits) > t.prompt]
     if len(traces) < least:
-        raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few to train on and to test; "
-                        f"at least {least} are needed, a hundred are better")
+        raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few; at least "
+                        f"{least} are needed, a hundred are better")
     return traces
 
 
 def shared(a: str, b: str) -> int:
-    """How many traces, by what is in them, two directories have in common."""
-    one, other = ({sha256(path.read_bytes()).digest() for path in Path(d).glob("*.safetensors")} for d in (a, b))
-    return len(one & other)
+    """How many traces, by their content, two directories have in common."""
+    contents = lambda d: {sha256(path.read_bytes()).digest() for path in Path(d).glob("*.safetensors")}
+    return len(contents(a) & contents(b))
 
 
 def main() -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("traces", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
-    parser.add_argument("--model", default=str(WEIGHTS / "demo"), help="a packed directory (default: weights/demo)")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="what to write (default: predictor.safetensors in the model's directory)")
-    parser.add_argument("--test", metavar="DIR", help="traces to test on (default: a fifth of TRACES_DIR)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output (default: a table)")
+    add = parser.add_argument
+    add("traces", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
+    add("--model", default=DEMO, metavar="DIR", help="a packed directory (default: weights/demo)")
+    add("--out", type=Path, metavar="FILE",
+        help="what to write (default: predictor.safetensors in the model's directory)")
+    add("--test", metavar="DIR", help="traces to test on (default: a fifth of TRACES_DIR)")
+    parser.shared("--json")
     args = parser.parse_args()
     began = time.perf_counter()
     model = PackedModel(args.model)
@@ -58,12 +59,13 @@ def main() -> int:
     slots = max(2, model.config.num_hidden_layers * model.config.num_local_experts // 4)
     traces = decoded(args.traces, model)
     order = np.random.RandomState(0).permutation(len(traces))
-    held = 0 if args.test else max(2, round(0.2 * len(traces)))    # split by sequence: tokens of one are too alike
-    test, seen = ([traces[i] for i in order[part]] for part in (slice(held), slice(held, None)))
-    test = decoded(args.test, model, 1) if args.test else test
-    if args.test and (n := shared(args.traces, args.test)):
-        print(f"note: {n} of the traces in --test {args.test} are also trained on: the report is better than the "
-              "predictor; test on others", file=sys.stderr)
+    held = 0 if args.test else max(2, round(0.2 * len(traces)))     # of sequences: tokens of one are alike
+    test, seen = ([traces[i] for i in part] for part in (order[:held], order[held:]))
+    if args.test:
+        test = decoded(args.test, model, 1)
+        if n := shared(args.traces, args.test):
+            print(f"note: {n} of the traces in --test {args.test} are also trained on: the report is better "
+                  "than the predictor; test on others", file=sys.stderr)
     if not args.out and out.exists():
         print(f"note: replaces {out} (--out FILE writes elsewhere)", file=sys.stderr)
     affinity = measure_affinity(seen, k)
@@ -81,18 +83,15 @@ def main() -> int:
                           "test_sequences": len(test), "seconds": seconds, "out": str(out)}))
         return 0
     print(f"{len(seen)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
-    print(f"share of the true top {k} among {k} predicted, for the layer that comes next, and for the next visits "
-          "of the others:")
+    print(f"share of the true top {k} among {k} predicted, for the next layer, and for visits after it:")
     columns = recall | {"next visit": visits}
-    print(f"{'layer':>11}" + "".join(f"{name:>12}" for name in columns))
-    for layer in range(len(visits)):
-        print(f"{layer:11}" + "".join(f"{r[layer]:12.3f}" for r in columns.values()))
-    print(f"{'all':>11}" + "".join(f"{r.mean():12.3f}" for r in columns.values()))
+    rows = [*enumerate(zip(*columns.values())), ("all", [found.mean() for found in columns.values()])]
+    lines = [dict(zip(columns, found), layer=layer) for layer, found in rows]
+    print(table([("layer", 11, "{layer}"), *((name, 12, f"{{{name}:.3f}}") for name in columns)], lines))
     share = recall["full"].mean()
-    print(f"of the {k} experts prefetched a layer, {k * share:.2f} would be used and {k * (1 - share):.2f} wasted, "
-          "if none were in the cache")
-    print(f"a token with {slots} slots, replayed on {len(replayed)} test sequences at bench schedule's costs: "
-          f"{tpot['full']:.1f} ms, by the lookahead alone {tpot['lookahead']:.1f} ms\n{out}")
+    print(f"without a cache, of {k} experts prefetched a layer {k * share:.2f} would be used")
+    print(f"a token with {slots} slots, replayed on {len(replayed)} test sequences at bench schedule's "
+          f"costs: {tpot['full']:.1f} ms, by the lookahead alone {tpot['lookahead']:.1f} ms\n{out}")
     return 0
 
 

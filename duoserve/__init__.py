@@ -1,9 +1,9 @@
-"""duoserve: Mixtral on one small GPU, its 4-bit experts in host memory, a dual-phase schedule on the link between."""
+"""duoserve: Mixtral on one small GPU, its 4-bit experts in host memory, the link scheduled in two phases."""
 
 import os
 
-# OpenMP's threads sleep while they wait for work (this is read when torch is imported). They would spin, and where more
-# run than there are cores they would spin for each other: tokens many times slower (tests/measure_two_at_once.py).
+# OpenMP's threads sleep while they wait for work (torch reads this when it is imported). Otherwise they spin,
+# and if there are more of them than cores, tokens take many times longer (tests/measure_two_at_once.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

@@ -1,13 +1,32 @@
-"""What a user can get wrong: the error itself, one line that says it, and sizes as people write them."""
+"""What all command lines share: flags, sizes as people write them, and errors of one line."""
 
 import argparse
 import difflib
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
+DEMO = str(WEIGHTS / "demo")
 SIZES = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+SHARED = {                                  # flags that several programs have, in the same words
+    "--model": {"metavar": "DIR", "default": DEMO,
+                "help": "a packed or Hugging Face directory (default: weights/demo)"},
+    "--device": {"help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
+    "--dtype": {"help": "float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)"},
+    "--gpu-memory": {"metavar": "SIZE|PERCENT", "help": "what torch may reserve; the CUDA context, about "
+                     "0.5 GB, comes on top (default: what is free)"},
+    "--host-memory": {"metavar": "SIZE|PERCENT", "help": "keep the most used experts in this much memory and "
+                      "read the others from the disk (default: keep all)"},
+    "--predictor": {"metavar": "FILE|none",
+                    "help": "what duo predicts with (default: the model's own, if it has one)"},
+    "--threads": {"type": int, "metavar": "N", "help": "that compute on the CPU (default: one for a small "
+                  "model, else one a core; or what OMP_NUM_THREADS says)"},
+    "--simulate-link": {"metavar": "SIZE/s", "help": "simulate a link of this speed: 25GB/s (default: no)"},
+    "--json": {"action": "store_true", "help": "one JSON object on standard output (default: text)"},
+}
 
 
 class UserError(Exception):
@@ -15,7 +34,12 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints as one line like every other, and a guess at what was meant."""
+    """argparse with errors of one line, and a guess at what was meant."""
+
+    def shared(self, *flags: str) -> None:
+        """Add flags from `SHARED`; "--model -m" has a short form, too."""
+        for names in map(str.split, flags):
+            self.add_argument(*names, **SHARED[names[0]])
 
     def error(self, message):
         raise UserError(message)
@@ -28,7 +52,8 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unrecognized arguments: {word}; did you mean {name}?")
         namespace, rest = super().parse_known_args(args, namespace)
         if flag := next((word for word in rest if word.startswith("-")), None):
-            self.error(f"unrecognized arguments: {' '.join(rest)}{did_you_mean(flag.partition('=')[0], flags)}")
+            meant = did_you_mean(flag.partition("=")[0], flags)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{meant}")
         return namespace, rest
 
 
@@ -58,7 +83,8 @@ def parse_rate(text: str, flag: str = "rate") -> int:
         raise UserError(f"{flag} {text}: that is bits, 8 of them a byte: write {rate}/s")
     rate = parse_size(text.strip().removesuffix("/s"), flag, "25GB/s")
     if not 1e3 <= rate < 1e15:
-        raise UserError(f"{flag} {text}: {format_bytes(rate)} a second is not a link's speed; write it like 25GB/s")
+        raise UserError(f"{flag} {text}: {format_bytes(rate)} a second is not a link's speed; "
+                        "write it like 25GB/s")
     return rate
 
 
@@ -70,10 +96,10 @@ def parse_amount(amount: int | str, whole: int, flag: str) -> int:
         return int(amount)
     if not amount.strip().endswith("%"):
         size = parse_size(amount, flag)
-        if re.fullmatch(r"\s*\d{1,5}(\.\d+)?\s*", amount):       # nobody means so few bytes: the unit was left out
-            n = float(amount)
-            meant = f"is {100 * n:g}% meant?" if n < 1 else f"write {amount.strip()}{'GiB' if n < 1000 else 'MB'}"
-            raise UserError(f"{flag} {amount} is too small: {amount.strip()} was read as bytes; {meant}")
+        if re.fullmatch(r"\s*\d{1,5}(\.\d+)?\s*", amount):       # so few bytes: the unit was left out
+            n, digits = float(amount), amount.strip()
+            meant = f"is {100 * n:g}% meant?" if n < 1 else f"write {digits}{'GiB' if n < 1000 else 'MB'}"
+            raise UserError(f"{flag} {amount} is too small: {digits} was read as bytes; {meant}")
         return size
     try:
         share = float(amount.strip()[:-1])
@@ -85,7 +111,7 @@ def parse_amount(amount: int | str, whole: int, flag: str) -> int:
 
 
 def format_bytes(n: float) -> str:
-    """Bytes as a person reads them: decimal units, as disks and links are sold."""
+    """Bytes to three digits, in decimal units, as disks and links are sold."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(n) < 999.5:
             return f"{n:.3g} {unit}"
@@ -94,7 +120,7 @@ def format_bytes(n: float) -> str:
 
 
 def rounded_up(n: int) -> str:
-    """Bytes to three digits, no fewer than they are, as `parse_size` reads them."""
+    """Bytes rounded up to three digits, as `parse_size` reads them."""
     step = 10 ** max(0, len(str(n)) - 3)
     n = -(-n // step) * step
     power = min((len(str(n)) - 1) // 3, 4)
@@ -112,7 +138,7 @@ def fail(message: str) -> None:
 
 
 def import_requirements() -> None:
-    """What pip installs, before a program's own imports of it: if it is not there, that is one line too."""
+    """Import what pip installs, before anything else does, so that what is missing is one line, too."""
     for name in ("numpy", "sentencepiece", "safetensors", "torch"):
         try:
             import_module(name)
@@ -121,12 +147,12 @@ def import_requirements() -> None:
 
 
 def run_main(main) -> None:
-    """Run a program's `main`, turning what a user can cause into one line and exit status 2."""
+    """Run a program's `main`; what a user can cause is one line and exit status 2."""
     try:
         sys.exit(main())
     except UserError as error:
         message = str(error)
-    except BrokenPipeError:                 # `generate.py ... | head`: not a mistake at all
+    except BrokenPipeError:                 # `generate.py ... | head`: no error
         sys.stderr.close()
         sys.exit(0)
     except OSError as error:                # a name too long, a device that is full

@@ -1,7 +1,7 @@
-"""Files that can be believed: written whole or not at all, read with a complaint that names them; and the safetensors
-format, read without loading what is not asked for and written one tensor at a time.
+"""Files that can be trusted: written whole or not at all, and read with errors that name them; and the
+safetensors format, read without loading what is not asked for, written one tensor at a time.
 
-Nothing is ever unpickled. A file appears under its name only when it is whole and on the disk.
+Nothing is ever unpickled.
 """
 
 import json
@@ -16,19 +16,20 @@ import torch
 
 from .errors import UserError
 
-ALIGN = 256                     # bytes; where a file's tensors begin, an expert's fields, and the next expert
+ALIGN = 256                                 # bytes: of a file's tensors, an expert's fields, the next expert
 DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool}
+          "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+          "BOOL": torch.bool}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-LONGEST_HEADER = 100 * 10**6    # bytes; the safetensors format's own limit
-CHUNK = 16 * 2**20              # bytes read or written at a time
+LONGEST_HEADER = 100 * 10**6                # bytes; the safetensors format's own limit
+CHUNK = 16 * 2**20                          # bytes read at a time
 
 
 @contextmanager
 def atomic(path: Path, mode: str = "wb"):
-    """A file that appears under its name only when it is whole and on the disk; on any failure nothing is left.
+    """A file that appears under its name only when it is whole and on the disk; a failure leaves nothing.
 
-    What is read meanwhile is read under `reading`, which has a complaint of its own.
+    What is read meanwhile is read under `reading`, so that the right file is named in an error.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -38,7 +39,7 @@ def atomic(path: Path, mode: str = "wb"):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); what was complete before stays") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); complete files stay") from error
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -46,7 +47,7 @@ def atomic(path: Path, mode: str = "wb"):
 
 @contextmanager
 def reading(path: Path):
-    """A file open to be read; whatever the system has against it is a `UserError` that names it."""
+    """A file open for reading; an error of the system is a `UserError` that names it."""
     try:
         with open(path, "rb") as file:
             yield file
@@ -57,10 +58,7 @@ def reading(path: Path):
 
 
 class Header:
-    """A safetensors file's header, checked against the file: `tensors[name] = (dtype, shape, start, end)`.
-
-    Offsets are from the start of the file. `UserError` names the file for anything that is not as it should be.
-    """
+    """A safetensors file's header, checked: `tensors[name] = (dtype, shape, start, end)`, in bytes."""
 
     def __init__(self, path: Path):
         self.path = path = Path(path)
@@ -77,21 +75,22 @@ class Header:
             for name, entry in entries.items():
                 code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
                 if code not in DTYPES and re.fullmatch("[A-Z0-9_]{2,20}", code):
-                    raise UserError(f"{path}: {name} is of type {code}, which is not read here; give the model in 16 "
-                                    "bits, or in 4 by AWQ or GPTQ")
+                    raise UserError(f"{path}: {name} is of type {code}, which is not read here; give the "
+                                    "model in 16 bits, or in 4 by AWQ or GPTQ")
                 dtype = DTYPES[code]
                 if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
                     raise ValueError(f"{name} has no sensible size")
                 if end - start != prod(shape) * dtype.itemsize:
                     raise ValueError(f"{name}'s size does not match its shape")
-                if 8 + length + end > size:
-                    raise UserError(f"{path}: truncated: {name} ends at byte {8 + length + end} of {size}; "
-                                    "get or make it again")
-                self.tensors[name] = dtype, shape, 8 + length + start, 8 + length + end
+                start, end = start + 8 + length, end + 8 + length
+                if end > size:
+                    raise UserError(f"{path}: truncated: {name} ends at byte {end} of {size}; get it again")
+                self.tensors[name] = dtype, shape, start, end
             if not isinstance(self.metadata, dict):
                 raise ValueError("__metadata__ is no object")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: its safetensors header is damaged ({error!r}); get or make it again") from None
+            raise UserError(f"{path}: its safetensors header is damaged ({error!r}); "
+                            "get or make it again") from None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, onto the host."""
@@ -103,23 +102,26 @@ class Header:
 
 
 def read_into(file, start: int, buffer: memoryview, path: Path, crc: int | None = 0) -> int | None:
-    """Fill `buffer` from the file at `start`; returns `crc` continued by what was read. Safe from several threads."""
+    """Fill `buffer` from the file at `start` -> `crc` continued over it (None: no CRC). Thread-safe."""
     done = 0
     while done < len(buffer):
         n = os.preadv(file.fileno(), [buffer[done:done + CHUNK]], start + done)
         if not n:
             raise UserError(f"{path}: truncated while it was read; get or make it again")
-        crc, done = crc if crc is None else zlib.crc32(buffer[done:done + n], crc), done + n
+        if crc is not None:
+            crc = zlib.crc32(buffer[done:done + n], crc)
+        done += n
     return crc
 
 
 class TensorWriter:
-    """Writes a safetensors file tensor by tensor, so that none but the current one need be in memory.
+    """Writes a safetensors file tensor by tensor, so that only the current one need be in memory.
 
-    The header comes first in the file but holds the CRCs, known last: it is written twice, at the same length.
+    The header comes first in the file but holds the CRCs, known last; so it is written twice, equally long.
     """
 
-    def __init__(self, file, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
+    def __init__(self, file, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+                 metadata: dict[str, str]):
         self.file, self.metadata, self.crc, self.entries, offset = file, metadata, {}, {}, 0
         for name, (dtype, shape) in tensors.items():
             nbytes = prod(shape) * dtype.itemsize
@@ -138,8 +140,8 @@ class TensorWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """The next tensor, in the order announced."""
-        entry = self.entries[name]
-        if self.waiting.pop(0) != name or CODES[tensor.dtype] != entry["dtype"] or list(tensor.shape) != entry["shape"]:
+        entry, announced = self.entries[name], self.waiting.pop(0)
+        if (announced, entry["dtype"], entry["shape"]) != (name, CODES[tensor.dtype], list(tensor.shape)):
             raise ValueError(f"{name}: not the tensor that was announced")
         data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
         self.crc[name] = zlib.crc32(data)

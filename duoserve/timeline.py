@@ -1,8 +1,8 @@
-"""Both lanes of a run: what was computed, what crossed the link meanwhile, and who waited for whom.
+"""Both lanes of a run: what was computed, what crossed the link meanwhile, and which waited for the other.
 
-`watch` has the engine keep its transfers and the spans of its computation; `save` writes them down, all as JSON in
-Chrome's trace format (ui.perfetto.dev opens it), or as SVG a picture of the prefill and of the last tokens. `trace` and
-`picture` need no engine: the bench's replay can be looked at as well.
+`watch` has the engine keep its transfers and the spans of its computation; `save` writes them down: all of
+them as JSON in Chrome's trace format (ui.perfetto.dev opens it), or a picture of the prefill and of the last
+tokens as SVG. `trace` and `picture` need no engine.
 """
 
 import json
@@ -12,42 +12,46 @@ from collections import defaultdict, deque
 from pathlib import Path
 
 from .errors import UserError
-from .link import Transfer
 from .files import atomic
+from .link import Transfer
 
 COMPUTE, LINK = 1, 2                        # the lanes, as a trace numbers them
-GAP = 50                                    # microseconds: pieces of a transfer no further apart count as one
-BLOCKS = 160                                # as many as one can tell apart in one panel of a picture
+GAP = 50                                    # microseconds; pieces of a transfer this near are drawn as one
+BLOCKS = 160                                # most in one panel of a picture, to be told apart
 TITLE = "What is computed, and what crosses the link meanwhile (3.5 is expert 5 of layer 3)"
 WIDTH, LEFT, RIGHT, ROW = 960, 66, 948, 30  # its pixels
-COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce", "prefill transfer": "#dba11c",
-           "demand transfer": "#d55e00", "prefetch": "#2a9d74", "wasted transfer": "url(#waste)", "idle": "#eee"}
+COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce",
+           "prefill transfer": "#dba11c", "demand transfer": "#d55e00", "prefetch": "#2a9d74",
+           "wasted transfer": "url(#waste)", "idle": "#eee"}
 
 
-def event(lane: int, start: float, end: float, kind: str, layer: int, *expert: int, **more) -> dict:
-    args = {"kind": kind, "layer": layer} | dict(zip(["expert"], expert)) | more
-    return {"ph": "X", "pid": 1, "tid": lane, "name": f"{kind} {'.'.join(map(str, (layer, *expert)))}", "ts": start,
+def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -> dict:
+    """A block of a lane; `place` is a layer, or a layer and an expert of it."""
+    args = {"kind": kind} | dict(zip(("layer", "expert"), place)) | more
+    return {"ph": "X", "pid": 1, "tid": lane, "name": f"{kind} {'.'.join(map(str, place))}", "ts": start,
             "dur": round(end - start, 3), "args": args}
 
 
 def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=(),
           decode: float = math.inf) -> dict:
-    """Chrome's trace of `transfers`, sent in `chunk`s, and of `computed` (name, layer, start, end), in seconds.
+    """Chrome's trace of `transfers`, sent in `chunk`s, and of what was `computed`: (name, layer, start, end).
 
-    A transfer's kind is prefill if it was asked for before `decode` began, else prefetch or demand. It was used, or wasted (dropped or
-    evicted before a use), or is kept: those in `kept`, whose experts are still in their slots.
+    A transfer's kind is prefill if it was asked for before `decode` began, else prefetch or demand. It was
+    used, or wasted (dropped or evicted before a use), or is one of the `kept`, whose experts are still in
+    their slots.
     """
-    spans = sorted(((*span, i, t) for t in transfers for i, span in enumerate(t.spans)), key=lambda span: span[:2])
+    spans = sorted(((*span, i, t) for t in transfers for i, span in enumerate(t.spans)), key=lambda s: s[:2])
     origin = min([start for _, _, start, _ in computed[:1]] + [start for start, *_ in spans[:1]], default=0.0)
     micro, free, last = lambda seconds: round(1e6 * (seconds - origin), 3), 0.0, None
-    events = [{"ph": "M", "pid": 1, "tid": lane, "name": what, "args": {"name": name}} for what, lane, name in (
-        ("process_name", 0, "duoserve"), ("thread_name", COMPUTE, "compute"), ("thread_name", LINK, "link"))]
+    names = ("process", 0, "duoserve"), ("thread", COMPUTE, "compute"), ("thread", LINK, "link")
+    events = [{"ph": "M", "pid": 1, "tid": lane, "name": f"{kind}_name", "args": {"name": name}}
+              for kind, lane, name in names]
     for name, layer, start, end in computed:
         kind, *expert = name.split()
         events.append(event(COMPUTE, micro(start), micro(end), kind, layer, *map(int, expert)))
     for start, end, i, t in spans:
         start, end = max(free, micro(start)), max(free, micro(end))         # CUDA's times are rounded
-        nbytes = chunk if i + 1 < len(t.spans) else t.sent - i * chunk      # every piece but the last is a chunk
+        nbytes = chunk if i + 1 < len(t.spans) else t.sent - i * chunk      # the last may be shorter
         if t is last and start - free <= GAP:
             events[-1]["dur"] = round(end - events[-1]["ts"], 3)
             events[-1]["args"]["bytes"] += nbytes
@@ -60,12 +64,14 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
 
 
 def picture(events: list[dict]) -> str:
-    """An SVG of a trace's events: a panel for the prefill and one for the last three tokens, as far as can be read."""
-    lanes, uses, arrivals, visits, before = {COMPUTE: [], LINK: []}, [], defaultdict(deque), [], math.inf
+    """An SVG of a trace's events: a panel for the prefill and one for the last three tokens, if they fit."""
+    lanes, arrivals = {COMPUTE: [], LINK: []}, defaultdict(deque)
+    uses, visits, before = [], [], math.inf
     for e in events[3:]:                    # the first three are names
-        lanes[e["tid"]].append((e["ts"], e["ts"] + e["dur"], e["name"], e["args"]))
-        if e["args"].get("use") == "used":
-            arrivals[e["args"]["layer"], e["args"]["expert"]].append(e["ts"] + e["dur"])
+        args, end = e["args"], e["ts"] + e["dur"]
+        lanes[e["tid"]].append((e["ts"], end, e["name"], args))
+        if args.get("use") == "used":
+            arrivals[args["layer"], args["expert"]].append(end)
     for start, end, _, args in list(lanes[COMPUTE]):
         arrived, due = -math.inf, arrivals[args["layer"], args.get("expert")]
         while due and due[0] <= start + GAP:
@@ -79,48 +85,62 @@ def picture(events: list[dict]) -> str:
     bounds = [start for start, _ in visits] + [before]
     steps = [i for i, (_, layer) in enumerate(visits) if layer == 0] + [len(visits)]
     n, y, svg = len(steps) - 1, 56, []
-    for title, first, after in (("Prefill, all tokens at once", 0, 1), ("Decode, token after token", max(1, n - 3), n)):
+    for title, first, after in (("Prefill, all tokens at once", 0, 1),
+                                ("Decode, token after token", max(1, n - 3), n)):
         if first < n:
             i, j = steps[first], steps[after]
-            while j > i + 1 and sum(bounds[i] <= b[0] < bounds[j] for lane in lanes.values() for b in lane) > BLOCKS:
+            blocks = lambda j: sum(bounds[i] <= b[0] < bounds[j] for lane in lanes.values() for b in lane)
+            while j > i + 1 and blocks(j) > BLOCKS:
                 j -= 1
             tokens = sum(i <= step < j for step in steps)
             what = f"{j - i} layer visits, {tokens} token{'s' * (tokens > 1)}" if first else f"{j - i} layers"
-            svg, y = svg + panel(f"{title}: {what}", bounds[i], bounds[j], lanes, uses, y), y + 172
+            svg += panel(f"{title}: {what}", bounds[i], bounds[j], lanes, uses, y)
+            y += 172
     drawn = "".join(svg)
-    for i, (name, colour) in enumerate((n, c) for n, c in COLOURS.items() if f'fill="{c}"' in drawn):
+    shown = [(name, colour) for name, colour in COLOURS.items() if f'fill="{colour}"' in drawn]
+    for i, (name, colour) in enumerate(shown):
         svg += [box(12 + 118 * i, 35, 14, 11, colour), text(31 + 118 * i, 45, name)]
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif">',
-        '<pattern id="waste" width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<path d="M0 0H5V5H0" fill="#ddd"/><path d="M0 0H2V5H0" fill="#777"/></pattern>',
+        '<pattern id="waste" width="5" height="5" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)"><path d="M0 0H5V5H0" fill="#ddd"/>'
+        '<path d="M0 0H2V5H0" fill="#777"/></pattern>',
         box(0, 0, WIDTH, y, "#fff"), text(12, 22, TITLE, 14), *svg, "</svg>\n"])
 
 
-def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[float, float]], y: int) -> list[str]:
-    span, top, low, free, share, svg = max(end - begin, 1.0), y + 46, y + 98, 0.0, [0.0] * 3, []
+def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[float, float]],
+          y: int) -> list[str]:
+    """Both lanes from `begin` to `end`; `y` is its top."""
+    span, top, low, free, svg = max(end - begin, 1.0), y + 46, y + 98, 0.0, []
+    share = [0.0] * 3                       # of the time: computing, waiting, and the link at work
     at = lambda t: LEFT + (RIGHT - LEFT) * (min(max(t, begin), end) - begin) / span
     for lane, name, row in (COMPUTE, "compute", top), (LINK, "link", low):
         svg += [text(12, row + 19, name), box(LEFT, row, RIGHT - LEFT, ROW, COLOURS["idle"])]
         for start, stop, name, args in (b for b in lanes[lane] if b[1] >= begin and b[0] < end):
-            x, width, kind = at(start), at(stop) - at(start), "wasted" if args.get("use") == "wasted" else args["kind"]
+            x, width, kind = at(start), at(stop) - at(start), args["kind"]
             share[2 if lane == LINK else not name] += width / (RIGHT - LEFT)
-            svg.append(box(x, row, max(width, 0.8), ROW, COLOURS.get(kind) or COLOURS[f"{kind} transfer"], name))
+            if args.get("use") == "wasted":
+                kind = "wasted"
+            colour = COLOURS.get(kind) or COLOURS[f"{kind} transfer"]
+            svg.append(box(x, row, max(width, 0.8), ROW, colour, name))
             if kind == "attention" and free <= x < RIGHT - 40:
                 free = x + 48
                 svg += [box(x, y + 30, 1, 16, "#777"), text(x + 4, y + 40, f"layer {args['layer']}", 10)]
             elif "expert" in args:
                 label = name.split()[1]
-                size = min(10, int((width - 3) / (0.6 * len(label))))               # as large as fits
+                size = min(10, int((width - 3) / (0.6 * len(label))))       # as large as fits
                 if size >= 7:
                     svg.append(text(x + 2, row + 19, label, size, "#222" if kind == "wasted" else "#fff"))
-    svg += [f'<path d="M{at(arrived):.1f} {low}L{at(start):.1f} {top + ROW}" stroke="#777" stroke-width=".7"/>'
-            for arrived, start in uses if begin <= arrived and start < end]
-    step = 10.0 ** math.floor(math.log10(span / 5))         # a round number of microseconds, and not many ticks
+    lines = [f"M{at(arrived):.1f} {low}L{at(start):.1f} {top + ROW}" for arrived, start in uses
+             if begin <= arrived and start < end]
+    svg += [f'<path d="{line}" stroke="#777" stroke-width=".7"/>' for line in lines]
+    step = 10.0 ** math.floor(math.log10(span / 5))         # a round number of microseconds, for a few ticks
     step *= 5 if span >= step * 25 else 2 if span >= step * 10 else 1
-    for x, ms in ((at(begin + i * step), i * step / 1e3) for i in range(int(span / step) + 1)):
+    for i in range(int(span / step) + 1):
+        x, ms = at(begin + i * step), i * step / 1e3
         svg += [box(x, low + ROW, 1, 4, "#777"), text(x, low + ROW + 15, f"{ms:g}" if ms else "0 ms")]
-    caption = "computing {:.0%} of the time, waiting for the link {:.0%}; the link at work {:.0%}".format(*share)
+    caption = "computing {:.0%} of the time, waiting for the link {:.0%}; the link at work {:.0%}"
+    caption = caption.format(*share)
     return svg + [text(12, y + 20, title, 13), text(RIGHT, y + 20, caption, anchor="end")]
 
 
@@ -130,15 +150,16 @@ def box(x: float, y: float, width: float, height: float, colour: str, tip: str =
 
 
 def text(x: float, y: float, words: str, size: int = 11, colour: str = "#222", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}">{words}</text>'
+    shape = f'x="{x:.1f}" y="{y}" font-size="{size}"'
+    return f'<text {shape} fill="{colour}" text-anchor="{anchor}">{words}</text>'
 
 
 def check(path: Path) -> None:
     """Before a run: can its timeline be written there?"""
     if path.suffix not in (".json", ".svg"):
-        raise UserError(f"--timeline {path}: name a file that ends in .json (for Perfetto) or .svg (a picture)")
+        raise UserError(f"--timeline {path}: name a file that ends in .json (for Perfetto) or .svg")
     if os.path.isdir(path) or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
-        raise UserError(f"--timeline {path}: cannot be written; name a file in a directory that is there and writable")
+        raise UserError(f"--timeline {path}: cannot be written; name a file in a writable directory")
 
 
 def watch(engine) -> None:
@@ -146,7 +167,7 @@ def watch(engine) -> None:
 
 
 def save(engine, path: Path) -> None:
-    """What the engine has done since `watch`."""
+    """Write what the engine has done since `watch`."""
     cache, at = engine.cache, engine.cache.lane.seconds
     computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
     run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots}, cache.since)

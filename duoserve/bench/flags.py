@@ -1,45 +1,53 @@
-"""What the commands of the bench share: paths, checks and ways of reading lists of words."""
+"""What the bench's commands share: their checks, and how they print a table."""
 
+import math
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from ..errors import UserError
 from ..policies import POLICIES, load_policy
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
-DEMO = WEIGHTS / "demo"
 
-
-def check_range(flag: str, value: float, low: float, high: float, least_open: bool = False) -> None:
-    if not low <= value <= high or (least_open and value == low):
-        raise UserError(f"{flag} {value:g}: expected a number from {low:g} to {high:g}")
+def number(kind: type, low: float, high: float):
+    """An argparse `type`: an int or a float from `low` to `high`."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            whole = "a whole number" if kind is int else "a number"
+            raise ArgumentTypeError(f"{text}: expected {whole} from {low:g} to {high:g}")
+        return value
+    return parse
 
 
 def check_policies(policies: list[str], more: tuple[str, ...] = ()) -> None:
-    """Names or files; `more` are known besides."""
+    """Every policy is known, one of `more`, or a file."""
     for policy in policies:
         if policy not in more:
             load_policy(policy, "--policies", more)
 
 
-def int_or_word(word: str) -> int | str:
-    try:
-        return int(word)
-    except ValueError:
-        return word
-
-
-def take_directory(args) -> None:
-    """`--policies lru tests/traces`: argparse gives the directory to the list before it, where no policy is called so."""
+def check_lists(args) -> None:
+    """Make --cache-experts numbers, and undo what argparse does to `--policies lru tests/traces`: it takes
+    the directory for one more policy."""
     for words, known in ((args.policies, (*POLICIES, "oracle")), (args.cache_experts, ())):
-        if args.traces is None and words and len(words) > 1 and isinstance(word := words[-1], str) \
-                and word not in known and (Path(word).is_dir() or "/" in word and not word.endswith(".py")):
-            args.traces = words.pop()
+        if len(words or ()) > 1 and not getattr(args, "traces", "none here") and words[-1] not in known:
+            word = words[-1]
+            if Path(word).is_dir() or "/" in word and not word.endswith(".py"):
+                args.traces = words.pop()
+    for i, word in enumerate(args.cache_experts or ()):
+        if not word.isdecimal() or int(word) < 2:
+            raise UserError(f"--cache-experts {word}: give a whole number of at least 2")
+        args.cache_experts[i] = int(word)
 
 
 def table(columns: list[tuple[str, int, str]], rows: list[dict]) -> str:
-    """`columns`: (heading, width, how its value is written, by the row's names); the first is to the left."""
-    cells = [[heading for heading, *_ in columns]] + [[how.format(**row) for *_, how in columns] for row in rows]
-    widths = [width for _, width, _ in columns]
-    widths[0] = max(widths[0], *(len(line[0]) + 1 for line in cells))       # (a policy may be a path)
-    return "\n".join(line[0].ljust(widths[0]) + "".join(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))
-                     for line in cells)
+    """A line of headings and one for each row; a column is its heading, its width and the format of its
+    value. The first is flush left, and as wide as it has to be."""
+    lines = [[heading for heading, *_ in columns]]
+    lines += [[form.format(**row) for *_, form in columns] for row in rows]
+    first = max(columns[0][1], *(len(line[0]) + 1 for line in lines))       # a policy may be a path
+    return "\n".join(line[0].ljust(first) + "".join(
+        cell.rjust(width) for cell, (_, width, _) in zip(line[1:], columns[1:])) for line in lines)

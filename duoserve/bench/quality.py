@@ -1,4 +1,10 @@
-"""bench quality: what a model is worth, in bits per byte of a text."""
+"""How well the packed model predicts a text: bits per byte, what a byte of it would take on average if the
+model compressed it. Lower is better. The text goes through in windows of --context tokens, each by itself
+after a BOS. To see what four bits cost, give the 16-bit model the same windows in any program that reports
+its loss: bits per byte is the sum of the losses of all tokens / ln 2 / the bytes of the text. Texts differ
+far more than models: compare on the same file, with the same --context; and compare perplexities only
+between models with the same tokenizer.
+"""
 
 import math
 import sys
@@ -10,19 +16,12 @@ import torch.nn.functional as F
 
 from ..checkpoint import Progress, ensure_packed
 from ..engine import Engine
-from ..errors import UserError, count, format_bytes
+from ..errors import WEIGHTS, UserError, count, format_bytes
 from ..memory import LOGIT_ROWS
 from ..options import EngineOptions
 from ..packed import PackedModel
-from .flags import WEIGHTS
 
-LEAST_TEXT = 16                             # tokens that say anything at all
-QUALITY = (
-    "How well the packed model predicts a text: bits per byte, what a byte of it would take on average if the model "
-    "compressed it. Lower is better. The text goes through in windows of --context tokens, each by itself after a BOS. "
-    "To see what four bits cost, give the 16-bit model the same windows, in any program that tells its loss: bits per "
-    "byte is the sum of the losses of all tokens / ln 2 / the bytes of the text. Texts differ far more than that: "
-    "compare on the same file, with the same --context; perplexities only between models with the same tokenizer.")
+LEAST_TEXT = 16                             # tokens; fewer say nothing
 
 
 def read_text(path: str) -> str:
@@ -40,14 +39,16 @@ def read_text(path: str) -> str:
 
 
 def quality(args) -> dict:
-    """`bench quality`: every token of a text predicted once, in windows that know nothing of what was before them."""
+    """`bench quality`: every token of a text predicted once, in windows independent of each other."""
     text, packed = read_text(args.file), PackedModel(ensure_packed(args.model, WEIGHTS))
     bos, *ids = packed.tokenizer().encode(text)
     if len(ids) < LEAST_TEXT:
-        raise UserError(f"{args.file}: {len(ids)} tokens are too short a text to tell anything; give some pages")
-    context = min(2048, packed.config.max_position_embeddings) if args.context is None else args.context
-    engine = Engine(packed, EngineOptions(device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory,
-                                          context=context, predictor="none"), progress=Progress)
+        raise UserError(f"{args.file}: {len(ids)} tokens are too short a text; give some pages")
+    most, context = packed.config.max_position_embeddings, args.context
+    context = min(2048, most) if context is None else context
+    options = EngineOptions(device=args.device, dtype=args.dtype, gpu_memory=args.gpu_memory,
+                            context=context, predictor="none")
+    engine = Engine(packed, options, progress=Progress)
     nats, starts, nbytes = 0.0, range(0, len(ids), context), len(text.encode())
     with closing(Progress(len(ids), "tokens", write=count)) as bar:
         for window in (ids[start:start + context] for start in starts):

@@ -1,10 +1,10 @@
-"""From a Hugging Face Mixtral, or what else `formats.py` reads, to a packed directory, and back.
+"""From a Hugging Face Mixtral, or another layout that `formats.py` reads, to a packed directory, and back.
 
     python -m duoserve.checkpoint SRC DST [--group-size 128]    # safetensors -> 4 bits
     python -m duoserve.checkpoint SRC DST --to-hf               # 4 bits -> safetensors in float32
 
-A conversion streams: one matrix is read, packed block of rows by block of rows and written into its layer's file, so
-the model is never in memory. Each file says what it was made from, so an interrupted conversion goes on where it was.
+A conversion streams: a matrix is read, packed by blocks of rows and written into its layer's file, so the
+model is never in memory. Each file says what it was made from, so an interrupted conversion can go on.
 """
 
 import json
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from ..config import MixtralConfig
-from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 from ..files import Header, TensorWriter, atomic, reading
 from ..packed import MANIFEST, PackedModel, check_directory, fingerprint, tensor_files
 from ..quant import ExpertLayout, dequantize, group_size as group_of
 from ..tokenizer import Tokenizer
+from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 
 FIELDS = ("q", "scale", "zero")
 
@@ -40,7 +40,7 @@ Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]            # packed nam
 
 
 class Progress:
-    """One rewritten line on standard error, where that is a terminal and the work takes more than two seconds.
+    """One line on standard error, written anew, if that is a terminal and the work takes over two seconds.
 
     It counts bytes, unless `write` says how to write down something else.
     """
@@ -55,8 +55,9 @@ class Progress:
             if self.shown and now >= self.next and self.done:
                 rate = self.done / (now - self.start)
                 minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
-                print(f"\r{self.label}: {self.write(self.done)} of {self.write(self.total)}, {self.write(rate)}/s, "
-                      f"{minutes}:{seconds:02d} left\033[K", end="", file=sys.stderr, flush=True)
+                done, total, rate = map(self.write, (self.done, self.total, rate))
+                print(f"\r{self.label}: {done} of {total}, {rate}/s, {minutes}:{seconds:02d} left\033[K",
+                      end="", file=sys.stderr, flush=True)
                 self.next = now + 0.2
 
     def close(self) -> None:
@@ -66,7 +67,7 @@ class Progress:
 
 @contextmanager
 def os_errors():
-    """What the system refuses (a directory not ours to read, a disk that fails) as a `UserError` naming the file."""
+    """An error of the system (no permission, a disk that fails) as a `UserError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -74,28 +75,31 @@ def os_errors():
 
 
 def hugging_face(c: MixtralConfig) -> dict[str, dict[str, Shapes]]:
-    """Packed file -> tensor or matrix in it -> the Hugging Face tensors it is made of, with their shapes.
+    """Packed file -> what is in it -> the Hugging Face tensors it is made of, with their shapes.
 
-    What ends in `.weight` is one tensor of 16 bits; anything else is one or more matrices, packed, row on row.
+    A name that ends in `.weight` is one tensor of 16 bits; any other is matrices, packed and stacked by rows.
     """
     D, F, A = c.hidden_size, c.intermediate_size, c.head_dim
     q, kv = c.num_attention_heads * A, c.num_key_value_heads * A
     outer, *layers = tensor_files(c)
     files = {outer: {"embed.weight": {"model.embed_tokens.weight": (c.vocab_size, D)},
                      "norm.weight": {"model.norm.weight": (D,)}}}
-    if not c.tie_word_embeddings:                                   # a tied head is the embedding, even if it is there
+    if not c.tie_word_embeddings:           # a tied head is the embedding, whatever else is stored
         files[outer]["head.weight"] = {"lm_head.weight": (c.vocab_size, D)}
     for i, file in enumerate(layers):
-        layer, attention, moe = (f"model.layers.{i}.{part}" for part in ("", "self_attn.", "block_sparse_moe."))
+        layer = f"model.layers.{i}"
+        attention, moe = f"{layer}.self_attn", f"{layer}.block_sparse_moe"
+        rows = {"q": q, "k": kv, "v": kv}
         files[file] = {
-            "attention_norm.weight": {f"{layer}input_layernorm.weight": (D,)},
-            "attention.qkv": {f"{attention}{x}_proj.weight": (rows, D) for x, rows in (("q", q), ("k", kv), ("v", kv))},
-            "attention.o": {f"{attention}o_proj.weight": (D, q)},
-            "ffn_norm.weight": {f"{layer}post_attention_layernorm.weight": (D,)},
-            "router.weight": {f"{moe}gate.weight": (c.num_local_experts, D)}}
+            "attention_norm.weight": {f"{layer}.input_layernorm.weight": (D,)},
+            "attention.qkv": {f"{attention}.{x}_proj.weight": (n, D) for x, n in rows.items()},
+            "attention.o": {f"{attention}.o_proj.weight": (D, q)},
+            "ffn_norm.weight": {f"{layer}.post_attention_layernorm.weight": (D,)},
+            "router.weight": {f"{moe}.gate.weight": (c.num_local_experts, D)}}
         for e in range(c.num_local_experts):
-            files[file] |= {f"experts.{e}.w13": {f"{moe}experts.{e}.{w}.weight": (F, D) for w in ("w1", "w3")},
-                            f"experts.{e}.w2": {f"{moe}experts.{e}.w2.weight": (D, F)}}
+            expert = f"{moe}.experts.{e}"
+            files[file][f"experts.{e}.w13"] = {f"{expert}.{w}.weight": (F, D) for w in ("w1", "w3")}
+            files[file][f"experts.{e}.w2"] = {f"{expert}.w2.weight": (D, F)}
     return files
 
 
@@ -108,11 +112,12 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
     if MANIFEST in names:
         raise UserError(f"{directory}: is packed already; --to-hf turns it back")
     if "outer.safetensors" in names or "layer-000.safetensors" in names:
-        raise UserError(f"{directory}: is an unfinished conversion; run it again from the model it was made of")
+        raise UserError(f"{directory}: is an unfinished conversion; run it again from the original model")
     others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
     if others and not any(name.endswith(".safetensors") for name in names):
-        why = ("its kinds of quantisation cannot be repacked: convert the 16-bit model that it was made of"
-               if others[0].endswith(".gguf") else "nothing is ever unpickled: save the model as safetensors")
+        why = "nothing is ever unpickled: save the model as safetensors"
+        if others[0].endswith(".gguf"):
+            why = "its quantisation cannot be repacked: convert the 16-bit model that it was made of"
         raise UserError(f"{directory}: holds {others[0]} but no safetensors; {why}")
     hugging = {"model.safetensors", "model.safetensors.index.json"} & set(names)
     if not hugging and any(re.fullmatch(r"consolidated.*\.safetensors", name) for name in names):
@@ -124,32 +129,39 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         if not hugging:
             raise UserError(f"{directory}: no weights in it (neither model.safetensors, nor its index, nor "
                             "consolidated.safetensors)")
-    tokenizer = next((name for name in ("tokenizer.model", "tokenizer.model.v3") if name in names), None)
-    if not tokenizer:
+    tokenizers = [name for name in names if name in ("tokenizer.model", "tokenizer.model.v3")]
+    if not tokenizers:
         only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)
-        raise UserError(f"{directory}: no tokenizer.model; {only}copy the sentencepiece file of the same model there")
-    Tokenizer(directory / tokenizer, config.bos_token_id, config.eos_token_ids).check(config.vocab_size)
-    return kind(directory, raw, config, directory / tokenizer, hugging_face(config))
+        raise UserError(f"{directory}: no tokenizer.model; {only}copy the model's sentencepiece file there")
+    path = directory / tokenizers[0]
+    Tokenizer(path, config.bos_token_id, config.eos_token_ids).check(config.vocab_size)
+    return kind(directory, raw, config, path, hugging_face(config))
 
 
 def remove_leftovers(directory: Path, name: str = "*") -> None:
-    """Delete what `atomic` and `to_hf` left of `name` in processes that were killed; those alive keep theirs."""
+    """Delete what `atomic` and `to_hf` left of `name` when their processes were killed."""
     for path in directory.glob(f".{name}.*.part"):
         pid = re.search(r"\.(\d{1,9})\.part$", path.name)
-        try:
-            if not pid or int(pid[1]) != os.getpid() and os.kill(int(pid[1]), 0) is None:
-                continue
-        except PermissionError:                                     # alive, and somebody else's
+        if not pid or int(pid[1]) != os.getpid() and is_alive(int(pid[1])):
             continue
-        except ProcessLookupError:
-            pass
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)                   # alive, and somebody else's
+    return True
 
 
 def check_space(path: Path, need: int) -> None:
     free = shutil.disk_usage(path).free
     if free < need:
-        raise UserError(f"{path}: {format_bytes(need)} are needed on this disk and {format_bytes(free)} are free")
+        raise UserError(f"{path}: needs {format_bytes(need)} on this disk; {format_bytes(free)} are free")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -159,7 +171,8 @@ def write_json(path: Path, value: dict) -> None:
 
 def copy_config(raw: dict, tokenizer: Path, dst: Path, **changes) -> None:
     """config.json without its quantisation, and the tokenizer."""
-    write_json(dst / "config.json", {key: raw[key] for key in raw if key != "quantization_config"} | changes)
+    kept = {key: value for key, value in raw.items() if key != "quantization_config"}
+    write_json(dst / "config.json", kept | changes)
     with atomic(dst / "tokenizer.model") as file, reading(tokenizer) as source:
         file.write(source.read())
 
@@ -185,7 +198,7 @@ def packed_tensors(source: HuggingFaceSource, largest: int) -> dict[str, Tensors
 
 
 def check_destination(dst: Path, files: dict[str, Tensors], stamp: dict[str, str]) -> dict[str, Header]:
-    """Make `dst`, or see that it is empty or holds this very conversion: the headers that can be read of its files."""
+    """Make `dst`, or check that it is empty or holds part of this conversion -> the headers of its files."""
     dst.mkdir(parents=True, exist_ok=True)
     found = {path.name for path in dst.iterdir() if not path.name.startswith(".")}
     foreign = found - set(files) - {"config.json", "tokenizer.model", "predictor.safetensors"}
@@ -193,22 +206,22 @@ def check_destination(dst: Path, files: dict[str, Tensors], stamp: dict[str, str
         raise UserError(f"{dst}: holds {min(foreign or found)} already; name a new or an empty directory")
     headers = {}
     for file in sorted(found & set(files)):
-        with suppress(UserError):                                   # what is damaged will be made again
-            headers[file] = header = Header(dst / file)
-            if not stamp.items() <= header.metadata.items():
-                break
-    else:
-        return headers
-    raise UserError(f"{dst / file}: was made from another model or with another group size; name another directory")
+        with suppress(UserError):           # what is damaged will be made again
+            headers[file] = Header(dst / file)
+    for file, header in headers.items():
+        if not stamp.items() <= header.metadata.items():
+            raise UserError(f"{dst / file}: is of another model or group size; name another directory")
+    return headers
 
 
 def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
-    """Whether a packed file is whole: its tensors, its size and their CRCs are what they should be."""
-    table = str(header.metadata.get("crc32")).split()
-    if ({name: entry[:2] for name, entry in header.tensors.items()} != tensors or len(table) != len(tensors)
-            or header.size != max(end for *_, end in header.tensors.values())):
+    """Whether a packed file is whole: its tensors, its size and the CRCs are what they should be."""
+    found, table = header.tensors, str(header.metadata.get("crc32")).split()
+    if {name: entry[:2] for name, entry in found.items()} != tensors or len(table) != len(tensors):
         return False
-    for name, crc in zip(header.tensors, table):
+    if header.size != max(end for *_, end in found.values()):
+        return False
+    for name, crc in zip(found, table):
         data = header.read(name).view(-1).view(torch.uint8).numpy()
         progress.add(len(data))
         if crc != f"{zlib.crc32(data):08x}":
@@ -225,9 +238,11 @@ def triples(views: dict[str, Tensor], matrix: str, shapes: Shapes):
 def write_packed(path: Path, source: HuggingFaceSource, parts: dict[str, Shapes], tensors: Tensors,
                  layout: ExpertLayout, stamp: dict[str, str], progress: Progress) -> None:
     """One packed file: `parts` as in `hugging_face`, `tensors` as in `packed_tensors`."""
-    block = torch.zeros(layout.nbytes, dtype=torch.uint8)           # an expert's, used for each; padding stays zero
-    views = layout.views(block) | {name.removeprefix("attention."): torch.empty(shape, dtype=dtype)
-                                   for name, (dtype, shape) in tensors.items() if name.startswith("attention.")}
+    block = torch.zeros(layout.nbytes, dtype=torch.uint8)           # each expert in turn; padding stays zero
+    views = layout.views(block)
+    for name, (dtype, shape) in tensors.items():
+        if name.startswith("attention."):
+            views[name.removeprefix("attention.")] = torch.empty(shape, dtype=dtype)
     with atomic(path) as file:
         writer = TensorWriter(file, tensors, stamp)
         for part, shapes in parts.items():
@@ -239,7 +254,7 @@ def write_packed(path: Path, source: HuggingFaceSource, parts: dict[str, Shapes]
                     source.pack(name, *into)
                 if unit == "attention":
                     ready = {f"{part}.{field}": views[f"{matrix}.{field}"] for field in FIELDS}
-                else:                                               # an expert is ready with its second matrix
+                else:                       # an expert is ready with its second matrix
                     ready = {unit: block} if matrix == "w2" else {}
             for name, tensor in ready.items():
                 writer.write(name, tensor)
@@ -247,19 +262,24 @@ def write_packed(path: Path, source: HuggingFaceSource, parts: dict[str, Shapes]
         writer.close()
 
 
+def total_bytes(tensors: Tensors) -> int:
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
+
+
 @os_errors()
 def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: bool = True) -> bool:
-    """Pack the model in `src` into `dst`, or go on with that: what is complete there is checked and kept.
+    """Pack the model in `src` into `dst`, or go on with that: files there are checked, and kept if whole.
 
-    False if that was all of it.
+    -> False if there was nothing left to do.
     """
     if group_size not in (128, 64, 32):
         raise UserError(f"group size {group_size}: it can be 128, 64 or 32")
     source, dst = open_source(src), Path(dst)
-    group_size = min(group_size, source.largest_group)              # wider than the source's would merge its scales
+    group_size = min(group_size, source.largest_group)              # wider would merge the source's scales
     parts, files = hugging_face(source.config), packed_tensors(source, group_size)
-    layout, stamp = ExpertLayout.of(source.config, group_size), {"source": f"{source.fingerprint}-{group_size}"}
-    size = {file: sum(prod(shape) * dtype.itemsize for dtype, shape in files[file].values()) for file in files}
+    layout = ExpertLayout.of(source.config, group_size)
+    stamp = {"source": f"{source.fingerprint}-{group_size}"}
+    size = {file: total_bytes(tensors) for file, tensors in files.items()}
     headers = check_destination(dst, files, stamp)
     remove_leftovers(dst)
     with closing(Progress(sum(size[file] for file in headers), f"{dst}: checking", progress)) as bar:
@@ -281,7 +301,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
 
 
 def ensure_packed(directory: str | Path, weights_dir: str | Path) -> Path:
-    """A packed directory as it is; a Hugging Face one packed, once, into `weights_dir` and found there from then on."""
+    """A packed directory as it is; another packed into `weights_dir`, once, and found there from then on."""
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         return directory
@@ -295,12 +315,13 @@ def ensure_packed(directory: str | Path, weights_dir: str | Path) -> Path:
 
 @os_errors()
 def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
-    """Unpack `src` into a Hugging Face directory in float32, a shard a layer; `dst` appears when it is complete."""
+    """Unpack `src` into a Hugging Face directory in float32, a shard a layer; `dst` appears when complete."""
     model, dst = PackedModel(src), Path(dst).resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is there and not an empty directory; name another")
-    files, where = hugging_face(model.config), {}
-    total = 4 * sum(prod(shape) for parts in files.values() for shapes in parts.values() for shape in shapes.values())
+    where: dict[str, str] = {}              # tensor -> shard
+    files = list(hugging_face(model.config).values())
+    total = sum(total_bytes(float_tensors(parts)) for parts in files)
     made = dst.with_name(f".{dst.name}.{os.getpid()}.part")
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -308,57 +329,70 @@ def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
         check_space(dst.parent, total)
         made.mkdir()
         with closing(Progress(total, f"{dst}: unpacking", progress)) as bar:
-            for i, parts in enumerate(files.values()):
+            for i, parts in enumerate(files):
                 shard = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
                 write_unpacked(made / shard, model, i - 1, parts, bar)
-                where |= {name: shard for shapes in parts.values() for name in shapes}
-        write_json(made / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+                where |= dict.fromkeys(float_tensors(parts), shard)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(made / "model.safetensors.index.json", index)
         raw = json.loads((model.directory / "config.json").read_bytes())
         copy_config(raw, model.directory / "tokenizer.model", made, torch_dtype="float32", dtype="float32")
-        made.rename(dst)                                            # an empty directory may stand there
+        made.rename(dst)                    # an empty directory may be there
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def write_unpacked(path: Path, model: PackedModel, layer: int, parts: dict[str, Shapes], progress: Progress) -> None:
+def float_tensors(parts: dict[str, Shapes]) -> Tensors:
+    """The Hugging Face tensors of a file's `parts`."""
+    return {name: (torch.float32, shape) for shapes in parts.values() for name, shape in shapes.items()}
+
+
+def write_unpacked(path: Path, model: PackedModel, layer: int, parts: dict[str, Shapes],
+                   progress: Progress) -> None:
     """One shard in fp32; layer -1 is what lies outside the layers."""
-    block, prefix = np.empty(model.layout.nbytes, np.uint8), f"layers.{layer}." if layer >= 0 else ""
-    attention = f"{prefix}attention."
-    views = model.layout.views(torch.from_numpy(block)) | {
-        name.removeprefix(attention): tensor for name, tensor in model.resident(attention).items()}
+    prefix = f"layers.{layer}." if layer >= 0 else ""
+    block = np.empty(model.layout.nbytes, np.uint8)                 # each expert in turn
+    views = model.layout.views(torch.from_numpy(block))
+    for name, tensor in model.resident(f"{prefix}attention.").items():
+        views[name.removeprefix(f"{prefix}attention.")] = tensor
     with atomic(path) as file:
-        tensors = {name: (torch.float32, shape) for shapes in parts.values() for name, shape in shapes.items()}
-        writer = TensorWriter(file, tensors, {"format": "pt"})
+        writer = TensorWriter(file, float_tensors(parts), {"format": "pt"})
         for part, shapes in parts.items():
             unit, matrix = part.rsplit(".", 1)
             if matrix == "w13":
                 model.read_expert(layer, int(unit.removeprefix("experts.")), block)
-            for name, *triple in [(*shapes,)] if matrix == "weight" else triples(views, matrix, shapes):
-                plain = {} if triple else model.resident(prefix + part)
-                writer.write(name, unpacked(*triple) if triple else plain[prefix + part].float())
-                progress.add(4 * prod(shapes[name]))
+            if matrix == "weight":
+                (name,), (plain,) = shapes, model.resident(prefix + part).values()
+                plains = [(name, plain.float())]
+            else:
+                plains = ((name, unpacked(*triple)) for name, *triple in triples(views, matrix, shapes))
+            for name, plain in plains:
+                writer.write(name, plain)
+                progress.add(plain.nbytes)
         writer.close()
 
 
 def unpacked(*triple: Tensor) -> Tensor:
-    """`dequantize`, a block of rows at a time for the sake of its temporaries."""
+    """`dequantize` by blocks of rows, so that its temporaries are small."""
     step = max(1, BLOCK // (2 * triple[0].shape[1]))
     return torch.cat([dequantize(*rows) for rows in zip(*(t.split(step) for t in triple))])
 
 
 def main() -> None:
-    parser = Parser(prog="python -m duoserve.checkpoint", description="A Hugging Face Mixtral to four bits, and back.")
-    parser.add_argument("src", metavar="SRC", help="the directory to read")
-    parser.add_argument("dst", metavar="DST", help="the directory to write: new, empty, or an interrupted conversion")
-    parser.add_argument("--group-size", type=int, choices=(128, 64, 32), default=128, metavar="128|64|32",
-                        help="columns that share a scale and a zero, at most (default 128)")
-    parser.add_argument("--to-hf", action="store_true",
-                        help="from packed to Hugging Face's layout, in float32 (default: from that to packed)")
-    arguments = parser.parse_args()
-    src, dst = arguments.src, Path(arguments.dst)
-    if arguments.to_hf:
-        to_hf(src, dst)
-    elif not convert(src, dst, arguments.group_size):
-        return                                                      # all was there already, and that has been said
+    parser = Parser(prog="python -m duoserve.checkpoint",
+                    description="A Hugging Face Mixtral to four bits, and back.")
+    add = parser.add_argument
+    add("src", metavar="SRC", help="the directory to read")
+    add("dst", metavar="DST", help="the directory to write: new, empty, or an interrupted conversion")
+    add("--group-size", type=int, choices=(128, 64, 32), default=128, metavar="128|64|32",
+        help="columns that share a scale and a zero, at most (default 128)")
+    add("--to-hf", action="store_true",
+        help="from packed to Hugging Face's layout, in float32 (default: from that to packed)")
+    args = parser.parse_args()
+    dst = Path(args.dst)
+    if args.to_hf:
+        to_hf(args.src, dst)
+    elif not convert(args.src, dst, args.group_size):
+        return                              # all was there already; `convert` has said so
     made = [path.stat().st_size for path in dst.glob("*.safetensors") if path.name != "predictor.safetensors"]
     print(f"{dst}: {format_bytes(sum(made))} in {len(made)} files", file=sys.stderr)

@@ -1,11 +1,12 @@
-"""The checkpoints that people have, each read as if it were Hugging Face's layout: its 16-bit safetensors; the same
-model in 4 bits, by AWQ or GPTQ; and Mistral's own consolidated files. A source is checked whole, every tensor's
-name, shape and type, before any of it is converted; weights of 4 bits are repacked, never quantised again.
+"""The checkpoints that people have, each read as if it had Hugging Face's layout: its 16-bit safetensors;
+the same model in 4 bits, by AWQ or GPTQ; and Mistral's own consolidated files. Every tensor's name, shape and
+type is checked before the first is converted; weights of 4 bits are repacked, never quantised again.
 """
 
 import hashlib
 import json
 import re
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -16,56 +17,60 @@ from ..errors import UserError
 from ..files import Header, reading
 from ..quant import pack, quantize
 
-BLOCK = 2 * 2**20               # weights packed or unpacked at a time: fp32 temporaries of 8 MB, which malloc reuses
-SAMPLE = 2**16                  # bytes of each source tensor that its fingerprint hashes
+BLOCK = 2 * 2**20                           # weights at a time: 8 MB of fp32, which malloc reuses
+SAMPLE = 2**16                              # bytes of each source tensor that its fingerprint hashes
 FLOATS = torch.float16, torch.bfloat16, torch.float32
+CONFIG_ERRORS = OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
 
-# What is repacked of each method, its default first. GPTQ's `desc_act` deals columns out to groups in another order.
+# What can be repacked, defaults first. GPTQ's `desc_act` deals columns out to groups in another order.
 REPACKED = {"awq": {"bits": [4], "zero_point": [True], "version": ["gemm"]},
             "gptq": {"bits": [4], "desc_act": [False], "is_marlin_format": [False],
                      "checkpoint_format": ["gptq", "gptq_v2"]}}
 # Hugging Face's part of a tensor's name -> Mistral's.
 CONSOLIDATED = {"model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output",
-                "model.layers": "layers", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-                "self_attn.": "attention.", "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
-                "block_sparse_moe": "feed_forward"}
-# config.json's keys -> those of params.json; mistral-inference's defaults for what need not be there.
-PARAMS = {"vocab_size": "vocab_size", "hidden_size": "dim", "intermediate_size": "hidden_dim", "head_dim": "head_dim",
-          "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads",
-          "num_local_experts": "num_experts", "num_experts_per_tok": "num_experts_per_tok", "rms_norm_eps": "norm_eps",
-          "rope_theta": "rope_theta", "max_position_embeddings": "max_seq_len", "sliding_window": "sliding_window"}
+                "model.layers": "layers", "input_layernorm": "attention_norm",
+                "post_attention_layernorm": "ffn_norm", "self_attn.": "attention.", "q_proj": "wq",
+                "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "block_sparse_moe": "feed_forward"}
+# config.json's keys -> those of params.json; mistral-inference's defaults for what may be left out.
+PARAMS = {"vocab_size": "vocab_size", "hidden_size": "dim", "intermediate_size": "hidden_dim",
+          "head_dim": "head_dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+          "num_key_value_heads": "n_kv_heads", "num_local_experts": "num_experts",
+          "num_experts_per_tok": "num_experts_per_tok", "rms_norm_eps": "norm_eps",
+          "rope_theta": "rope_theta", "max_position_embeddings": "max_seq_len",
+          "sliding_window": "sliding_window"}
 OPTIONAL = {"rope_theta": 1e6, "max_seq_len": 32768, "sliding_window": None}
 
 
 class HuggingFaceSource:
     """Safetensors of 16 or 32 bits, in one file or in shards with an index.
 
-    What a conversion needs of any source: `config` and the config.json it is `raw` of, the `tokenizer`'s path, a
-    `fingerprint`, the `largest_group` that loses nothing, and `dtype`, `plain` and `pack` by Hugging Face's names.
+    What a conversion needs of any source: its `config`, parsed and `raw`, the `tokenizer`'s path, a
+    `fingerprint`, the `largest_group` that loses nothing, and `dtype`, `plain` and `pack`, which take Hugging
+    Face's names.
     """
 
     described, largest_group = "config.json", 128
 
     def __init__(self, directory: Path, raw: dict, config: MixtralConfig, tokenizer: Path, parts: dict):
-        """`parts`: packed file -> what is in it -> the tensors that it is made of, with their shapes."""
+        """`parts`: as from `hugging_face`."""
         self.directory, self.raw, self.config, self.tokenizer = directory, raw, config, tokenizer
-        self.headers: dict[str, Header] = {}                        # of each file, by its name
-        self.where: dict[str, Header] = {}                          # a tensor, as the files call it -> where it is
+        self.headers: dict[str, Header] = {}                        # file -> its header
+        self.where: dict[str, Header] = {}                          # tensor, by its stored name -> its file
         self.index, self.files = self._find()
-        for part, shapes in (item for file in parts.values() for item in file.items()):
+        for part, shapes in chain.from_iterable(file.items() for file in parts.values()):
             for name, shape in shapes.items():
                 for stored, (shape, *dtypes) in self._stored(name, shape, part.endswith(".weight")).items():
                     self._check(stored, shape, dtypes)
-        for name in self.files:                                     # a bias, a layer too many: not left out in silence
-            if (name.startswith(("model.layers.", "layers.")) and name not in self.where
-                    and not name.endswith("rotary_emb.inv_freq")):
-                raise UserError(f"{self.index}: {name} has no place in the Mixtral that {self.described} describes")
+        for name in self.files:             # a bias or a layer too many is not ignored
+            extra = name.startswith(("model.layers.", "layers.")) and name not in self.where
+            if extra and not name.endswith("rotary_emb.inv_freq"):
+                raise UserError(f"{self.index}: {name} has no place in the Mixtral of {self.described}")
         self.fingerprint = self._fingerprint()
 
     def _find(self) -> tuple[Path, dict[str, str]]:
-        """The file that says what there is, and tensor -> file; fills `headers`."""
-        index, single = (self.directory / name for name in ("model.safetensors.index.json", "model.safetensors"))
-        if single.exists():                                         # before an index, as transformers does
+        """The file that lists the tensors, and tensor -> file; fills `headers`."""
+        index, single = self.directory / "model.safetensors.index.json", self.directory / "model.safetensors"
+        if single.exists():                 # it goes before an index, as in transformers
             self.headers[single.name] = Header(single)
             return single, dict.fromkeys(self.headers[single.name].tensors, single.name)
         files = self._read_index(index)
@@ -73,41 +78,45 @@ class HuggingFaceSource:
         return index, files
 
     def _read_index(self, index: Path) -> dict[str, str]:
-        """Tensor -> shard, no shard being outside the directory (links inside it may lead anywhere)."""
+        """Tensor -> shard, each of them in the directory (where links may lead anywhere)."""
         try:
             files = json.loads(index.read_bytes())["weight_map"]
             if not files or not all(isinstance(file, str) for file in files.values()):
                 raise ValueError("weight_map names no files")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except CONFIG_ERRORS as error:
             raise UserError(f"{index}: cannot be used ({error!r}); get it again") from None
         for file in set(files.values()):
-            if not file or "\0" in file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-                raise UserError(f"{index}: the file {file!r} that it names is outside {self.directory}; get it again")
+            path = PurePosixPath(file)
+            if not file or "\0" in file or path.is_absolute() or ".." in path.parts:
+                raise UserError(f"{index}: names {file!r}, outside {self.directory}; get it again")
             if not (self.directory / file).is_file():
                 raise UserError(f"{self.directory / file}: missing, though {index.name} names it; get it too")
         return files
 
     def _stored(self, name: str, shape: tuple[int, ...], plain: bool) -> dict[str, tuple]:
-        """What the files hold of a tensor: their name for it -> its shape there, then the types it may have."""
+        """What is stored of a tensor: the file's name for it -> its shape there, then its possible types."""
         return {name: (shape, *FLOATS)}
 
     def _check(self, name: str, shape: tuple[int, ...], dtypes: list[torch.dtype]) -> None:
         if name not in self.files:
-            mend = ("there is its qweight, but no quantization_config in config.json: get the one that belongs to it"
-                    if f"{name.removesuffix('weight')}qweight" in self.files else "get the complete model")
+            mend = "get the complete model"
+            if f"{name.removesuffix('weight')}qweight" in self.files:
+                mend = "its qweight is there, but config.json has no quantization_config: get the right one"
             raise UserError(f"{self.index}: {name} is missing; {mend}")
         self.where[name] = header = self.headers[self.files[name]]
         if name not in header.tensors:
-            raise UserError(f"{header.path}: {name} is not in it, though {self.index.name} says so; get it again")
+            raise UserError(f"{header.path}: {name} is not in it, though {self.index.name} says so; "
+                            "get it again")
         dtype, found = header.tensors[name][:2]
         if found != shape:
-            raise UserError(f"{header.path}: {name} has shape {list(found)}, by {self.described} {list(shape)}")
+            raise UserError(f"{header.path}: {name} has shape {list(found)}, by {self.described} "
+                            f"{list(shape)}")
         if dtype not in dtypes:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise UserError(f"{header.path}: {name} is {dtype}; {wanted} is expected")
 
     def _fingerprint(self) -> str:
-        """Hashes config, tokenizer, headers, and a sample of every tensor: two fine-tunes differ in nothing else."""
+        """Hashes config, tokenizer, headers and a sample of each tensor: fine-tunes differ there only."""
         digest = hashlib.sha256()
         for path in (self.directory / self.described, self.tokenizer):
             with reading(path) as file:
@@ -124,11 +133,11 @@ class HuggingFaceSource:
         return self.where[name].read(name)
 
     def _read(self, name: str) -> tuple[Tensor, str]:
-        """A tensor by Hugging Face's name, and what to call it in a complaint."""
+        """A tensor by Hugging Face's name, and what to call it in an error."""
         return self._load(name), f"{self.where[name].path}: {name}"
 
     def dtype(self, name: str) -> torch.dtype:
-        """What `plain` gives: the checkpoint's own 16-bit dtype; float32 becomes float16."""
+        """The type of `plain`: the checkpoint's own 16 bits; float32 becomes float16."""
         (stored,) = self._stored(name, (), True)
         dtype = self.where[stored].tensors[stored][0]
         return torch.float16 if dtype == torch.float32 else dtype
@@ -153,53 +162,59 @@ class HuggingFaceSource:
 class QuantizedSource(HuggingFaceSource):
     """4-bit matrices by AWQ or GPTQ, whose weights are `(q - zero) * scale` as ours are, beside plain ones.
 
-    A 32-bit word holds eight nibbles, the lowest first. qweight: AWQ [in, out / 8], eight outputs a word, in the
-    order 0 2 4 6 1 3 5 7 (AutoAWQ, `WQLinear_GEMM`); GPTQ [in / 8, out], eight inputs a word. qzeros [groups,
-    out / 8], in the same order of outputs (GPTQ: their own), and scales [groups, out] in fp16. GPTQ stores a zero
-    less one (AutoGPTQ: `zeros + 1`, which may make 16), `gptq_v2` the zero itself.
+    A 32-bit word holds eight nibbles, the lowest first. qweight: AWQ [in, out / 8], eight outputs a word, in
+    the order 0 2 4 6 1 3 5 7 (AutoAWQ, `WQLinear_GEMM`); GPTQ [in / 8, out], eight inputs a word. qzeros
+    [groups, out / 8], in the same order of outputs (GPTQ: ascending), and scales [groups, out] in fp16. GPTQ
+    stores a zero less one (AutoGPTQ: `zeros + 1`, which may make 16), `gptq_v2` the zero itself.
     """
 
     def __init__(self, directory: Path, raw: dict, *rest):
         found = raw["quantization_config"]
         found = found if isinstance(found, dict) else {"quant_method": found}
         self.method, self.group = found.get("quant_method"), found.get("group_size", 128)
-        wrong, version = [f"weights quantised by {self.method!r}"], None
-        if self.method in ("awq", "gptq"):
-            wrong = [f"group_size {self.group!r}"]
-            if type(self.group) is int and (self.group in (-1, 32, 64) or self.group > 0 and self.group % 128 == 0):
-                wrong = []
+        wrong, version = [], None
+        if self.method in list(REPACKED):   # the method need not be hashable
+            whole = type(self.group) is int
+            if not whole or self.group not in (-1, 32, 64) and (self.group < 1 or self.group % 128):
+                wrong.append(f"group_size {self.group!r}")
             for key, allowed in REPACKED[self.method].items():
                 value = allowed[0] if found.get(key) is None else found[key]
                 version = value.lower() if isinstance(value, str) else value
                 if version not in allowed:
                     wrong.append(f"{key} {value!r}")
+        else:
+            wrong.append(f"weights quantised by {self.method!r}")
         if wrong:
-            raise UserError(f"{directory / self.described}: quantization_config: {', '.join(wrong)} cannot be repacked;"
-                            " give AWQ (version gemm) or GPTQ (desc_act false) of 4 bits in groups of 128, 64 or 32, "
-                            "or the 16-bit model they were made of")
+            raise UserError(f"{directory / self.described}: quantization_config: {', '.join(wrong)} cannot "
+                            "be repacked; give AWQ (version gemm) or GPTQ (desc_act false) of 4 bits in "
+                            "groups of 128, 64 or 32, or the 16-bit model they were made of")
         self.largest_group = 128 if self.group == -1 else min(self.group, 128)
-        self.lacking = version == "gptq"                            # one, to each stored zero
+        self.lacking = version == "gptq"    # one, in each stored zero
         super().__init__(directory, raw, *rest)
         for name, header in self.where.items():
-            if name.endswith(".g_idx"):                             # the group of each column
+            if name.endswith(".g_idx"):     # the group of each column
                 index = self._load(name).long()
-                if not torch.equal(index, torch.arange(len(index)) // (self.group if self.group > 0 else len(index))):
-                    raise UserError(f"{header.path}: {name} puts columns into groups out of order, as desc_act does; "
-                                    "give a GPTQ checkpoint made without it, or the 16-bit model")
-            elif name.endswith(".bias") and self._load(name).any():  # AutoGPTQ writes them, all zero
+                if not torch.equal(index, torch.arange(len(index)) // self._group(len(index))):
+                    raise UserError(f"{header.path}: {name} puts columns into groups out of order; give a "
+                                    "GPTQ checkpoint made without desc_act, or the 16-bit model")
+            elif name.endswith(".bias") and self._load(name).any():         # AutoGPTQ writes zeros
                 raise UserError(f"{header.path}: {name} is not zero; a Mixtral has no biases")
+
+    def _group(self, columns: int) -> int:
+        return columns if self.group == -1 else self.group
 
     def _stored(self, name: str, shape: tuple[int, ...], plain: bool) -> dict[str, tuple]:
         module = name.removesuffix("weight")
         if f"{module}qweight" not in self.files:
             return super()._stored(name, shape, plain)
         if plain:
-            raise UserError(f"{self.index}: {name} is quantised ({module}qweight), but stays in 16 bits here; give a "
-                            "checkpoint that leaves it so (modules_to_not_convert), or the 16-bit model")
-        (rows, columns), group = shape, self.group if self.group > 0 else shape[1]
+            raise UserError(f"{self.index}: {name} is quantised ({module}qweight), but is needed in 16 bits;"
+                            " give a checkpoint that leaves it so (modules_to_not_convert)")
+        rows, columns = shape
+        group = self._group(columns)
         if columns % group or rows % 8:
-            raise UserError(f"{self.index}: {name} is {rows} by {columns}, no multiple of 8 by group_size {group}; "
-                            "give a checkpoint with smaller groups, or the 16-bit model")
+            raise UserError(f"{self.index}: {name} is {rows} by {columns}, no multiple of 8 by group_size "
+                            f"{group}; give a checkpoint with smaller groups, or the 16-bit model")
         words = (columns, rows // 8) if self.method == "awq" else (columns // 8, rows)
         stored = {"qweight": (words, torch.int32), "qzeros": ((columns // group, rows // 8), torch.int32),
                   "scales": ((columns // group, rows), torch.float16),
@@ -210,7 +225,7 @@ class QuantizedSource(HuggingFaceSource):
     def _nibbles(self, name: str) -> Tensor:
         """int32 [a, b] -> uint8 [a, b, 8]; AWQ's even outputs, then its odd ones, put back in order."""
         words = self._load(name)
-        pairs = words.view(torch.uint8)                             # little-endian: nibbles 0 and 1, 2 and 3, ...
+        pairs = words.view(torch.uint8)     # little-endian: nibbles 0 and 1, 2 and 3, ...
         nibbles = torch.stack((pairs & 15, pairs >> 4), -1).view(*words.shape, 8)
         return nibbles.unflatten(-1, (2, 4)).mT.flatten(-2) if self.method == "awq" else nibbles
 
@@ -218,11 +233,12 @@ class QuantizedSource(HuggingFaceSource):
         module = name.removesuffix("weight")
         if f"{module}qweight" not in self.files:
             return super().pack(name, q, scale, zero)
-        scales, zeros = self._load(f"{module}scales"), self._nibbles(f"{module}qzeros").flatten(1) + self.lacking
+        scales = self._load(f"{module}scales")
+        zeros = self._nibbles(f"{module}qzeros").flatten(1) + self.lacking
         if not scales.isfinite().all():
             path = self.where[f"{module}scales"].path
             raise UserError(f"{path}: {module}scales holds infinities or NaN; get it again")
-        for view, theirs in ((scale, scales), (zero, zeros)):       # where their group is several of ours, repeated
+        for view, theirs in ((scale, scales), (zero, zeros)):       # repeated, if their groups are wider
             view.copy_(theirs.T.repeat_interleave(view.shape[1] // len(theirs), 1))
         nibbles = self._nibbles(f"{module}qweight")
         columns = nibbles.flatten(1).T if self.method == "awq" else nibbles.transpose(0, 1).flatten(1)
@@ -230,39 +246,44 @@ class QuantizedSource(HuggingFaceSource):
 
 
 class ConsolidatedSource(HuggingFaceSource):
-    """Mistral's own files: another set of names, and RoPE on neighbours (x0, x1), not on halves (x0, x[A/2]).
+    """Mistral's own files: other names, and RoPE on neighbours (x0, x1), not on halves (x0, x[A/2]).
 
     The names are mistral-inference's, or those of the first release, where a layer's experts are stacked in
-    `block_sparse_moe.w1|w2|w3` [experts * F, D], w2 transposed (transformers, `convert_mixtral_weights_to_hf.py`).
+    `block_sparse_moe.w1|w2|w3` [experts * F, D], w2 transposed (transformers,
+    `convert_mixtral_weights_to_hf.py`).
     """
 
     described = "params.json"
 
     def _find(self) -> tuple[Path, dict[str, str]]:
-        c, files, self.transposed = self.config, {}, set()
-        D, F, E = c.hidden_size, c.intermediate_size, c.num_local_experts
+        files, self.transposed = {}, set()
         for path in sorted(self.directory.glob("consolidated*.safetensors")):
             self.headers[path.name] = header = Header(path)
-            for name, (dtype, shape, start, end) in list(header.tensors.items()):
-                stack, parts = re.fullmatch(r"(layers\.\d+\.)block_sparse_moe\.(w[123])(?:\.weight)?", name), {}
-                if stack and shape != (E * F, D):
-                    raise UserError(f"{path}: {name} has shape {list(shape)}, by params.json {[E * F, D]}")
-                if stack:                                           # from here on as if they were apart
-                    names = [f"{stack[1]}feed_forward.experts.{e}.{stack[2]}.weight" for e in range(E)]
-                    self.transposed |= set(names if stack[2] == "w2" else ())
-                    shape, size = (D, F) if stack[2] == "w2" else (F, D), (end - start) // E
-                    parts = {name: (dtype, shape, start + e * size, start + (e + 1) * size)
-                             for e, name in enumerate(names)}
-                elif name.endswith("block_sparse_moe.gate.weight"):
-                    parts = {name.replace("block_sparse_moe", "feed_forward"): header.tensors[name]}
-                if parts:
-                    del header.tensors[name]
-                    header.tensors |= parts
+            for name, entry in list(header.tensors.items()):
+                del header.tensors[name]
+                header.tensors |= self._renamed(path, name, entry)
             for name in header.tensors:
                 if files.setdefault(name, path.name) != path.name:
-                    raise UserError(f"{path}: {name} is in {files[name]} too: slices for several GPUs cannot be joined "
-                                    "here; get the model in Hugging Face's layout")
+                    raise UserError(f"{path}: {name} is in {files[name]} too: slices for several GPUs cannot "
+                                    "be joined here; get the model in Hugging Face's layout")
         return self.directory / "consolidated*.safetensors", files
+
+    def _renamed(self, path: Path, name: str, entry: tuple) -> dict[str, tuple]:
+        """A tensor, or those that are stacked in it, by mistral-inference's names."""
+        if name.endswith("block_sparse_moe.gate.weight"):
+            return {name.replace("block_sparse_moe", "feed_forward"): entry}
+        stack = re.fullmatch(r"(layers\.\d+\.)block_sparse_moe\.(w[123])(?:\.weight)?", name)
+        if not stack:
+            return {name: entry}
+        c, (dtype, shape, start, end) = self.config, entry
+        D, F, E = c.hidden_size, c.intermediate_size, c.num_local_experts
+        if shape != (E * F, D):
+            raise UserError(f"{path}: {name} has shape {list(shape)}, by params.json {[E * F, D]}")
+        names = [f"{stack[1]}feed_forward.experts.{e}.{stack[2]}.weight" for e in range(E)]
+        if stack[2] == "w2":
+            self.transposed |= set(names)
+        each, size = (D, F) if stack[2] == "w2" else (F, D), (end - start) // E
+        return {name: (dtype, each, start + e * size, start + (e + 1) * size) for e, name in enumerate(names)}
 
     def _stored(self, name: str, shape: tuple[int, ...], plain: bool) -> dict[str, tuple]:
         for theirs, ours in CONSOLIDATED.items():
@@ -274,8 +295,9 @@ class ConsolidatedSource(HuggingFaceSource):
         tensor, called = super()._read(stored)
         if stored in self.transposed:
             tensor = tensor.view(tensor.shape[::-1]).T.contiguous()
-        elif stored.endswith((".wq.weight", ".wk.weight")):         # of each head, even rows first, then odd ones
-            tensor = tensor.unflatten(0, (-1, self.config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+        elif stored.endswith((".wq.weight", ".wk.weight")):         # of a head even rows first, then odd
+            pairs = tensor.unflatten(0, (-1, self.config.head_dim // 2, 2))
+            tensor = pairs.transpose(1, 2).flatten(0, 2)
         return tensor, called
 
 
@@ -288,10 +310,11 @@ def consolidated_config(path: Path) -> dict:
             params["sliding_window"] = int(window)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; consolidated safetensors need it: get it too") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"{path}: not a Mixtral's parameters ({error!r}); get it again") from None
     for key in PARAMS.values():
         if params.get(key) is None and key not in OPTIONAL:
             raise UserError(f"{path}: has no {key}; get it again")
-    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu", "bos_token_id": 1,
-            "eos_token_id": 2, "tie_word_embeddings": False} | {ours: params[key] for ours, key in PARAMS.items()}
+    return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_act": "silu",
+            "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+            **{ours: params[key] for ours, key in PARAMS.items()}}

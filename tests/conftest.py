@@ -67,7 +67,7 @@ def cli(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             run_main(PROGRAMS[program])
-        return end.value.code, *capsys.readouterr()
+        return end.value.code or 0, *capsys.readouterr()
     return run
 
 

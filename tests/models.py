@@ -149,12 +149,14 @@ def a_line(error: str, *names: str) -> None:
     """One line that says what is wrong and names it."""
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
     for name in names:
-        assert str(name) in error
+        assert str(name) in error, error
 
 
-def program(*arguments, **options):
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+def program(*arguments, **options) -> subprocess.Popen:
+    """`python` with these arguments, in the project's directory, its three streams as pipes unless told otherwise."""
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
 
 
 def contents(directory):

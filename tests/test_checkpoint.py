@@ -1,10 +1,10 @@
 """Conversion from Hugging Face's layout and back: nothing lost, nothing half done, every mistake named."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import contents, write_hf
+from models import a_line, contents, ROOT, write_hf
 from safetensors.torch import load_file, save_file
 
 from duoserve import checkpoint
@@ -24,8 +24,6 @@ from duoserve.files import Header
 from duoserve.packed import PackedModel
 from duoserve.quant import dequantize, group_size, quantize
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PACKED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 
 
@@ -322,23 +320,21 @@ def test_a_full_disk_is_foretold(made, tmp_path, monkeypatch):
     refused("1 kB are free", call=to_hf, args=(made / "packed", tmp_path / "back"))
 
 
-def test_the_command_line_says_it_in_one_line(made, tmp_path):
-    def run(*args):
-        done = subprocess.run([sys.executable, "-m", "duoserve.checkpoint", *map(str, args)], cwd=ROOT, text=True,
-                              env=ENVIRONMENT, capture_output=True)
-        return done.returncode, done.stdout, done.stderr
-    for args, word in (((made / "no", tmp_path / "out"), "no such"),
-                       ((made / "hf", tmp_path / "out", "--group-size", "100"), "--group-size")):
-        code, out, err = run(*args)
-        assert code == 2 and not out and err.count("\n") == 1 and word in err and err.startswith("error: "), err
+def test_the_command_line_says_it_in_one_line(made, tmp_path, cli):
     def line(path):
         return f"{path}: {format_bytes(sum(p.stat().st_size for p in path.glob('*.safetensors')))} in 4 files\n"
-    code, out, err = run(made / "hf", tmp_path / "out")             # where there is no terminal nothing but this
-    assert (code, out, err) == (0, "", line(tmp_path / "out"))
+
+    for args, word in (((made / "no", tmp_path / "out"), "no such"),
+                       ((made / "hf", tmp_path / "out", "--group-size", "100"), "--group-size")):
+        status, out, err = cli("checkpoint", *args)
+        assert (status, out) == (2, "")
+        a_line(err, word)
+    status, out, err = cli("checkpoint", made / "hf", tmp_path / "out")     # without a terminal just one line
+    assert (status, out, err) == (0, "", line(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(made / "packed")
-    assert run(tmp_path / "out", tmp_path / "back", "--to-hf") == (0, "", line(tmp_path / "back"))
-    code, out, err = run(made / "hf", tmp_path / "out")
-    assert code == 0 and err == f"{tmp_path / 'out'}: holds this model already, complete and undamaged\n"
+    assert cli("checkpoint", tmp_path / "out", tmp_path / "back", "--to-hf") == (0, "", line(tmp_path / "back"))
+    assert cli("checkpoint", made / "hf", tmp_path / "out") == (
+        0, "", f"{tmp_path / 'out'}: holds this model already, complete and undamaged\n")
 
 
 # Nothing half done
@@ -378,23 +374,18 @@ def test_interrupted_in_the_middle_of_a_layer_nothing_is_left_of_it(made, tmp_pa
     assert set(contents(tmp_path / "out")) == {"outer.safetensors", "layer-000.safetensors"}
 
 
-SLOWLY = """
-import sys, time
-from duoserve import checkpoint
-real = checkpoint.HuggingFaceSource.pack
-def slowly(*args):
-    time.sleep(0.01)
-    real(*args)
-checkpoint.HuggingFaceSource.pack = slowly
-print("ready", flush=True)
-checkpoint.convert(sys.argv[1], sys.argv[2])
-"""
-
-
 def start(made, out):
-    process = subprocess.Popen([sys.executable, "-c", SLOWLY, str(made / "hf"), str(out)], cwd=ROOT,
-                               env=ENVIRONMENT, stdout=subprocess.PIPE)
-    process.stdout.readline()
+    """A conversion in a process of its own, slow enough to be met half-way."""
+    def slowly(*args):
+        time.sleep(0.005)
+        real(*args)
+
+    def run():
+        checkpoint.HuggingFaceSource.pack = slowly
+        convert(made / "hf", out, progress=False)
+    real = checkpoint.HuggingFaceSource.pack
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
     return process
 
 
@@ -402,12 +393,11 @@ def test_killed_and_run_twice_at_once(made, tmp_path):
     out = tmp_path / "out"
     process = start(made, out)
     while not list(out.glob(".layer-*.part")):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.002)
-    time.sleep(random.random() * 0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    time.sleep(random.random() * 0.25)
+    process.kill()
+    process.join()
     left = set(contents(out))
     assert "manifest.json" not in left
     for name in left:
@@ -416,8 +406,8 @@ def test_killed_and_run_twice_at_once(made, tmp_path):
     alive.write_bytes(b"x")
     both = [start(made, out), start(made, out)]
     for process in both:
-        process.communicate()
-        assert process.returncode == 0
+        process.join()
+        assert process.exitcode == 0
     alive.unlink()
     assert contents(out) == contents(made / "packed")
 

@@ -93,14 +93,6 @@ def test_a_prompt_from_a_file(ask, tmp_path):
         assert ask("--prompt-file", tmp_path / "p.txt")[1] == ask("--prompt", "the quick" + same)[1]
 
 
-@pytest.mark.parametrize("words, prompt", [(("the fox",), "'the fox'"), (("the", "fox"), "'the fox'"),
-                                           (("--prompt", "the", "quick fox"), "'the quick fox'")])
-def test_a_prompt_without_its_flag_or_quotes(words, prompt, ask):
-    status, out, err = ask(*words)
-    assert (status, out) == (2, "")
-    a_line(err, f"--prompt {prompt}")
-
-
 def test_host_memory_says_what_it_keeps_and_the_closing_line_what_it_costs(ask):
     run = ("--prompt", "the quick", "--cache-experts", 4, "--simulate-link", "1MB/s")
     status, out, err = ask(*run, "--host-memory", "30%")
@@ -148,56 +140,82 @@ def test_an_interruption_shows_what_there_is(ask, monkeypatch):
     assert "Traceback" not in err
 
 
-GENERATE_ERRORS = [
-    (["--prompt", "a", "--frobnicate"], "--frobnicate"),
-    ([], "--prompt"),
+# Flag -> values that it refuses in one line which names the flag, whatever else is right.
+SIZES = "abc", "", "4GB/s", "0", "0%", "-5", "-1GB", "nan%", "x%", "1e999%", "4 GiB more"
+BAD_VALUES = {
+    "--max-new-tokens": ("0", "-1", "many"), "--temperature": ("-1", "nan", "inf"), "--top-p": ("0", "1.1", "nan"),
+    "--top-k": ("0", "-1"), "--seed": ("-1", "9" * 30), "--context": ("1", "-5", "257", "1000000"),
+    "--threads": ("0", "-1", "x", "1.5", "99999"), "--cache-experts": ("1", "-2"), "--policy": ("nope", "Duo"),
+    "--dtype": ("int4",), "--device": ("tpu", "meta", "gpu0", "cuda:9"),
+    "--gpu-memory": (*SIZES, "9" * 400), "--host-memory": SIZES,
+    "--simulate-link": ("-1", "0", "abc", "9" * 400), "--timeline": ("/tmp", "t.png"),
+    "--trace-dir": ("README.md", "/dev/null/traces"), "--predictor": ("/no/such/predictor",),
+    "--model": ("README.md", "/no/such/dir")}
+
+
+@pytest.mark.parametrize("flag", BAD_VALUES)
+def test_a_bad_value_is_one_line_that_names_its_flag(flag, ask):
+    threads = torch.get_num_threads()
+    for value in BAD_VALUES[flag]:
+        status, out, err = ask("--prompt", "a", f"{flag}={value}")
+        assert (status, out) == (2, ""), value
+        a_line(err, value[:40], *[flag] * (flag not in ("--predictor", "--model")))
+        assert not flag.endswith("memory") or "/s'" not in err.replace("'4GB/s'", "")   # sizes are no rates
+    assert torch.get_num_threads() == threads
+
+
+# Arguments -> words that say how to mend it.
+MENDS = [
+    ([], "--prompt"), (["--prompt", ""], "prompt"), (["--prompt", " \n "], "prompt"),
     (["--prompt", "a", "--prompt-file", "b"], "--prompt"),
-    (["--prompt", "a", "--model", "/no/such/dir"], "/no/such/dir"),
-    (["--prompt", ""], "prompt"),
-    (["--prompt", " \n "], "prompt"),
-    (["--prompt", "fox " * 400], "--context"),
-    (["--prompt", "fox " * 9, "--context", "8"], "--context"),
-    (["--prompt", "a", "--context", "1"], "--context"),
-    (["--prompt", "a", "--context", "100000"], "--context"),
-    (["--prompt-file", "/no/such/file"], "/no/such/file"),
-    (["--prompt-file", "/no/such/file"], "name a text file"),
-    (["--prompt-file", "a", "the fox"], "unrecognized arguments: the fox"),
-    (["--prompt-file", "/"], "--prompt-file"),
-    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
-    (["--prompt", "a", "--max-new-tokens", "-1"], "--max-new-tokens"),
-    (["--prompt", "a", "--max-new-tokens", "many"], "--max-new-tokens"),
-    (["--prompt", "a", "--temperature", "-1"], "--temperature"),
-    (["--prompt", "a", "--temperature", "nan"], "--temperature"),
-    (["--prompt", "a", "--top-p", "0"], "--top-p"),
-    (["--prompt", "a", "--top-p", "1.1"], "--top-p"),
-    (["--prompt", "a", "--top-k", "0"], "--top-k"),
-    (["--prompt", "a", "--seed", "9" * 30], "--seed"),
-    (["--prompt", "a", "--policy", "nope"], "--policy"),
-    (["--prompt", "a", "--dtype", "int4"], "--dtype"),
-    (["--prompt", "a", "--device", "tpu"], "--device"),
-    (["--prompt", "a", "--device", "cuda:9"], "--device"),
-    (["--prompt", "a", "--cache-experts", "1"], "--cache-experts"),
-    (["--prompt", "a", "--cache-experts", "-2"], "--cache-experts"),
-    (["--prompt", "a", "--gpu-memory", "1MB"], "--gpu-memory"),
-    (["--prompt", "a", "--gpu-memory", "abc"], "--gpu-memory"),
-    (["--prompt", "a", "--gpu-memory", "11"], "11 was read as bytes; write 11GiB"),
-    (["--prompt", "a", "--gpu-memory", "8000"], "8000 was read as bytes; write 8000MB"),
-    (["--prompt", "a", "--gpu-memory", "0%"], "--gpu-memory"),
-    (["--prompt", "a", "--simulate-link", "-1"], "--simulate-link"),
-    (["--prompt", "a", "--simulate-link", "0"], "--simulate-link"),
-    (["--prompt", "a", "--simulate-link", "abc"], "--simulate-link"),
+    (["--prompt-file", "/no/such/file"], "/no/such/file", "name a text file"),
+    (["--prompt-file", "a", "the fox"], "unrecognized arguments: the fox"), (["--prompt-file", "/"], "--prompt-file"),
+    (["the fox"], "--prompt 'the fox'"), (["the", "fox"], "--prompt 'the fox'"),
+    (["--prompt", "the", "quick fox"], "--prompt 'the quick fox'"),
+    (["--prompt", "fox " * 400], "--context"), (["--prompt", "fox " * 9, "--context", "8"], "--context"),
+    (["--prompt", "a", "--model", "mistralai/Mixtral-8x7B-v0.1"], "nothing is downloaded"),
+    (["--prompt", "a", "--timeline", "/no/such/dir/t.svg"], "/no/such/dir"),
+    (["--prompt", "a", "--simulate-link", "25"], "25GB/s"),
     (["--prompt", "a", "--simulate-link", "25Gb/s"], "8 of them a byte: write 3.12GB/s"),
     (["--prompt", "a", "--simulate-link", "1Gbps"], "write 125MB/s"),
-    (["--prompt", "a", "--predictor", "/no/such/predictor"], "/no/such/predictor"),
-    (["--prompt", "a", "--trace-dir", "/dev/null/traces"], "--trace-dir"),
-]
+    (["--prompt", "a", "--gpu-memory", "1MB"], "--gpu-memory 1 MB", "is the least that works"),
+    *((["--prompt", "a", flag, size], f"{flag} {size}", mend)
+      for flag in ("--gpu-memory", "--host-memory")
+      for size, mend in (("11", "was read as bytes; write 11GiB"), ("8000", "was read as bytes; write 8000MB"),
+                         ("0.9", "is 90% meant?"), ("0.125", "is 12.5% meant?"), ("1.5", "write 1.5GiB")))]
 
 
-@pytest.mark.parametrize("arguments, name", GENERATE_ERRORS, ids=lambda value: None if isinstance(value, str) else " ".join(value)[:50])
-def test_a_mistake_is_one_line(arguments, name, ask):
-    status, out, err = ask(*arguments)
+def test_a_mistake_is_one_line_that_says_how_to_mend_it(ask):
+    for arguments, *words in MENDS:
+        status, out, err = ask(*arguments)
+        assert (status, out) == (2, ""), arguments
+        a_line(err, *words)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("generate", "--prompt", "a", "--modle", "x"), "did you mean --model?"),
+    (("generate", "--prompt", "a", "--gpu_memory=8GiB"), "did you mean --gpu-memory?"),
+    (("generate", "--prompt", "a", "-json"), "did you mean --json?"),
+    (("generate", "-prompt", "a"), "did you mean --prompt?"),
+    (("generate", "-prompt=a"), "did you mean --prompt?"),
+    (("generate", "--prompt", "a", "--policy", "LRU"), "did you mean lru?"),
+    (("generate", "--prompt", "a", "--policy", "ondemand"), "did you mean on-demand?"),
+    (("bench", "schedule", "t", "--chunk-size", "4"), "did you mean --chunks?"),
+    (("bench", "run", "--policies", "duo", "lur"), "did you mean lru?"),
+    (("bench", "schedule", "t", "--policies", "orakle"), "did you mean oracle?"),
+    (("train", "t", "--ouput", "p"), "did you mean --out?"),
+    (("checkpoint", "a", "b", "--group_size", "64"), "did you mean --group-size?"),
+    (("generate", "--prompt", "a", "--frobnicate"), "--frobnicate"),
+    (("generate", "--prompt", "a", "--policy", "nope"), "--policy nope")],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value))
+def test_a_misspelled_word_is_named_with_what_was_meant(arguments, words, cli, traces, tiny):
+    """And a word that is like no other gets no guess."""
+    arguments = [traces if word == "t" else word for word in arguments]
+    model = () if arguments[0] == "checkpoint" else ("--model", tiny)
+    status, out, err = cli(*arguments, *model)
     assert (status, out) == (2, "")
-    a_line(err, name)
+    a_line(err, words)
+    assert ("did you mean" in err) == ("did you mean" in words)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -327,7 +345,7 @@ def test_training_says_what_it_replaces_and_when_it_tests_on_what_it_saw(cli, ha
     assert (model / "predictor.safetensors").read_bytes() == (tmp_path / "p").read_bytes()
 
 
-def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, monkeypatch):
+def test_training_that_lasts_shows_how_far_it_is(cli, hasty, tiny, traces, tmp_path, monkeypatch):
     """With rate and time left, in one line that is wiped; and nothing of it where standard error is no terminal."""
     clock = (i / 16 for i in count())
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -335,7 +353,7 @@ def test_training_that_lasts_shows_how_far_it_is(cli, tiny, traces, tmp_path, mo
     assert cli(*run)[2] == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     shown = cli(*run)[2]
-    assert shown.startswith("\rtraining steps: 32 of 1,000, 16/s, 1:00 left") and "\n" not in shown
+    assert shown.startswith("\rtraining steps: 32 of 120, 16/s, 0:06 left") and "\n" not in shown
     assert shown.endswith("0:00 left\033[K\r\033[K")
 
 
@@ -527,58 +545,71 @@ def test_a_text_that_says_nothing(data, word, cli, tiny, tmp_path):
     a_line(err, word, *[path] * (word != "--context"))
 
 
-@pytest.mark.parametrize("arguments, name", [
-    (["quality"], "FILE"), (["schedule", "TRACES", "--policies", "nope"], "nope"),
-    (["schedule", "TRACES", "--cache-experts", "1"], "--cache-experts"),
-    (["schedule", "TRACES", "--attention-ms", "-1"], "--attention-ms"),
-    (["schedule", "TRACES", "--expert-transfer-ms", "0"], "--expert-transfer-ms"),
-    (["schedule", "TRACES", "--prefill-attention-ms", "-1"], "--prefill-attention-ms"),
-    (["schedule", "TRACES", "--prefill-expert-ms", "nan"], "--prefill-expert-ms"),
-    (["schedule", "TRACES", "--chunks", "0"], "--chunks"),
-    (["schedule", "TRACES", "--link", "fast"], "--link"),
-    (["schedule", "TRACES", "--link", "25"], "--link 25: 25 B a second is not a link's speed; write it like 25GB/s"),
-    (["schedule", "TRACES", "--link", "100Gbit/s"], "--link 100Gbit/s: that is bits, 8 of them a byte: write 12.5GB/s"),
-    (["schedule", "TRACES", "--link", "25GB/s", "--expert-transfer-ms", "3"], "--link"),
-    (["schedule", "TRACES", "--gpu-memory", "12"], "write 12GiB"),
-    (["schedule", "TRACES", "--gpu-memory", "1MB"], "--gpu-memory"),
-    (["schedule", "TRACES", "--predictor", "/no/such/file"], "/no/such/file"),
-    (["schedule", "--model-config", "/no/such/config"], "/no/such/config"),
-    (["schedule"], "TRACES"),
-    (["schedule", "TRACES", "--what"], "--what"),
-    (["run", "--rounds", "0"], "--rounds"),
-    (["run", "--max-new-tokens", "1"], "--max-new-tokens"),
-    (["run", "--policies", "nope"], "nope"),
-    (["run", "--prompt", ""], "prompt"),
-    (["sing"], "sing"), ([], "schedule, run, gpu, quality")], ids=lambda value: None if isinstance(value, str) else " ".join(value))
-def test_a_mistake_in_bench_is_one_line(arguments, name, cli, tiny, traces):
-    if arguments[:1] in (["schedule"], ["run"]):
-        arguments = [*arguments, "--model", tiny] if "--predictor" in arguments else [*arguments, "--model", tiny, "--predictor", "none"]
-    status, out, err = cli("bench", *(traces if a == "TRACES" else a for a in arguments))
-    assert (status, out) == (2, "")
-    a_line(err, "" if name == "TRACES" else name)
+BENCH_MISTAKES = [
+    ("schedule TRACES --policies nope", "nope"), ("schedule TRACES --cache-experts 1", "--cache-experts"),
+    ("schedule TRACES --attention-ms -1", "--attention-ms"),
+    ("schedule TRACES --expert-transfer-ms 0", "--expert-transfer-ms"),
+    ("schedule TRACES --prefill-attention-ms -1", "--prefill-attention-ms"),
+    ("schedule TRACES --prefill-expert-ms nan", "--prefill-expert-ms"),
+    ("schedule TRACES --chunks 0", "--chunks"), ("schedule TRACES --link fast", "--link"),
+    ("schedule TRACES --link 25", "--link 25: 25 B a second is not a link's speed; write it like 25GB/s"),
+    ("schedule TRACES --link 100Gbit/s", "--link 100Gbit/s: that is bits, 8 of them a byte: write 12.5GB/s"),
+    ("schedule TRACES --link 25GB/s --expert-transfer-ms 3", "--link"),
+    ("schedule TRACES --gpu-memory 12", "write 12GiB"), ("schedule TRACES --gpu-memory 1MB", "--gpu-memory"),
+    ("schedule TRACES --predictor /no/such/file", "/no/such/file"),
+    ("schedule TRACES --context 1000000", "--context 1000000: this model takes from 2 to 256 tokens"),
+    ("schedule TRACES --context 1", "--context 1: this model takes from 2 to 256 tokens"),
+    ("schedule TRACES --context -5", "--context -5: this model takes from 2 to 256 tokens"),
+    ("schedule TRACES --what", "--what"), ("schedule", ""), ("schedule --model-config /no/such/config", "/no/such/config"),
+    # What is neither a word of the list nor the directory after it
+    ("schedule --model-config CONFIG --policies duo tarces", "--policies tarces: unknown"),
+    ("schedule --model-config CONFIG --cache-experts nine", "--cache-experts nine"),
+    ("schedule --model-config CONFIG --cache-experts 9 2.5", "--cache-experts 2.5"),
+    ("run --rounds 0", "--rounds"), ("run --max-new-tokens 1", "--max-new-tokens"), ("run --policies nope", "nope"),
+    ("run --prompt=", "prompt"), ("quality", "FILE"), ("sing", "sing"), ("", "schedule, run, gpu, quality")]
+
+
+def test_a_mistake_in_bench_is_one_line(cli, tiny, traces):
+    for line, name in BENCH_MISTAKES:
+        given = {"TRACES": traces, "CONFIG": tiny / "config.json"}
+        arguments = [given.get(word, word) for word in line.split()]
+        if arguments[:1] in (["schedule"], ["run"]):
+            arguments += [*["--model", tiny] * ("CONFIG" not in line),
+                          *["--predictor", "none"] * ("--predictor" not in line)]
+        status, out, err = cli("bench", *arguments)
+        assert (status, out) == (2, ""), line
+        a_line(err, name)
 
 
 # For real
 
 
-def test_the_program_itself_reads_a_prompt_from_standard_input(tiny, ask):
-    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 6,
-                  "--prompt-file", "-")
-    out, err = run.communicate("the quick".encode(), timeout=120)
-    assert run.returncode == 0
-    assert out.decode() == ask("--prompt", "the quick")[1]
+def test_the_programs_themselves(tiny, traces, ask):
+    """Four at once, since starting takes the time: a prompt from standard input, a reader that goes away (`| head -c 1`),
+    a standard output that is full, and a mistake in the bench."""
+    command = ("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens")
+    piped = program(*command, 6, "--prompt-file", "-")
+    left = program(*command, 200, "--prompt", "the", "--simulate-link", "3MB/s")
+    with open("/dev/full", "w") as device:
+        full = program(*command, 2, "--prompt", "a", stdout=device)
+    bench = program("-m", "duoserve.bench", "schedule", traces, "--model", tiny, "--cache-experts", 1)
+
+    out, err = piped.communicate(b"the quick", timeout=120)
+    assert (piped.returncode, out.decode()) == (0, ask("--prompt", "the quick")[1])
     assert b"6 tokens" in err and b"Warning" not in err
 
+    assert left.stdout.read(1)
+    left.stdout.close()
+    err = left.stderr.read()
+    assert left.wait(timeout=120) == 0 and b"Traceback" not in err and b"Exception" not in err
 
-def test_a_reader_that_goes_away_is_no_mistake(tiny):
-    """`generate.py ... | head -c 1`"""
-    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 200,
-                  "--prompt", "the", "--simulate-link", "3MB/s")
-    run.stdin.close()
-    assert run.stdout.read(1)
-    run.stdout.close()
-    err = run.stderr.read()
-    assert run.wait(timeout=120) == 0 and b"Traceback" not in err and b"Exception" not in err
+    err = full.communicate(timeout=120)[1].decode()
+    assert full.returncode == 2
+    a_line(err, "standard output")
+
+    out, err = bench.communicate(timeout=120)
+    assert (bench.returncode, out) == (2, b"")
+    assert err.decode().splitlines()[-1].startswith("error: --cache-experts 1") and b"Warning" not in err
 
 
 def test_ctrl_c_ends_it_in_peace(tiny):
@@ -588,13 +619,6 @@ def test_ctrl_c_ends_it_in_peace(tiny):
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 130 and b"interrupted" in err and b"Traceback" not in err
-
-
-def test_the_bench_as_a_module(traces, tiny):
-    run = program("-m", "duoserve.bench", "schedule", traces, "--model", tiny, "--cache-experts", 1)
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == 2 and out == b""
-    assert err.decode().splitlines()[-1].startswith("error: --cache-experts 1") and b"Warning" not in err
 
 
 def test_the_closing_line_says_how_many_experts_were_there_in_time():

@@ -34,8 +34,7 @@ def want(tiny):
 # Results never depend on the schedule
 
 
-@pytest.mark.parametrize("slots", (2, 3, 5, 11, 24))
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy, slots", [*((policy, slots) for policy in POLICIES for slots in (2, 3, 6)), ("duo", 24)])
 def test_the_same_bits_under_every_policy_and_size(policy, slots, tiny, want):
     engine = load(tiny, policy=policy, cache_experts=slots)
     assert same(answers(engine), want)
@@ -434,15 +433,15 @@ def test_any_bytes_stream_to_what_they_decode_to(tokenizer):
 
 
 def held() -> tuple[int, int, int]:
-    """How many tensors there are, their bytes, and those of all that Python has allocated since it is traced."""
+    """How many tensors there are, their bytes, and those of all that Python has allocated while it is traced."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return len(tensors), sum(tensor.nbytes for tensor in tensors), tracemalloc.get_traced_memory()[0]
 
 
-def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_path):
+def test_many_requests_and_a_long_answer_leave_nothing_behind(tmp_path):
     engine = load(packed(tmp_path, seed=7, num_hidden_layers=1, hidden_size=32, intermediate_size=32,
-                         num_attention_heads=2, max_position_embeddings=640, eos_token_id=[]), cache_experts=5)
+                         num_attention_heads=2, max_position_embeddings=320, eos_token_id=[]), cache_experts=5)
 
     def ask(n):
         for seed in range(n):
@@ -450,19 +449,21 @@ def test_two_hundred_requests_and_a_thousand_tokens_leave_nothing_behind(tmp_pat
         return held()
 
     ask(5)
+    gc.freeze()                             # what is there by now need not be counted again and again
     tracemalloc.start()
     try:
-        first, then, midway = ask(5), ask(200), []
-        for _ in engine.stream(SHORT, max_new_tokens=600, seed=1):
-            if engine.sequence.history.tokens[0] >= 250 * (len(midway) + 1):
+        first, then, midway = ask(5), ask(60), []
+        for _ in engine.stream(SHORT, max_new_tokens=200, seed=1):
+            if engine.sequence.history.tokens[0] >= 80 * (len(midway) + 1):
                 midway.append(held())
-        assert len(engine.result.token_ids) == 600
+        assert len(engine.result.token_ids) == 200
         last = ask(2)
     finally:
         tracemalloc.stop()
+        gc.unfreeze()
     assert first[:2] == then[:2] == last[:2] and midway[0][:2] == midway[1][:2]
-    assert then[2] - first[2] < 50_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
-    assert midway[1][2] - midway[0][2] < 250 * 100      # the text and the ids of the answer itself
+    assert then[2] - first[2] < 15_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
+    assert midway[1][2] - midway[0][2] < 80 * 100      # the text and the ids of the answer itself
     assert len(engine.cache.slot_of) <= 5 and at_rest(engine.cache)
 
 
@@ -497,43 +498,31 @@ def test_too_little_memory_names_the_least_that_works(tiny):
 # What a user can get wrong
 
 
-@pytest.mark.parametrize("options, flag", [
-    (dict(policy="nope"), "--policy"), (dict(cache_experts=1), "--cache-experts"), (dict(cache_experts=-3), "--cache-experts"),
-    (dict(gpu_memory="abc"), "--gpu-memory"), (dict(gpu_memory="0%"), "--gpu-memory"), (dict(gpu_memory="x%"), "--gpu-memory"),
-    (dict(gpu_memory="-1GB"), "--gpu-memory"), (dict(gpu_memory=0), "--gpu-memory"), (dict(gpu_memory="nan%"), "--gpu-memory"),
-    (dict(context=1), "--context"), (dict(context=257), "--context"), (dict(dtype="int8"), "--dtype"),
-    (dict(dtype=torch.int8), "--dtype"), (dict(simulate_link="0"), "--simulate-link"), (dict(simulate_link=-1), "--simulate-link"),
-    (dict(simulate_link="fast"), "--simulate-link"), (dict(simulate_link=math.nan), "--simulate-link"),
-    (dict(simulate_link="9" * 400), "--simulate-link"), (dict(gpu_memory="9" * 400), "--gpu-memory"),
-    (dict(predictor="/no/such/file"), "/no/such/file"), (dict(predictor="/no/such/file", policy="lru"), "/no/such/file")])
-def test_bad_options(options, flag, tiny):
-    with pytest.raises(UserError, match=re.escape(flag)):
-        load(tiny, **options)
+def test_bad_options_of_an_engine(tiny):
+    """Values that only Python can give, for the flags that test_cli.py goes through."""
+    for options, flag in (
+            (dict(cache_experts=-3), "--cache-experts"), (dict(gpu_memory=0), "--gpu-memory"),
+            (dict(dtype=torch.int8), "--dtype"), (dict(simulate_link=-1), "--simulate-link"),
+            (dict(simulate_link=math.nan), "--simulate-link"), (dict(context=257), "--context"),
+            (dict(predictor="/no/such/file", policy="lru"), "/no/such/file"), (dict(device="gpu0"), "--device")):
+        with pytest.raises(UserError, match=flag):
+            Engine.from_pretrained(tiny, **{"device": "cpu", "predictor": "none"} | options)
 
 
-@pytest.mark.parametrize("device", ("cuda", "cuda:99", "tpu", "meta", "gpu0"))
-def test_bad_devices(device, tiny):
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(UserError, match="--device"):
-        Engine.from_pretrained(tiny, device=device)
-
-
-@pytest.mark.parametrize("options, flag", [
-    (dict(max_new_tokens=0), "--max-new-tokens"), (dict(temperature=-1), "--temperature"), (dict(top_p=0), "--top-p"),
-    (dict(temperature=math.nan), "--temperature"), (dict(temperature=math.inf), "--temperature"), (dict(top_p=1.1), "--top-p"),
-    (dict(top_p=math.nan), "--top-p"), (dict(top_k=0), "--top-k"), (dict(seed=2**70), "--seed"), (dict(seed=-2**70), "--seed")])
-def test_bad_sampling(options, flag, tiny):
-    with pytest.raises(UserError, match=flag):
-        load(tiny).generate(SHORT, **{"max_new_tokens": 2} | options)
-
-
-@pytest.mark.parametrize("prompt", ("", "  \n", [], [320], [-1]))
-def test_bad_prompts(prompt, tiny):
+def test_bad_requests_leave_the_engine_as_it_was(tiny):
     engine = load(tiny)
-    with pytest.raises(UserError, match="prompt|token id"):
-        engine.generate(prompt)
-    assert engine.generate(SHORT, max_new_tokens=2).token_ids
+    want = engine.generate(SHORT, max_new_tokens=2).token_ids
+    for options, flag in (
+            (dict(max_new_tokens=0), "--max-new-tokens"), (dict(temperature=-1), "--temperature"),
+            (dict(temperature=math.nan), "--temperature"), (dict(temperature=math.inf), "--temperature"),
+            (dict(top_p=0), "--top-p"), (dict(top_p=1.1), "--top-p"), (dict(top_p=math.nan), "--top-p"),
+            (dict(top_k=0), "--top-k"), (dict(seed=2**70), "--seed"), (dict(seed=-2**70), "--seed")):
+        with pytest.raises(UserError, match=flag):
+            engine.generate(SHORT, **{"max_new_tokens": 2} | options)
+    for prompt in ("", "  \n", [], [320], [-1]):
+        with pytest.raises(UserError, match="prompt|token id"):
+            engine.generate(prompt)
+    assert engine.generate(SHORT, max_new_tokens=2).token_ids == want
 
 
 def test_a_request_holds_the_engine_until_it_is_finished_or_closed(tiny):
@@ -675,17 +664,17 @@ def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
         return frame is not None and (frame.f_code.co_name in ("_prefill", "_decode", "_begin") or passing(frame.f_back))
 
     interrupted = 0
-    for came in interruptions(engine, range(1, 400, 4), lambda frame: not passing(frame)):
+    for came in interruptions(engine, range(1, 400, 11), lambda frame: not passing(frame)):
         interrupted += came
         tokens = engine.result.token_ids
         assert tokens == want.token_ids[:len(tokens)]
-    assert interrupted > 5 and engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
+    assert interrupted > 3 and engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
 
 
 @pytest.mark.parametrize("policy", ("duo", "lru"))
 def test_an_interruption_at_any_line_leaves_an_engine_that_works(policy, tiny):
     engine, want = load(tiny, policy=policy, cache_experts=4, simulate_link="1GB/s"), load(tiny).generate(SHORT, **SAMPLED)
-    for _ in interruptions(engine, range(1, 220, 3), lambda frame: frame.f_code.co_name in ("_take", "_evict", "send")):
+    for _ in interruptions(engine, range(1, 220, 7), lambda frame: frame.f_code.co_name in ("_take", "_evict", "send")):
         assert engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
 
 
@@ -728,7 +717,7 @@ def test_an_interruption_at_any_line_never_changes_what_comes_next(tmp_path):
     ask(engine, 0)
     points = lines_met(lambda: ask(engine, 1))
     assert len(points) > 200 and len({(file, decoding) for file, _, decoding in points}) == 5
-    for point in points:
+    for point in points[::2]:
         ask(engine, 0)
         with pytest.raises(KeyboardInterrupt):
             lines_met(lambda: ask(engine, 1), point)

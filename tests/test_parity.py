@@ -166,8 +166,8 @@ def test_engine(name, directories):
     assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize("cache_experts", (2, 5, 18))        # fewer than top_k, a few, all
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy, cache_experts", [         # fewer than top_k, a few, all
+    *((policy, slots) for policy in POLICIES for slots in (2, 5)), ("duo", 18)])
 def test_engine_under_every_policy(policy, cache_experts, directories):
     """The answers are transformers' whoever decides which of the experts are at hand."""
     want = reference("six_experts")

@@ -2,11 +2,11 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from models import a_line, contents, TEXT, write_hf
+from models import a_line, contents, program, TEXT, write_hf
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -30,7 +30,6 @@ from duoserve.packed import PackedModel, fingerprint, tensor_files
 from duoserve.predictor import Predictor
 from duoserve.trace import Trace
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = dict(num_hidden_layers=1, num_local_experts=2, hidden_size=32, intermediate_size=32, head_dim=8)
 
 
@@ -143,25 +142,6 @@ def test_a_spoilt_packed_directory_is_one_line(mistake, made, tmp_path, cli):
     a_line(err, directory, *names)
 
 
-@pytest.mark.parametrize("flag", ("--gpu-memory", "--host-memory"))
-@pytest.mark.parametrize("size", ("4GB/s", "0", "lots", "0%", "-5", "nan%", "1e999%", "", "4 GiB more"))
-def test_a_size_that_is_none(flag, size, ask):
-    status, out, err = ask("--prompt", "a", f"{flag}={size}")
-    assert (status, out) == (2, "") and "/s'" not in err.replace("'4GB/s'", "")
-    a_line(err, flag, size)
-
-
-@pytest.mark.parametrize("arguments, name", [
-    (("--model", "mistralai/Mixtral-8x7B-v0.1"), "nothing is downloaded"), (("--model", "README.md"), "README.md"),
-    (("--simulate-link", "25"), "25GB/s"), (("--timeline", "/no/such/dir/t.svg"), "/no/such/dir"),
-    (("--timeline", "/tmp"), "--timeline"), (("--seed", "-1"), "--seed"), (("--context", "-3"), "--context"),
-    (("--top-k", "-1"), "--top-k"), (("--policy", "Duo"), "--policy"), (("--trace-dir", "README.md"), "README.md")])
-def test_other_mistakes(arguments, name, ask):
-    status, out, err = ask("--prompt", "a", *arguments)
-    assert (status, out) == (2, "")
-    a_line(err, name)
-
-
 def test_what_is_wrong_with_the_prompt_is_said_before_anything_is_loaded(ask, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "__init__", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "empty").write_bytes(b" \n")
@@ -171,21 +151,11 @@ def test_what_is_wrong_with_the_prompt_is_said_before_anything_is_loaded(ask, tm
         a_line(err, "prompt")
 
 
-def run(*command, **options):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, **options)
-
-
-def test_standard_streams_that_are_closed_or_full(tiny):
-    command = ("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 2)
-    done = run(*command, "--prompt-file", "-", preexec_fn=lambda: os.close(0))
-    assert done.returncode == 2
-    a_line(done.stderr, "standard input")
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, *map(str, command), "--prompt", "a"], cwd=ROOT, stdout=full,
-                              stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 2
-    a_line(done.stderr, "standard output")
+def test_a_standard_input_that_is_closed(ask, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)             # what Python makes of a stream that is closed
+    status, out, err = ask("--prompt-file", "-")
+    assert (status, out) == (2, "")
+    a_line(err, "standard input")
 
 
 def full_disk(size):
@@ -196,9 +166,10 @@ def full_disk(size):
 
 def test_a_disk_that_fills_up_and_one_that_cannot_be_written(tmp_path):
     write_hf(tmp_path / "hf", num_hidden_layers=2, vocab_size=2000)          # `outer` is the larger file
-    done = run("-m", "duoserve.checkpoint", tmp_path / "hf", tmp_path / "out", preexec_fn=full_disk(200_000))
-    assert done.returncode == 2 and list((tmp_path / "out").iterdir()) == []
-    a_line(done.stderr, tmp_path / "out/outer.safetensors", "cannot be written")
+    run = program("-m", "duoserve.checkpoint", tmp_path / "hf", tmp_path / "out", preexec_fn=full_disk(200_000))
+    err = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 2 and list((tmp_path / "out").iterdir()) == []
+    a_line(err, tmp_path / "out/outer.safetensors", "cannot be written")
     with pytest.raises(UserError, match="/proc/weights"):
         convert(tmp_path / "hf", "/proc/weights")
 
@@ -347,7 +318,7 @@ def use_source(directory):
 
 @pytest.mark.parametrize("name", ("config.json", INDEX, SHARD, "tokenizer.model"))
 def test_damaged_downloads(name, hf):
-    assert fuzz(hf, name, 120, use_source) > 60
+    assert fuzz(hf, name, 90, use_source) > 45
 
 
 def use_packed(directory, **options):
@@ -363,7 +334,7 @@ def use_packed(directory, **options):
 @pytest.mark.parametrize("name", ("config.json", "manifest.json", "outer.safetensors", "layer-000.safetensors"))
 def test_damaged_packed_models(name, made, tmp_path):
     directory = Path(shutil.copytree(made / "packed", tmp_path / "packed"))
-    assert fuzz(directory, name, 80, use_packed) > 40
+    assert fuzz(directory, name, 60, use_packed) > 30
 
 
 def test_damaged_predictors_and_traces(tiny, traces, predictor, tmp_path):
@@ -375,7 +346,7 @@ def test_damaged_predictors_and_traces(tiny, traces, predictor, tmp_path):
     def use_predictor(directory):
         read = Predictor.read(directory / predictor.name, fingerprint, 3, 8)
         read(0, np.ones((3, 3, 8), np.float32)), read(3, np.ones((3, 3, 8), np.float32)), read.popularity()
-    assert fuzz(tmp_path / "some", predictor.name, 150, use_predictor) > 50
+    assert fuzz(tmp_path / "some", predictor.name, 100, use_predictor) > 33
     assert fuzz(tmp_path / "some", trace.name, 80, lambda directory: Trace.read(directory / trace.name)) > 40
 
 
@@ -468,38 +439,28 @@ def test_killed_while_unpacking_there_is_nothing_or_all_of_it(made, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"back", "whole"}
 
 
-AT_ONCE = """
-import sys
-from duoserve.checkpoint import ensure_packed
-from duoserve.packed import PackedModel
-print("ready", flush=True)
-sys.stdin.readline()
-model = PackedModel(ensure_packed(sys.argv[1], sys.argv[2]))
-model.resident()
-"""
-
-
 def test_two_processes_that_need_the_same_model_for_the_first_time(made, tmp_path):
-    start = lambda: subprocess.Popen([sys.executable, "-c", AT_ONCE, made / "hf", tmp_path / "weights"], cwd=ROOT,
-                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    processes = [start() for _ in range(2)]
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(2)
+
+    def need():
+        start.wait()
+        PackedModel(ensure_packed(made / "hf", tmp_path / "weights")).resident()
+    processes = [fork.Process(target=need) for _ in range(2)]
     for process in processes:
-        process.stdout.readline()
+        process.start()
     for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+        process.join()
+        assert process.exitcode == 0
     [out] = (tmp_path / "weights").iterdir()
     assert contents(out) == contents(made / "packed")
 
 
-@pytest.mark.parametrize("flag, value", [
-    ("--policy", "nope"), ("--device", "cuda:7"), ("--dtype", "int8"), ("--predictor", "/no/such"), ("--gpu-memory", "abc"),
-    ("--host-memory", "abc"), ("--simulate-link", "fast"), ("--cache-experts", "1")])
-def test_a_mistaken_option_is_said_before_anything_is_converted(flag, value, hf, cli, monkeypatch):
+def test_a_mistaken_option_is_said_before_anything_is_converted(hf, cli, monkeypatch):
     monkeypatch.setattr("duoserve.checkpoint.convert", lambda *_, **__: pytest.fail("converted"))
-    status, out, err = cli("generate", "--model", hf, "--prompt", "a", f"{flag}={value}")
-    assert (status, out) == (2, "")
-    a_line(err, value if flag == "--predictor" else flag)
+    for flag, value in (("--policy", "nope"), ("--device", "cuda:7"), ("--dtype", "int8"), ("--predictor", "/no/such"),
+                        ("--gpu-memory", "abc"), ("--host-memory", "abc"), ("--simulate-link", "fast"),
+                        ("--cache-experts", "1")):
+        status, out, err = cli("generate", "--model", hf, "--prompt", "a", f"{flag}={value}")
+        assert (status, out) == (2, "")
+        a_line(err, value if flag == "--predictor" else flag)

@@ -1,4 +1,4 @@
-"""`bench gpu`, at the size that runs anywhere: its rows say what happened, and what cannot be measured is refused."""
+"""`bench gpu` at a size that runs anywhere: its rows are true, and what cannot be measured is refused."""
 
 import json
 
@@ -67,7 +67,8 @@ def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("--shape", "mixtral-7x8b"), "mixtral-8x22b"), (("--shape", "mixtral-8x7b", "--device", "cpu"), "--shape tiny"),
+    (("--shape", "mixtral-7x8b"), "mixtral-8x22b"),
+    (("--shape", "mixtral-8x7b", "--device", "cpu"), "--shape tiny"),
     (("--shape", "tiny", "--device", "cpu", "--policies", "best"), "--policies best"),
     (("--shape", "tiny", "--device", "cpu", "--persistence", "2"), "from 0 to 1"),
     (("--shape", "tiny", "--device", "cpu", "--gpu-memory", "1%"), "least that works")])

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: the project on the path, one thread (the models are tiny; two threads only wait for each other)."""
+"""Fixtures shared by all tests. One thread is enough for tiny models: two would only wait for each other."""
 
 import io
 import sys
@@ -16,7 +16,8 @@ from duoserve import checkpoint, training
 from duoserve.bench import __main__ as bench
 from duoserve.errors import run_main
 
-PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main, "checkpoint": checkpoint.main}
+PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": bench.main,
+            "checkpoint": checkpoint.main}
 
 
 def pytest_configure(config):
@@ -35,7 +36,8 @@ def traces(tiny, tmp_path_factory):
     """A directory with ten sequences that `tiny` generated, each of 12 prompt tokens and 12 new ones."""
     from duoserve import Engine
     from duoserve.trace import TraceRecorder
-    directory, engine = tmp_path_factory.mktemp("traces"), Engine.from_pretrained(tiny, device="cpu", predictor="none")
+    directory = tmp_path_factory.mktemp("traces")
+    engine = Engine.from_pretrained(tiny, device="cpu", predictor="none")
     recorder = engine.source.recorder = TraceRecorder(engine.config, engine.context, engine.device)
     for i in range(10):
         result = engine.generate([1, *range(20 * i + 20, 20 * i + 31)], max_new_tokens=12, seed=i)
@@ -45,17 +47,18 @@ def traces(tiny, tmp_path_factory):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Training that is over at once, for tests that do not ask how good a predictor is."""
+    """Short training, for tests that do not ask how good a predictor is."""
     monkeypatch.setattr(training, "LEAST_STEPS", 60)
 
 
 @pytest.fixture(scope="session")
 def predictor(tiny, traces, tmp_path_factory):
-    """The file that train_predictor.py makes of them, in haste."""
+    """The file that train_predictor.py makes of `traces`, after a short training."""
     out = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "LEAST_STEPS", 60)
-        patch.setattr(sys, "argv", ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
+        patch.setattr(sys, "argv",
+                      ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
         train_predictor.main()
     return out
 
@@ -67,7 +70,7 @@ def cli(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
             run_main(PROGRAMS[program])
-        return end.value.code, *capsys.readouterr()
+        return end.value.code or 0, *capsys.readouterr()
     return run
 
 
@@ -75,13 +78,14 @@ def cli(monkeypatch, capsys):
 def ask(cli, tiny):
     """`ask(*arguments)`: generate.py on the tiny model, with a short answer."""
     def run(*arguments):
-        return cli("generate", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 6, *arguments)
+        return cli("generate", "--model", tiny, "--device", "cpu", "--predictor", "none",
+                   "--max-new-tokens", 6, *arguments)
     return run
 
 
 @pytest.fixture
 def session(cli, monkeypatch):
-    """`session(model, lines, *arguments)` -> (exit status, standard output, standard error) of generate.py --interactive."""
+    """`session(model, lines, *arguments)`: generate.py --interactive with lines typed; as `cli`."""
     def run(model, lines, *arguments):
         data = lines if isinstance(lines, bytes) else "".join(f"{line}\n" for line in lines).encode()
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))

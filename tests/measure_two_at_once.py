@@ -1,8 +1,9 @@
-"""What two runs of generate.py at once cost each other: each should take at most three times as long as one alone.
+"""How much two runs of generate.py slow each other down: each should take at most three times as long as
+alone.
 
     python tests/measure_two_at_once.py [--rounds 3] [options of generate.py ...]
 
-Run by hand, on a machine that does nothing else: it measures time, so it is no test. Exit status 1 if it is more.
+Run it by hand on an idle machine: it measures time, so it is not a test. Exit status 1 if it is more.
 """
 
 import argparse
@@ -35,8 +36,10 @@ def main() -> int:
     worst = 0.0
     for name, label in (("load_s", "loading"), ("ttft_s", "first token"), ("tpot_s", "each further token")):
         one = statistics.median(stats[name] for stats, in alone)
-        two = statistics.median(max(stats[name] for stats in pair) for pair in both)       # the slower of the two
-        print(f"{label:20}{1e3 * one:9.1f} ms alone{1e3 * two:10.1f} ms beside another: {two / one:.2f} times")
+        slower = (max(stats[name] for stats in pair) for pair in both)
+        two = statistics.median(slower)
+        print(f"{label:20}{1e3 * one:9.1f} ms alone{1e3 * two:10.1f} ms beside another: "
+              f"{two / one:.2f} times")
         worst = max(worst, two / one)
     return int(worst > MOST)
 

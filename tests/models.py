@@ -1,5 +1,5 @@
-"""What tests share: small random Mixtrals in Hugging Face's layout, the same on every machine, and ways to put an engine
-to the test."""
+"""What tests share: small random Mixtrals in Hugging Face's layout, the same on every machine, and ways to
+disturb an engine."""
 
 import json
 import os
@@ -26,13 +26,15 @@ from duoserve.model import Expert, Mixtral
 from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear
 
-TEXT = "the quick brown fox jumps over the lazy dog and then the other dogs run home to the old house on the hill"
-DEFAULTS = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=256,
-                rms_norm_eps=1e-5, rope_theta=10000.0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+TEXT = ("the quick brown fox jumps over the lazy dog and then the other dogs run home to the old house "
+        "on the hill")
+DEFAULTS = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2,
+                max_position_embeddings=256, rms_norm_eps=1e-5, rope_theta=10000.0, bos_token_id=1,
+                eos_token_id=2, tie_word_embeddings=False)
 
-# Name -> arguments of `write_hf`, each the least model that shows one thing; `make_reference.py` wrote down what
-# transformers answers. Seeds are such that no greedy step is close and that no EOS comes.
+# Name -> arguments of `write_hf`: the smallest model that shows one feature. `make_reference.py` recorded
+# what transformers answers. With these seeds no greedy step is close, and no EOS comes.
 SHAPES: dict[str, dict] = {
     "mha": dict(seed=101, num_key_value_heads=4, intermediate_size=128),
     "gqa4": dict(seed=201, num_attention_heads=8, hidden_size=96, head_dim=16, intermediate_size=160),
@@ -48,31 +50,32 @@ SHAPES: dict[str, dict] = {
 
 @cache
 def tokenizer_model(*control: str) -> bytes:
-    """A sentencepiece BPE of 320 pieces: unk, bos, eos, `control` symbols, the 256 bytes, and what the text offers."""
+    """A sentencepiece BPE of 320 pieces: unk, bos, eos, `control`, the 256 bytes, and pieces of `TEXT`."""
     out = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT]), model_writer=out, model_type="bpe", vocab_size=320, byte_fallback=True,
-        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
-        control_symbols=list(control))
+        sentence_iterator=iter([TEXT]), model_writer=out, model_type="bpe", vocab_size=320,
+        byte_fallback=True, normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+        minloglevel=2, control_symbols=list(control))
     return out.getvalue()
 
 
 def grid_matrix(rng: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
-    """[rows, columns] of (q - 8) * 2**-k, q in 0..15 with both ends in every 32 columns: packing loses nothing."""
+    """[rows, columns] of (q - 8) * 2**-k with q = 0 and 15 in every 32 columns: packing loses nothing."""
     q = rng.randint(0, 16, (rows, columns // 32, 32))
     low, high = np.split(rng.rand(rows, columns // 32, 32).argsort(-1)[..., :2], 2, -1)
     np.put_along_axis(q, low, 0, -1)
     np.put_along_axis(q, high, 15, -1)
-    k = round(np.log2(4.9 * columns ** 0.5))        # 4.9 is q's deviation, the forced ends included
+    k = round(np.log2(4.9 * columns ** 0.5))        # 4.9 is q's standard deviation, with the forced ends
     return (q.reshape(rows, columns) - 8) * 2.0 ** -k
 
 
-def write_hf(path: Path, *, seed: int = 0, grid: bool = False, dtype: torch.dtype = torch.bfloat16, shards: int = 1,
-             **config_overrides) -> dict[str, Tensor]:
+def write_hf(path: Path, *, seed: int = 0, grid: bool = False, dtype: torch.dtype = torch.bfloat16,
+             shards: int = 1, **config_overrides) -> dict[str, Tensor]:
     """Write a random Hugging Face Mixtral directory; `config_overrides` are keys of its config.json.
 
-    Weights come from numpy's `RandomState`, whose stream never changes (NEP 19). With `grid`, every matrix that gets
-    packed is exactly representable in 4 bits, at any group size. Returns the state dict by Hugging Face's names.
+    Weights come from numpy's `RandomState`, whose stream never changes (NEP 19). With `grid`, every matrix
+    that gets packed is exactly representable in 4 bits, at any group size. Returns the state dict by Hugging
+    Face's names.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,8 @@ def write_hf(path: Path, *, seed: int = 0, grid: bool = False, dtype: torch.dtyp
     for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         norm(f"{layer}.input_layernorm.weight")
-        for name, n in (("q", heads), ("k", config["num_key_value_heads"]), ("v", config["num_key_value_heads"])):
+        for name, n in (("q", heads), ("k", config["num_key_value_heads"]),
+                        ("v", config["num_key_value_heads"])):
             matrix(f"{layer}.self_attn.{name}_proj.weight", n * head_dim, D)
         matrix(f"{layer}.self_attn.o_proj.weight", D, heads * head_dim)
         norm(f"{layer}.post_attention_layernorm.weight")
@@ -119,7 +123,7 @@ def write_hf(path: Path, *, seed: int = 0, grid: bool = False, dtype: torch.dtyp
     if shards == 1:
         save_file(state, path / "model.safetensors", {"format": "pt"})
         return state
-    where = {}                                      # in contiguous runs, so that layers and experts straddle files
+    where = {}                              # contiguous parts, so that layers and experts straddle files
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = names[i * len(names) // shards:(i + 1) * len(names) // shards]
@@ -140,7 +144,8 @@ def packed(path: Path, *, group_size: int = 128, **arguments) -> Path:
 
 
 ROOT = Path(__file__).resolve().parents[1]
-LONG = [1, *(7 * i % 300 + 10 for i in range(69))]      # long enough that prefill takes every expert as certain
+# Long enough for prefill to expect every expert to be used.
+LONG = [1, *(7 * i % 300 + 10 for i in range(69))]
 SHORT = [1, 42, 77, 200, 33]
 SAMPLED = dict(max_new_tokens=10, temperature=0.9, top_p=0.9, seed=3)
 
@@ -149,12 +154,14 @@ def a_line(error: str, *names: str) -> None:
     """One line that says what is wrong and names it."""
     assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error, error
     for name in names:
-        assert str(name) in error
+        assert str(name) in error, error
 
 
-def program(*arguments, **options):
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+def program(*arguments, **options) -> subprocess.Popen:
+    """`python` with these arguments in the project's directory; streams are pipes unless given."""
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
 
 
 def contents(directory):
@@ -162,7 +169,7 @@ def contents(directory):
 
 
 class AllExperts:
-    """An `ExpertSource` with every expert at hand, handed out last first: the order must not matter."""
+    """An `ExpertSource` that has every expert and yields them last first: the order must not matter."""
 
     def __init__(self, model: PackedModel, linear):
         self.table, self.logits, self.lookahead, self.top_k = {}, [], [], model.config.num_experts_per_tok
@@ -193,7 +200,7 @@ class AllExperts:
 
 
 def build(directory: Path, **changes) -> tuple[Mixtral, AllExperts]:
-    """The packed model, whole, in float32; `changes` are of its config, to show that the comparison would notice."""
+    """The whole packed model in float32; `changes` to its config show that a comparison would notice them."""
     stored = PackedModel(directory)
     linear = partial(PackedLinear, largest_group=stored.largest_group)
     model = Mixtral(replace(stored.config, **changes), linear)
@@ -221,9 +228,10 @@ def put_lane(engine, lane):
 
 
 class LateLane(SimulatedLane):
-    """Bytes arrive when their time comes and not before. From its first chunk on a slot is NaN wherever they have not.
+    """Bytes arrive at their time and not before; once a transfer begins, its slot is NaN where they are
+    missing.
 
-    Time is virtual and passes at each read, by chance, and where the schedule waits for a transfer.
+    Time is virtual. It passes, by a random amount, at each read, and where the schedule waits for a transfer.
     """
 
     def __init__(self, engine, seed=0, chunk=None):
@@ -253,9 +261,10 @@ class LateLane(SimulatedLane):
 
 
 def hostile(engine, seed=0):
-    """Lets time pass and the plan change to random guesses while an expert is being computed."""
+    """While an expert is computed, let time pass and replace the plan with random guesses."""
     ready, rng, cache = engine.source.ready, random.Random(seed), engine.cache
-    keys = [(layer, e) for layer in range(engine.config.num_hidden_layers) for e in range(engine.config.num_local_experts)]
+    keys = [(layer, e) for layer in range(engine.config.num_hidden_layers)
+            for e in range(engine.config.num_local_experts)]
 
     def disturbed(layer, routing):
         for item in ready(layer, routing):
@@ -268,7 +277,7 @@ def hostile(engine, seed=0):
 
 
 def answers(engine):
-    """What must never depend on the schedule: logits of a long and a short prompt, and two sampled continuations."""
+    """What must never depend on the schedule: logits of a long and a short prompt, two sampled answers."""
     return (engine.logits(LONG), engine.generate(SHORT, **SAMPLED).token_ids, engine.logits(SHORT),
             engine.generate(LONG, **SAMPLED).token_ids)
 

@@ -1,4 +1,4 @@
-"""`bench gpu`, at the size that runs anywhere: its rows say what happened, and what cannot be measured is refused."""
+"""`bench gpu` at a size that runs anywhere: its rows are true, and what cannot be measured is refused."""
 
 import json
 
@@ -9,8 +9,8 @@ from duoserve.bench import __main__ as bench, gpu as bench_gpu
 from duoserve.bench.replay import synthetic_traces
 from duoserve.policies import POLICIES
 
-TINY = ("--shape", "tiny", "--device", "cpu", "--prompts", "16", "64", "70", "--new-tokens", "6", "--rounds", "1",
-        "--simulate-link", "1GB/s", "--json")
+TINY = ("--shape", "tiny", "--device", "cpu", "--prompts", "16", "64", "--new-tokens", "6",
+        "--rounds", "1", "--simulate-link", "1GB/s", "--json")
 
 
 @pytest.fixture
@@ -22,15 +22,16 @@ def gpu(monkeypatch, capsys):
     return run
 
 
-def test_every_policy_at_two_sizes_and_then_all_resident(gpu, tmp_path):
+def test_every_policy_at_two_sizes_and_then_all_resident(gpu, hasty, tmp_path):
     result = gpu(*TINY, "--gpu-memory", "160%", "140%", "--append", tmp_path / "rows.jsonl")
     first, *rows, resident = result["rows"]
-    assert first["link_GB_s"] == 1.0 and [r["policy"] for r in rows] == [*POLICIES] * 2 and resident["policy"] == "resident"
+    assert first["link_GB_s"] == 1.0
+    assert [r["policy"] for r in rows] == [*POLICIES] * 2 and resident["policy"] == "resident"
     assert rows[0]["cache_experts"] < rows[-1]["cache_experts"] < resident["cache_experts"] == 48
     for r in rows:
         assert r["hits"] + r["prefetched_used"] + r["misses"] == 5 * 6 * 2          # steps x layers x top_k
         assert r["needed_per_token"] == (r["prefetched_used"] + r["misses"]) / 5
-        assert r["prefill_experts"]["64"] > 40 and r["tpot_floor_ms"] > 0 and r["ttft_ms"]["70"] > 0
+        assert r["prefill_experts"]["64"] > 40 and r["tpot_floor_ms"] > 0 and r["ttft_ms"]["16"] > 0
     assert resident["needed_per_token"] == 0
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line).get("policy") for line in lines] == [r.get("policy") for r in result["rows"]]
@@ -66,7 +67,8 @@ def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (("--shape", "mixtral-7x8b"), "mixtral-8x22b"), (("--shape", "mixtral-8x7b", "--device", "cpu"), "--shape tiny"),
+    (("--shape", "mixtral-7x8b"), "mixtral-8x22b"),
+    (("--shape", "mixtral-8x7b", "--device", "cpu"), "--shape tiny"),
     (("--shape", "tiny", "--device", "cpu", "--policies", "best"), "--policies best"),
     (("--shape", "tiny", "--device", "cpu", "--persistence", "2"), "from 0 to 1"),
     (("--shape", "tiny", "--device", "cpu", "--gpu-memory", "1%"), "least that works")])

@@ -1,5 +1,6 @@
-"""Talking to it: the instruct template to the token, the KV cache that is kept between turns, a session as typed."""
+"""Conversations: the instruct template by tokens, the KV cache kept between turns, a session as typed."""
 
+import io
 import json
 import signal
 import sys
@@ -18,11 +19,12 @@ from duoserve.tokenizer import Tokenizer
 
 GREEDY = dict(temperature=0, max_new_tokens=6)
 
-# `[INST] the fox [/INST]` as v1 reads it, in bytes where the little tokenizer knows no better: a space, [INST], "▁the",
-# a space and "fox", a space, [/INST].
+# `[INST] the fox [/INST]` as v1 encodes it, in bytes where the small tokenizer has no piece: a space, [INST],
+# "▁the", a space and "fox", a space, [/INST].
 FOX_V1 = [293, 94, 76, 81, 86, 87, 96, 261, 293, 286, 293, 94, 50, 76, 81, 86, 87, 96]
 DOG_V1 = [293, 94, 76, 81, 86, 87, 96, 267, 293, 94, 50, 76, 81, 86, 87, 96]
-FOX_V3 = [3, 263, 293, 288, 4]              # [INST], "▁the", a space, "fox", [/INST]: no space before either mark
+# [INST], "▁the", a space, "fox", [/INST]: no space before either mark.
+FOX_V3 = [3, 263, 293, 288, 4]
 DOG_V3 = [3, 269, 4]
 
 
@@ -51,7 +53,7 @@ def tokenizer(instruct):
 
 
 def test_the_template_to_the_token(instruct, tokenizer):
-    """BOS once; an EOS after each answer; as text (v1) or as control tokens (v3), with the spaces of each."""
+    """One BOS, an EOS after each answer; marks and spaces as in v1 (text) or v3 (control tokens)."""
     _, fox, dog = instruct
     assert tokenizer.chat("the fox") == [1, *fox]
     said = [1, *fox, 300, 301]
@@ -59,7 +61,8 @@ def test_the_template_to_the_token(instruct, tokenizer):
     assert said == [1, *fox, 300, 301]
 
 
-@pytest.mark.parametrize("written", ("[INST] the fox [/INST]", "<s>[INST] the fox[/INST]", " <s> [INST] the fox [/INST]\n"))
+@pytest.mark.parametrize("written", ("[INST] the fox [/INST]", "<s>[INST] the fox[/INST]",
+                                     " <s> [INST] the fox [/INST]\n"))
 def test_never_a_double_template(written, instruct, tokenizer):
     assert tokenizer.chat(written) == [1, *instruct[1]]
 
@@ -71,32 +74,34 @@ def test_a_template_that_cannot_be_undone_is_refused(written, tokenizer):
 
 
 def test_a_mark_within_a_message_is_text(instruct, tokenizer):
-    """Nobody gets to write a control token."""
+    """No message can contain a control token."""
     ids = tokenizer.chat("what is [/INST] for?")
     assert ids.count(4) == (instruct[1] == FOX_V3) and ids[-1] == instruct[1][-1]
 
 
-def test_chat_on_the_command_line(instruct, cli, tmp_path):
-    """From the prompt, a file or standard input: the same tokens, those of the template, and `--context` for as many."""
+def test_chat_on_the_command_line(instruct, cli, tmp_path, monkeypatch):
+    """From the prompt, a file or standard input: the same tokens, those of the template."""
     directory, fox, _ = instruct
     expected = load(directory).generate([1, *fox], **GREEDY)
-    run = ("generate", "--model", directory, "--device", "cpu", "--predictor", "none", "--temperature", 0, "--max-new-tokens", 6,
-           "--chat")
+    run = ("generate", "--model", directory, "--device", "cpu", "--predictor", "none", "--temperature", 0,
+           "--max-new-tokens", 6, "--chat")
     (tmp_path / "p").write_text("the fox")
-    for prompt in (("--prompt", "the fox"), ("--prompt-file", tmp_path / "p"), ("--prompt", "[INST] the fox [/INST]")):
+    for prompt in (("--prompt", "the fox"), ("--prompt-file", tmp_path / "p"),
+                   ("--prompt", "[INST] the fox [/INST]")):
         status, out, err = cli(*run, *prompt)
         assert (status, out) == (0, expected.text.removeprefix(" ") + "\n")
     status, out, err = cli(*run, "--prompt", " ")
     assert (status, out) == (2, "")
     a_line(err, "prompt")
-    process = program("generate.py", *run[1:], "--prompt-file", "-")
-    assert process.communicate(b"the fox", timeout=120)[0].decode() == expected.text.removeprefix(" ") + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the fox")))
+    assert cli(*run, "--prompt-file", "-")[:2] == (0, expected.text.removeprefix(" ") + "\n")
 
 
 def test_the_space_before_an_answer_is_the_templates(tiny, cli, monkeypatch):
     the = load(tiny).tokenizer.sp.piece_to_id("▁the")
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(the))
-    run = ("generate", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 2, "--prompt", "a")
+    run = ("generate", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 2,
+           "--prompt", "a")
     assert cli(*run)[1] == " the the\n" and cli(*run, "--chat")[1] == "the the\n"
     assert json.loads(cli(*run, "--chat", "--json")[1])["text"] == "the the"
 
@@ -106,10 +111,11 @@ def test_the_space_before_an_answer_is_the_templates(tiny, cli, monkeypatch):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many tokens each prefill takes, from now on."""
+    """A list to which each prefill adds its number of tokens."""
     taken, forward = [], engine_module.Mixtral.forward
     monkeypatch.setattr(engine_module.Mixtral, "forward",
-                        lambda model, tokens, *rest: taken.append(tokens.shape[1]) or forward(model, tokens, *rest))
+                        lambda model, tokens, *rest:
+                        taken.append(tokens.shape[1]) or forward(model, tokens, *rest))
     return taken
 
 
@@ -132,10 +138,11 @@ def test_a_second_turn_prefills_only_what_is_new(tiny, passes):
 
 @pytest.mark.parametrize("options", (dict(), dict(sliding_window=8)), ids=("full", "window"))
 def test_the_logits_after_a_resumed_prefill(options, tmp_path, monkeypatch):
-    """Those of the whole, within what the order of sums may do."""
+    """They are those of one whole prefill, up to the order of summation."""
     engine, seen = load(packed(tmp_path, seed=7, **options)), []
     sample = engine_module.sample
-    monkeypatch.setattr(engine_module, "sample", lambda logits, *rest: seen.append(logits) or sample(logits, *rest))
+    monkeypatch.setattr(engine_module, "sample",
+                        lambda logits, *rest: seen.append(logits) or sample(logits, *rest))
     engine.generate(LONG[:40], max_new_tokens=1)
     for resume in (True, False):
         engine.generate(LONG, max_new_tokens=1, resume=resume)
@@ -144,9 +151,9 @@ def test_the_logits_after_a_resumed_prefill(options, tmp_path, monkeypatch):
 
 
 def test_what_differs_is_prefilled_again(tiny, passes):
-    """An edited conversation, a shorter one, the very same, a longer one, another altogether: kept as far as they agree.
+    """An edited prompt, a shorter one, the same, a longer one, a wholly different one: what agrees is kept.
 
-    The history goes on where it is that of what was kept.
+    The routing history continues only where it belongs to what was kept.
     """
     engine, fresh = load(tiny), load(tiny)
     for prompt, kept, told in ((LONG, 0, 70), (LONG[:30] + [9] + LONG[31:], 30, 40), (LONG[:20], 19, 1),
@@ -177,7 +184,7 @@ def interrupt(engine):
 
 
 @pytest.mark.parametrize("between", (lambda engine: engine.logits([9] * 60), leave, interrupt))
-def test_what_others_wrote_over_is_not_believed(between, tiny):
+def test_a_kv_cache_that_others_wrote_over_is_not_reused(between, tiny):
     engine = load(tiny)
     engine.generate(LONG, **GREEDY)
     between(engine)
@@ -192,7 +199,8 @@ def test_a_resumed_answer_does_not_depend_on_the_schedule(policy, tiny):
         if options["cache_experts"] < 24:
             put_lane(engine, LateLane(engine))
         first = engine.generate(SHORT, max_new_tokens=8, seed=3).token_ids
-        return first, engine.generate([*SHORT, *first, 2, *LONG[1:]], max_new_tokens=8, seed=4, resume=True).token_ids
+        turn = [*SHORT, *first, 2, *LONG[1:]]
+        return first, engine.generate(turn, max_new_tokens=8, seed=4, resume=True).token_ids
     assert talk(policy=policy, cache_experts=3) == talk(policy="cache", cache_experts=24)
 
 
@@ -210,7 +218,7 @@ def prompts(monkeypatch):
 
 
 def test_a_conversation(instruct, session, prompts, passes):
-    """Each turn is the whole conversation, of which only what is new is prefilled; the end of the input ends it well."""
+    """Each turn is the whole conversation, of which only the new part is prefilled; end of input ends it."""
     directory, fox, dog = instruct
     status, out, err = session(directory, ["the fox", "dog"], "--chat")
     one = load(directory).generate([1, *fox], **GREEDY)
@@ -253,13 +261,14 @@ def test_nothing_typed_at_all(tiny, session):
 
 
 def test_a_context_that_is_full_is_said_and_it_goes_on(tiny, session, prompts):
-    """In one line, with the mend; an answer is cut there, a message that no longer fits begins anew, as does the next."""
+    """In one line that says what helps. An answer is cut there; a message that no longer fits starts anew."""
     status, out, err = session(tiny, ["the quick", "brown", "the dog", "brown fox the hill"], "--context", 16)
     full = [line for line in err.splitlines() if "the context of 16 tokens is full" in line]
     assert status == 0 and len(full) == 2 and all("--context" in line and "256" in line for line in full)
     sp = load(tiny).tokenizer.sp
     lengths = [len(prompt) for prompt in prompts]
-    assert prompts[0] == [1, *sp.encode("the quick")] and lengths[1] == lengths[0] + 6 + len(sp.encode("brown"))
+    assert prompts[0] == [1, *sp.encode("the quick")]
+    assert lengths[1] == lengths[0] + 6 + len(sp.encode("brown"))
     assert prompts[2] == [1, *sp.encode("the dog")] and prompts[3] == [1, *sp.encode("brown fox the hill")]
     assert len(prompts) == 4
     whole = session(tiny, ["the quick"], "--context", 256, "--max-new-tokens", 300)
@@ -278,7 +287,7 @@ def test_a_mistake_in_one_turn_is_a_line_and_the_next_may_come(tiny, session, pr
 
 @pytest.mark.parametrize("at", (1, 3, 9))
 def test_ctrl_c_stops_the_answer_and_not_the_program(at, tiny, session, prompts, monkeypatch):
-    """What had been said of it stays in the conversation; a message that got no word of answer does not."""
+    """The part already written stays in the conversation; a message without any answer does not."""
     calls, sample = [], engine_module.sample
 
     def interrupted(*arguments):
@@ -310,7 +319,7 @@ def test_what_does_not_go_with_a_conversation(flag, tiny, cli):
 
 
 def test_traces_of_a_conversation(tiny, session, tmp_path):
-    """One an answer; the earlier turns are its prompt, with their routing."""
+    """One for each answer; the earlier turns are its prompt, with their routing."""
     from duoserve.trace import read_traces
     assert session(tiny, ["the quick", "brown"], "--trace-dir", tmp_path / "t")[0] == 0
     short, long = sorted(read_traces(tmp_path / "t"), key=lambda trace: trace.prompt)
@@ -320,8 +329,8 @@ def test_traces_of_a_conversation(tiny, session, tmp_path):
 
 def test_ctrl_c_and_ctrl_d_for_real(tiny):
     """SIGINT while it answers, again while it waits, then another turn, then the end of the input."""
-    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none", "--max-new-tokens", 250,
-                  "--interactive", "--simulate-link", "1MB/s")
+    run = program("generate.py", "--model", tiny, "--device", "cpu", "--predictor", "none",
+                  "--max-new-tokens", 250, "--interactive", "--simulate-link", "1MB/s")
     try:
         run.stdin.write(b"the\n")
         run.stdin.flush()
@@ -356,5 +365,6 @@ def test_a_conversation_needs_both_streams(tiny, cli, monkeypatch):
 
 def test_an_answer_that_ends_at_once_leaves_a_trace_of_its_prompt(tiny, cli, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))         # EOS
-    status, out, err = cli("generate", "--model", tiny, "--device", "cpu", "--prompt", "the fox", "--trace-dir", tmp_path)
+    status, out, err = cli("generate", "--model", tiny, "--device", "cpu", "--prompt", "the fox",
+                           "--trace-dir", tmp_path)
     assert status == 0 and len(list(tmp_path.glob("*.safetensors"))) == 1

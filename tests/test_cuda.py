@@ -1,4 +1,4 @@
-"""On a GPU: the same tokens whatever moves when, and nothing crosses the link that should not. Skipped without one."""
+"""On a GPU: the same tokens whatever moves when, and nothing extra crosses the link. Skipped without one."""
 
 import pytest
 import torch
@@ -30,12 +30,13 @@ def compiled(request):
 
 @pytest.fixture(autouse=True)
 def predicting(monkeypatch):
-    """Also where, as here, a transfer takes less than a thought: so that slots change hands while they are computed."""
+    """Predict although transfers are short here, so that slots are reloaded while others are computed."""
     monkeypatch.setattr(scheduler, "THOUGHT", 0.0)
 
 
 def engine(directory, **options):
-    return Engine.from_pretrained(directory, device="cuda", **{"compile": COMPILE, "predictor": "none", **options})
+    return Engine.from_pretrained(directory, device="cuda",
+                                  **{"compile": COMPILE, "predictor": "none", **options})
 
 
 def tokens(e, temperature=0.8):
@@ -43,7 +44,7 @@ def tokens(e, temperature=0.8):
 
 
 def greedy(e):
-    """Of what is broken on purpose, too: None where the logits are not finite."""
+    """None where the logits are not finite: some engines here are broken on purpose."""
     try:
         return tokens(e, temperature=0)
     except UserError as error:
@@ -52,7 +53,8 @@ def greedy(e):
 
 
 def test_same_tokens_for_every_policy_and_cache_size(directory):
-    runs = {(p, n): tokens(engine(directory, policy=p, cache_experts=n)) for p in POLICIES for n in (2, 5, 24)}
+    runs = {(p, n): tokens(engine(directory, policy=p, cache_experts=n))
+            for p in POLICIES for n in (2, 5, 24)}
     assert len({tuple(run) for run in runs.values()}) == 1
 
 
@@ -65,8 +67,8 @@ def test_nothing_is_compiled_after_loading(directory, compiled):
         e.logits([1, *range(40)])
 
 
-def test_slots_poisoned_when_they_change_hands(directory):
-    """Whoever reads a slot before its load is there, or after it was given away, reads NaN."""
+def test_slots_poisoned_when_they_are_reloaded(directory):
+    """Whoever reads a slot before its load is complete, or after its eviction, reads NaN."""
     expected = tokens(engine(directory, cache_experts=4))
     e = engine(directory, cache_experts=4)
     send, slots = e.cache.lane.send, e.slots_memory
@@ -105,7 +107,7 @@ def test_experts_are_pinned_and_released(directory):
 
 
 class Slow:
-    """A lane wrapped so that one of its streams runs late: whoever does not wait reads or writes too early."""
+    """Makes one of the lane's streams run late: whoever does not wait for it reads or writes too early."""
 
     def __init__(self, e, copies: int = 0, computes: int = 0):
         lane = e.cache.lane
@@ -185,7 +187,8 @@ def test_sampling_uses_nothing_that_is_not_deterministic():
     logits, generator = torch.randn(32000, device="cuda"), torch.Generator("cuda")
     torch.use_deterministic_algorithms(True)
     try:
-        drawn = {sample(logits, SamplingParams(top_k=50, top_p=0.9), generator.manual_seed(5)).item() for _ in range(20)}
+        drawn = {sample(logits, SamplingParams(top_k=50, top_p=0.9), generator.manual_seed(5)).item()
+                 for _ in range(20)}
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(drawn) == 1

@@ -1,7 +1,8 @@
 """4-bit and consolidated checkpoints, built here from their public definitions, one nibble at a time.
 
-AWQ: AutoAWQ, `WQLinear_GEMM.from_linear` and `dequantize_gemm`. GPTQ: AutoGPTQ, `qlinear_cuda_old.py` (`pack` stores
-zeros - 1, `forward` adds 1 to the nibble). Consolidated: mistral-inference and transformers' conversion of it.
+AWQ: AutoAWQ, `WQLinear_GEMM.from_linear` and `dequantize_gemm`. GPTQ: AutoGPTQ, `qlinear_cuda_old.py` (`pack`
+stores zeros - 1, `forward` adds 1 to the nibble). Consolidated: mistral-inference and transformers'
+conversion of it.
 """
 
 import json
@@ -38,7 +39,7 @@ def words(nibbles):
 
 
 def write_quantised(path, config, modules=ATTENTION + EXPERTS, extra=True, **shape):
-    """A random model whose `modules` are in 4 bits: its files' tensors, and what each quantised weight is in fp16."""
+    """A random model with `modules` in 4 bits. Returns its tensors, and each quantised weight in fp16."""
     state = write_hf(path, dtype=torch.float16, **SHAPE | shape)
     rng, true, awq = np.random.RandomState(5), {}, config["quant_method"] == "awq"
     for name in [name for name in state if name.split(".")[-2] in modules]:
@@ -55,7 +56,8 @@ def write_quantised(path, config, modules=ATTENTION + EXPERTS, extra=True, **sha
             zeros = z - 1
         order = AWQ_ORDER if awq else range(8)
         qweight = [q[:, i::8] for i in order] if awq else [q[i::8] for i in range(8)]
-        state |= {f"{module}.qweight": words(qweight), f"{module}.qzeros": words([zeros[:, i::8] for i in order]),
+        state |= {f"{module}.qweight": words(qweight),
+                  f"{module}.qzeros": words([zeros[:, i::8] for i in order]),
                   f"{module}.scales": torch.from_numpy(s)}
         if extra and not awq:                                       # as AutoGPTQ writes them
             state[f"{module}.g_idx"] = torch.arange(columns, dtype=torch.int32) // group
@@ -95,7 +97,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("config, ours", [
-    (AWQ, 128), (AWQ, 32), (AWQ | {"group_size": 64, "version": "GEMM"}, 128), (AWQ | {"group_size": 32}, 128),
+    (AWQ, 128), (AWQ, 32), (AWQ | {"group_size": 64, "version": "GEMM"}, 128),
+    (AWQ | {"group_size": 32}, 128),
     (GPTQ, 128), (GPTQ, 64), (GPTQ | {"group_size": 64}, 128), (GPTQ | {"group_size": 32}, 64),
     (GPTQ | {"group_size": -1}, 128), (GPTQ | {"group_size": -1}, 32), (GPTQ | {"sym": True}, 128),
     (GPTQ | {"checkpoint_format": "gptq"}, 128), (GPTQ | {"checkpoint_format": "gptq_v2"}, 128),
@@ -130,7 +133,7 @@ def test_without_the_extras_and_in_shards_it_is_the_same(tmp_path):
     write_quantised(tmp_path / "b/src", GPTQ, extra=False)
     (tmp_path / "b/src/model.safetensors").unlink()
     names, where = sorted(name for name in state if not name.endswith((".bias", ".g_idx"))), {}
-    for i in (0, 1):                                                # a matrix's three tensors in different files
+    for i in (0, 1):                                    # a matrix's three tensors in different files
         save_file({name: state[name] for name in names[i::2]}, tmp_path / f"b/src/part-{i}.safetensors")
         where |= dict.fromkeys(names[i::2], f"part-{i}.safetensors")
     (tmp_path / "b/src/model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
@@ -138,21 +141,27 @@ def test_without_the_extras_and_in_shards_it_is_the_same(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("config, said", [
+OTHER_PACKINGS = [
     ({"quant_method": "bitsandbytes"}, "'bitsandbytes'"), ({"quant_method": "fp8"}, "'fp8'"),
-    ({"quant_method": "compressed-tensors", "bits": 4}, "'compressed-tensors'"), ({"bits": 4}, "None"), ("x", "'x'"),
+    ({"quant_method": "compressed-tensors", "bits": 4}, "'compressed-tensors'"), ({"bits": 4}, "None"),
+    ("x", "'x'"),
     (AWQ | {"bits": 8}, "bits 8"), (AWQ | {"version": "gemv"}, "version 'gemv'"),
     (AWQ | {"version": "marlin"}, "version 'marlin'"), (AWQ | {"version": "exllama"}, "version 'exllama'"),
     (AWQ | {"zero_point": False}, "zero_point False"), (AWQ | {"group_size": 16}, "group_size 16"),
-    (GPTQ | {"bits": 3}, "bits 3"), (GPTQ | {"bits": [4]}, "bits [4]"), (GPTQ | {"desc_act": True}, "desc_act True"),
+    (GPTQ | {"bits": 3}, "bits 3"), (GPTQ | {"bits": [4]}, "bits [4]"),
+    (GPTQ | {"desc_act": True}, "desc_act True"),
     (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
-    (GPTQ | {"is_marlin_format": True}, "is_marlin_format True"), (GPTQ | {"group_size": 96}, "group_size 96"),
+    (GPTQ | {"is_marlin_format": True}, "is_marlin_format True"),
+    (GPTQ | {"group_size": 96}, "group_size 96"),
     (GPTQ | {"group_size": 0}, "group_size 0"), (GPTQ | {"group_size": "128"}, "group_size '128'"),
-    (GPTQ | {"group_size": True}, "group_size True")])
-def test_other_packings_are_refused_by_name(tmp_path, config, said):
+    (GPTQ | {"group_size": True}, "group_size True")]
+
+
+def test_other_packings_are_refused_by_name(tmp_path):
     write_quantised(tmp_path / "src", GPTQ)
-    configure(tmp_path / "src", config)
-    refused(tmp_path, "config.json", "quantization_config", said, "16-bit model")
+    for config, said in OTHER_PACKINGS:
+        configure(tmp_path / "src", config)
+        refused(tmp_path, "config.json", "quantization_config", said, "16-bit model")
 
 
 def changed(name, change):
@@ -171,7 +180,8 @@ def changed(name, change):
     (GPTQ, changed(f"{O}.g_idx", lambda t: t.flip(0)), (f"{O}.g_idx", "desc_act", "16-bit")),
     (GPTQ, changed(f"{O}.g_idx", lambda t: t[:-1].clone()), (f"{O}.g_idx", "[255]")),
     (GPTQ, changed(f"{W1}.bias", lambda t: t + 1), (f"{W1}.bias", "no biases")),
-    (AWQ, lambda s: s | {f"{GATE}.qweight": s.pop(f"{GATE}.weight")}, (f"{GATE}.weight", "qweight", "16 bits")),
+    (AWQ, lambda s: s | {f"{GATE}.qweight": s.pop(f"{GATE}.weight")},
+     (f"{GATE}.weight", "qweight", "16 bits")),
     (AWQ, lambda s: s | {"lm_head.qweight": s.pop("lm_head.weight")}, ("lm_head.qweight", "16 bits")),
     (AWQ, lambda s: s | {f"{W1}.weight": torch.ones(256, 128)}, (f"{W1}.weight", "no place"))])
 def test_each_tensor_is_checked_before_the_first_is_converted(tmp_path, config, change, said):
@@ -198,8 +208,9 @@ def test_groups_that_do_not_fit_scales_that_are_no_numbers_and_a_lost_config(tmp
 
 # Mistral's own layout
 
-PARAMS = {"dim": 128, "n_layers": 2, "head_dim": 24, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5,
-          "vocab_size": 320, "rope_theta": 10000.0, "moe": {"num_experts_per_tok": 2, "num_experts": 3}}
+PARAMS = {"dim": 128, "n_layers": 2, "head_dim": 24, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2,
+          "norm_eps": 1e-5, "vocab_size": 320, "rope_theta": 10000.0,
+          "moe": {"num_experts_per_tok": 2, "num_experts": 3}}
 
 
 def interleaved(w, head_dim):
@@ -212,9 +223,9 @@ def interleaved(w, head_dim):
 
 
 def write_consolidated(path, layout, params=PARAMS):
-    """The same random model as path/hf in Hugging Face's layout and as path/src in Mistral's; the latter's tensors."""
-    hf = write_hf(path / "hf", hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_local_experts=3,
-                  head_dim=24)
+    """One random model as path/hf, Hugging Face's layout, and path/src, Mistral's; the latter's tensors."""
+    hf = write_hf(path / "hf", hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+                  num_local_experts=3, head_dim=24)
     state = {"tok_embeddings.weight": hf["model.embed_tokens.weight"], "norm.weight": hf["model.norm.weight"],
              "output.weight": hf["lm_head.weight"]}
     for i in range(2):
@@ -241,7 +252,8 @@ def write_consolidated(path, layout, params=PARAMS):
 
 
 def packed_tensors(path):
-    return {(file.name, name): w for file in sorted(path.glob("*.safetensors")) for name, w in load_file(file).items()}
+    return {(file.name, name): w
+            for file in sorted(path.glob("*.safetensors")) for name, w in load_file(file).items()}
 
 
 @pytest.mark.parametrize("layout", ["per expert", "stacked", "three files"])
@@ -258,7 +270,8 @@ def test_consolidated_gives_the_same_bytes_as_hugging_faces(tmp_path, layout):
     convert(tmp_path / "src", tmp_path / "packed")
     expected, packed = packed_tensors(tmp_path / "expected"), packed_tensors(tmp_path / "packed")
     assert expected.keys() == packed.keys()
-    assert all(torch.equal(expected[name].view(torch.uint8), packed[name].view(torch.uint8)) for name in packed)
+    assert all(torch.equal(expected[name].view(torch.uint8), packed[name].view(torch.uint8))
+               for name in packed)
     assert (tmp_path / "packed/tokenizer.model").read_bytes() == tokenizer_model()
     a, b = (PackedModel(tmp_path / name).config for name in ("expected", "packed"))
     assert a == type(a)(**vars(b) | {"max_position_embeddings": 256}) and b.max_position_embeddings == 32768
@@ -266,7 +279,7 @@ def test_consolidated_gives_the_same_bytes_as_hugging_faces(tmp_path, layout):
 
 
 def test_the_order_of_rows_is_that_of_each_rope():
-    """Mistral turns neighbours as one complex number (rope.py), Hugging Face turns halves; the scores must agree."""
+    """Mistral rotates neighbours as complex numbers (rope.py), Hugging Face halves; the scores must agree."""
     rng, A = np.random.RandomState(0), 24
     wq, wk, x = rng.randn(A, 16), rng.randn(A, 16), rng.randn(2, 16)
     angles = np.outer((3, 11), 10000.0 ** (-np.arange(0, A, 2) / A))
@@ -294,14 +307,17 @@ def test_what_params_json_says(tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("{", "not a Mixtral's"), ("[]", "not a Mixtral's"), (json.dumps(PARAMS | {"moe": None}), "not a Mixtral's"),
+    ("{", "not a Mixtral's"), ("[]", "not a Mixtral's"),
+    (json.dumps(PARAMS | {"moe": None}), "not a Mixtral's"),
     (json.dumps({key: PARAMS[key] for key in PARAMS if key != "moe"}), "'moe'"),
     (json.dumps({key: PARAMS[key] for key in PARAMS if key != "n_layers"}), "no n_layers"),
     (json.dumps(PARAMS | {"moe": {"num_experts": 3}}), "no num_experts_per_tok"),
-    (json.dumps(PARAMS | {"n_heads": None}), "no n_heads"), (json.dumps(PARAMS | {"dim": "128"}), "hidden_size"),
+    (json.dumps(PARAMS | {"n_heads": None}), "no n_heads"),
+    (json.dumps(PARAMS | {"dim": "128"}), "hidden_size"),
     (json.dumps(PARAMS | {"sliding_window": "9" * 5000}), "not a Mixtral's"),
     (json.dumps(PARAMS | {"n_layers": 1}), "no place"),
-    (json.dumps(PARAMS | {"hidden_dim": 64}), "experts.0.w1.weight has shape [96, 128], by params.json [64, 128]")])
+    (json.dumps(PARAMS | {"hidden_dim": 64}),
+     "experts.0.w1.weight has shape [96, 128], by params.json [64, 128]")])
 def test_params_that_are_damaged_or_of_another_model(tmp_path, text, said):
     write_consolidated(tmp_path, "per expert")
     (tmp_path / "src/params.json").write_text(text)

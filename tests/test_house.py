@@ -1,6 +1,7 @@
-"""The house: who imports whom. Every import runs downwards, and bookkeeping has no tensor in it."""
+"""The house rules: imports run downwards, bookkeeping has no tensor in it, lines have at most 110 columns."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ def test_no_import_goes_round_in_a_circle(name):
 
 def test_nothing_below_the_engine_imports_it():
     above = {name for name in MODULES if "duoserve.engine" in below(name)}
-    assert above == {"duoserve.bench.__main__", "duoserve.bench.live", "duoserve.bench.gpu", "duoserve.bench.quality"}
+    assert above == {"duoserve.bench.__main__", "duoserve.bench.live", "duoserve.bench.gpu",
+                     "duoserve.bench.quality"}
     assert not GRAPH["duoserve"]            # lazily: `python -m duoserve.checkpoint` needs none of it
 
 
@@ -51,9 +53,18 @@ def test_bookkeeping_has_no_tensor_in_it(name):
     assert not {"torch", "torch.nn"} & imports(f"duoserve.{name}", anywhere=True)
 
 
-def test_the_wings_of_the_bench_do_not_know_the_door():
+def test_no_module_imports_the_command_line_of_the_bench():
     assert not any("duoserve.bench.__main__" in GRAPH[name] for name in MODULES)
 
 
 def test_the_model_knows_nothing_of_caches_streams_or_policies():
     assert below("duoserve.model") == {"duoserve.config", "duoserve.errors", "duoserve.history"}
+
+
+def test_no_line_has_more_than_110_columns():
+    listed = subprocess.run(["git", "ls-files", "-z", "*.py"], cwd=ROOT, capture_output=True, text=True)
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name] or list(ROOT.rglob("*.py"))
+    assert paths
+    long = [f"{path.relative_to(ROOT)}:{i}" for path in paths if path.exists()
+            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 110]
+    assert not long, f"{len(long)} lines are too long: {' '.join(long[:20])}"

@@ -14,8 +14,8 @@ NOTHING = (None,) * CHUNKS
 
 
 class Device:
-    """Streams run their operations in order, and no stream waits for another unless it is told to: which of them goes
-    on is decided by chance, whenever the host asks, and at the end."""
+    """Streams run their operations in order, and none waits for another unless it is told to: chance decides
+    which one goes on, whenever the host asks, and at the end."""
 
     def __init__(self, seed, slots):
         self.random, self.streams, self.memory = random.Random(seed), [], [NOTHING] * slots
@@ -56,7 +56,7 @@ class Stream:
         self.operations.append((ready, run))
 
     def wait_event(self, event):
-        record = event.last                 # CUDA takes an event that was never recorded as done
+        record = event.last                 # in CUDA an event that was never recorded counts as done
         self.add(lambda: None, lambda: record is None or record[0])
 
     def synchronize(self):
@@ -112,7 +112,7 @@ class Eldest:
 
 
 def wrong_reads(cuda, seed, spoil=lambda lane: None) -> int:
-    """Random demands and guesses through cache and lane; how many reads of a slot found something else there."""
+    """Random demands and guesses through cache and lane; how many reads of a slot found another expert."""
     slots = 3
     device, rng = cuda(seed, slots), random.Random(seed)
     lane = CudaLane(torch.empty(slots, CHUNKS), 1, device)

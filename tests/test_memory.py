@@ -1,4 +1,4 @@
-"""Memory that people have: a conversion that holds a few matrices at most, and experts that stay on the disk."""
+"""Little host memory: a conversion that holds a few matrices at most, and experts that stay on the disk."""
 
 import json
 import os
@@ -53,30 +53,39 @@ def write_hollow(path: Path, **changes) -> int:
 
 
 BOUNDED = """
-import resource, sys
+import os, resource, sys
 import torch
 from duoserve import checkpoint
-with open("/proc/self/status") as status:
-    now = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
-resource.setrlimit(resource.RLIMIT_DATA, (now + int(sys.argv[1]),) * 2)
-getattr(checkpoint, sys.argv[2])(*sys.argv[3:])
+for job, bound, source, destination in zip(*[iter(sys.argv[1:])] * 4):
+    if os.fork():
+        if os.wait()[1]:
+            sys.exit(f"{job} failed")
+        continue
+    with open("/proc/self/status") as status:
+        now = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (now + int(bound),) * 2)
+    getattr(checkpoint, job)(source, destination)
+    os._exit(0)
 """
 
 
 def test_converting_takes_a_few_matrices_of_memory_whatever_the_model(tmp_path):
-    """The bound is the system's own: RLIMIT_DATA counts all private memory, and malloc is told to keep nothing back.
+    """The system enforces the bound: RLIMIT_DATA counts all private memory, and malloc returns what is freed.
 
-    Packing holds the largest tensor (of Mixtral-8x22B: the embedding, 402 MB), or a matrix and an expert (201 and 160
-    MB), and blocks of temporaries; unpacking holds it in float32 as well.
+    Packing holds the largest tensor (of Mixtral-8x22B: the embedding, 402 MB), or a matrix and an expert (201
+    and 160 MB), and blocks of temporaries; unpacking holds it in float32 as well.
     """
-    size = write_hollow(tmp_path / "hf", hidden_size=256, intermediate_size=1024, vocab_size=32768, num_hidden_layers=2)
-    largest, env = 2 * 32768 * 256, os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    for job, src, dst, model, bound in (("convert", "hf", "out", size, largest + 24 * 10**6),
-                                        ("to_hf", "out", "back", 2 * size, 4 * largest)):
-        assert model > 1.4 * bound
-        done = subprocess.run([sys.executable, "-c", BOUNDED, str(bound), job, tmp_path / src, tmp_path / dst], cwd=ROOT,
-                              env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+    size = write_hollow(tmp_path / "hf", hidden_size=256, intermediate_size=1024, vocab_size=32768,
+                        num_hidden_layers=2)
+    largest = 2 * 32768 * 256
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    jobs = (("convert", largest + 24 * 10**6, "hf", "out"), ("to_hf", 4 * largest, "out", "back"))
+    assert size > 1.4 * jobs[0][1] and 2 * size > 1.4 * jobs[1][1]
+    arguments = [str(a) for job, bound, *ends in jobs
+                 for a in (job, bound, *(tmp_path / end for end in ends))]
+    done = subprocess.run([sys.executable, "-c", BOUNDED, *arguments], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     PackedModel(tmp_path / "out")
 
 
@@ -90,10 +99,11 @@ def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
 def make(experts):
-    config = MixtralConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_local_experts=experts,
-                           vocab_size=512, num_attention_heads=4, num_key_value_heads=2)
+    config = MixtralConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, vocab_size=512,
+                           num_local_experts=experts, num_attention_heads=4, num_key_value_heads=2)
     model = RandomModel(config, torch.device("cpu"))
-    store = ExpertStore(model, [(layer, e) for layer in range(8) for e in range(experts)], pin=sys.argv[1] == "cuda")
+    keys = [(layer, e) for layer in range(8) for e in range(experts)]
+    store = ExpertStore(model, keys, pin=sys.argv[1] == "cuda")
     assert store.pinned == (sys.argv[1] == "cuda")
     return store, 8 * experts * stride_of(model)
 if sys.argv[1] == "cuda":
@@ -108,7 +118,7 @@ print(resident() - before, wanted, store.nbytes)
 @pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU")])))
 def test_host_memory_is_taken_exactly(device):
-    """The process grows by the experts and no more; a power of two for each block would be nearly twice as much."""
+    """The process grows by the experts' size; rounding blocks up to a power of two would nearly double it."""
     done = subprocess.run([sys.executable, "-c", EXACT, device], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     grown, wanted, expert = map(int, done.stdout.split())
@@ -128,8 +138,9 @@ def copy(tiny, tmp_path):
     return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
-@pytest.mark.parametrize("policy, kept", [*((policy, 7) for policy in POLICIES), ("duo", 0), ("duo", 1), ("duo", 23),
-                                          ("duo", 24), ("layer-prefetch", 0), ("cache", 0)])
+@pytest.mark.parametrize("policy, kept",
+                         [*((policy, 7) for policy in POLICIES), ("duo", 0), ("duo", 1), ("duo", 23),
+                          ("duo", 24), ("layer-prefetch", 0), ("cache", 0)])
 def test_the_same_bits_however_little_memory_there_is(policy, kept, tiny, want):
     stride = store.stride_of(PackedModel(tiny))
     options = dict(policy=policy, cache_experts=5, host_memory=max(1, kept * stride + stride // 2))
@@ -138,7 +149,7 @@ def test_the_same_bits_however_little_memory_there_is(policy, kept, tiny, want):
     assert same(answers(engine), want)
     engine = load(tiny, **options)
     put_lane(engine, LateLane(engine, seed=kept))
-    hostile(engine, seed=kept)                          # where guesses are dropped half-way, before their CRC is known
+    hostile(engine, seed=kept)              # drops guesses half-way, before their CRC is known
     assert same(answers(engine), want)
 
 
@@ -152,7 +163,8 @@ def test_the_same_bits_in_any_pieces(link, chunk, tiny, want):
 def test_sizes_of_all_kinds_and_what_is_kept_without_a_predictor(tiny):
     model = PackedModel(tiny)
     stride = store.stride_of(model)
-    for size, kept in ((f"{9 * stride}B", 9), ("1TB", 24), ("50%", model.nbytes // 2 // stride), (None, 24), ("1B", 0)):
+    for size, kept in ((f"{9 * stride}B", 9), ("50%", model.nbytes // 2 // stride),
+                       ("1TB", 24), (None, 24), ("1B", 0)):
         engine = load(tiny, host_memory=size)
         assert len(engine.store.blocks) == kept
         layers = [sum(layer == i for layer, _ in engine.store.blocks) for i in range(3)]
@@ -176,7 +188,8 @@ def test_too_little_memory_is_said_before_anything_is_read(tiny, monkeypatch):
     monkeypatch.setattr(store, "available_memory", lambda: needed - 1)
     for method in ("read_expert", "resident"):
         monkeypatch.setattr(PackedModel, method, lambda *_: pytest.fail("was read"))
-    with pytest.raises(UserError, match="would take .*B of host memory and .*B are available; --host-memory") as refusal:
+    words = "would take .*B of host memory and .*B are available; --host-memory"
+    with pytest.raises(UserError, match=words) as refusal:
         load(tiny, cache_experts=2)
     assert str(tiny) in str(refusal.value)
     monkeypatch.setattr(store, "available_memory", lambda: 10_000)
@@ -191,8 +204,8 @@ def test_too_little_memory_is_said_before_anything_is_read(tiny, monkeypatch):
 
 
 def test_memory_of_a_container(tmp_path, monkeypatch):
-    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n", "/sys/fs/cgroup/memory.max": "max\n",
-             "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 5\n"}
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  5000 kB\n",
+             "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.stat": "anon 1000\nfile 5\n"}
     monkeypatch.setattr(machine, "open", lambda path: StringIO(files[str(path)]), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
     assert machine.available_memory() == 5_120_000
@@ -220,7 +233,8 @@ def test_a_damaged_expert_on_the_disk_is_named_and_never_computed_with(policy, c
     engine = all_on_disk(copy, policy=policy)
     used, cache = set(), engine.cache
     for module in engine.source.slots:
-        module.register_forward_pre_hook(lambda *_: used.update(key for key in cache.slot_of if cache.slot_of[key].pinned))
+        module.register_forward_pre_hook(
+            lambda *_: used.update(key for key, slot in cache.slot_of.items() if slot.pinned))
     with pytest.raises(UserError, match=r"layer-001.safetensors: experts 6 is corrupted"):
         engine.logits(LONG)
     assert used and (1, 6) not in used and at_rest(engine.cache)
@@ -229,7 +243,7 @@ def test_a_damaged_expert_on_the_disk_is_named_and_never_computed_with(policy, c
 
 
 def rewrite(path):
-    time.sleep(0.01)                                    # (a file system's clock ticks a few hundred times a second)
+    time.sleep(0.01)            # (a file system's clock ticks only a few hundred times a second)
     with open(path, "r+b") as file:
         file.seek(-50, 2)
         file.write(b"x")
@@ -241,7 +255,8 @@ def replace(path):
 
 
 CHANGES = {"truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-           "emptied": lambda path: os.truncate(path, 0), "rewritten": rewrite, "replaced": replace, "deleted": os.unlink}
+           "emptied": lambda path: os.truncate(path, 0), "rewritten": rewrite, "replaced": replace,
+           "deleted": os.unlink}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -250,17 +265,19 @@ def test_a_file_that_changes_under_us_is_one_line(change, copy, want):
     assert same(answers(engine), want)                  # every expert's CRC has been checked by now
     for layer in range(3):
         CHANGES[change](copy / f"layer-{layer:03d}.safetensors")
-    with pytest.raises(UserError, match=r"layer-00\d.safetensors: (truncated|was changed|no such file)") as error:
+    words = r"layer-00\d.safetensors: (truncated|was changed|no such file)"
+    with pytest.raises(UserError, match=words) as error:
         engine.generate(LONG, **SAMPLED)
     assert "\n" not in str(error.value) and at_rest(engine.cache)
 
 
 def test_a_guess_that_cannot_be_read_is_not_visible(tiny, want, monkeypatch):
-    """Only what the router asks for has to be there."""
+    """Only what the router asks for must be readable."""
     engine, read, failed = all_on_disk(tiny, simulate_link="20MB/s"), store.read_into, []
 
     def moody(file, start, buffer, path, crc):
-        if len(buffer) < engine.packed.layout.nbytes and random.random() < 0.2:         # a chunk: not demanded
+        guess = len(buffer) < engine.packed.layout.nbytes       # a demand reads the whole expert
+        if guess and random.random() < 0.2:
             failed.append(path)
             raise UserError(f"{path}: cannot be read")
         return read(file, start, buffer, path, crc)
@@ -269,7 +286,7 @@ def test_a_guess_that_cannot_be_read_is_not_visible(tiny, want, monkeypatch):
 
 
 def test_a_host_that_reads_the_disk_for_guesses_comes_back_after_two_chunks():
-    """However slowly it reads: each chunk has crossed the link before the next is read, as on a GPU's lane."""
+    """Even a slow one, whose every chunk has crossed the link before the next is read, as on a GPU."""
     class Lane(SimulatedLane):
         flying = 0
 

@@ -1,6 +1,6 @@
-"""The model computes what transformers computes: the answers in tests/reference, written by make_reference.py.
+"""The model computes what transformers computes: the answers in tests/reference, made by make_reference.py.
 
-The references' weights lie on a 4-bit grid, so packing loses nothing and the comparison is of the arithmetic alone.
+The references' weights lie on a 4-bit grid, so packing loses nothing and only the arithmetic is compared.
 """
 
 from pathlib import Path
@@ -19,13 +19,15 @@ TOLERANCE = 1e-4    # of logits with a deviation of about 3
 
 
 def test_of_equal_logits_the_first_are_chosen():
-    ids, weights = duoserve.model.route(torch.tensor([[1.0, 2, 2, 2, 0], [3, 3, 3, 3, 3], [0, 0, 1, 0, 1]]), 2)
+    logits = torch.tensor([[1.0, 2, 2, 2, 0], [3, 3, 3, 3, 3], [0, 0, 1, 0, 1]])
+    ids, weights = duoserve.model.route(logits, 2)
     assert ids.tolist() == [[1, 2], [0, 1], [2, 4]] and weights.tolist() == [[0.5, 0.5]] * 3
 
 
 def new_kv(config: MixtralConfig) -> torch.Tensor:
-    """[N, 2, G, C, A], full of NaN: whoever reads a position before it is written shows it."""
-    return torch.full((config.num_hidden_layers, 2, config.num_key_value_heads, 64, config.head_dim), torch.nan)
+    """[N, 2, G, C, A], full of NaN, so that reading a position before it is written shows."""
+    shape = config.num_hidden_layers, 2, config.num_key_value_heads, 64, config.head_dim
+    return torch.full(shape, torch.nan)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +57,8 @@ def models(directories):
 def reference(name: str) -> dict:
     """`prompt` and `greedy` as lists, `logits` and `router_logits` as tensors."""
     tensors = load_file(Path(__file__).parent / "reference" / f"{name}.safetensors")
-    return {key: tensor.tolist() if key in ("prompt", "greedy") else tensor for key, tensor in tensors.items()}
+    return {key: tensor.tolist() if key in ("prompt", "greedy") else tensor
+            for key, tensor in tensors.items()}
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
@@ -99,7 +102,7 @@ def test_steps_equal_one_pass(name, first, models):
 
 @pytest.mark.parametrize("name", ("gqa4", "sliding_window"))
 def test_row_blocks(name, models, monkeypatch):
-    """A prompt longer than a row block gives what one block gives; 512 rows are more than these prompts have."""
+    """A prompt longer than a block of rows gives what one block gives. (These are shorter than 512 rows.)"""
     model, source = models(name)
     ids = reference(name)["prompt"]
     whole = logits_of(model, source, ids)
@@ -114,14 +117,14 @@ def test_row_blocks(name, models, monkeypatch):
     ("mha", {"rms_norm_eps": 1e-2}), ("six_experts", {"num_experts_per_tok": 2}),
 ])
 def test_references_can_tell(name, changes, directories):
-    """A setting misread is far outside the tolerance: the comparison above is not vacuous."""
+    """A setting that is misread is far outside the tolerance: the comparison above is not vacuous."""
     want = reference(name)
     got = logits_of(*build(directories(name), **changes), want["prompt"])
     assert (got - want["logits"]).abs().max() > 50 * TOLERANCE
 
 
 def test_lookahead(directories):
-    """It is what each router would say if nothing happened in between: no attention, no experts before it."""
+    """It is what each router would say if the attention and the experts before it added nothing."""
     model, source = build(directories("nine_layers"))
     ids = reference("nine_layers")["prompt"]
     logits_of(model, source, ids)
@@ -137,11 +140,11 @@ def test_lookahead(directories):
 
 
 def test_both_spellings_of_rope_are_one_model(tmp_path):
-    """Top-level `rope_theta`, and transformers 5's `rope_parameters`; an explicit one wins over the top level."""
+    """Top-level `rope_theta`, and transformers 5's `rope_parameters`, whose theta wins over the former."""
     write_hf(tmp_path, num_hidden_layers=1, rope_theta=500.0)
     want = MixtralConfig.read(tmp_path)
     for arguments in ({"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
-                      {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rope_theta": 10000.0},
+                      {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rope_theta": 1e4},
                       {"rope_parameters": {"rope_type": "default"}, "rope_theta": 500.0}):
         write_hf(tmp_path, num_hidden_layers=1, **arguments)
         assert MixtralConfig.read(tmp_path) == want
@@ -166,10 +169,10 @@ def test_engine(name, directories):
     assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize("cache_experts", (2, 5, 18))        # fewer than top_k, a few, all
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy, cache_experts", [         # fewer than top_k, a few, all
+    *((policy, slots) for policy in POLICIES for slots in (2, 5)), ("duo", 18)])
 def test_engine_under_every_policy(policy, cache_experts, directories):
-    """The answers are transformers' whoever decides which of the experts are at hand."""
+    """The answers are those of transformers, whatever decides which experts are cached."""
     want = reference("six_experts")
     engine = engine_for(directories("six_experts"), policy=policy, cache_experts=cache_experts)
     close(engine.logits(want["prompt"]), want["logits"], TOLERANCE)

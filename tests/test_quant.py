@@ -1,4 +1,4 @@
-"""Four bits a weight: what is lost, what is not, how the bytes lie, and that a product never unpacks a matrix."""
+"""Four bits a weight: what is lost, what is not, the layout of bytes, and products without unpacking."""
 
 import re
 import shutil
@@ -84,7 +84,8 @@ def test_blocks_of_rows_quantise_alike():
     assert all(torch.equal(whole, torch.cat(part)) for whole, part in zip(quantize(w, 64), zip(*blocks)))
 
 
-@pytest.mark.parametrize("columns, largest, group", [(4096, 128, 128), (192, 128, 64), (96, 128, 32), (4096, 32, 32)])
+@pytest.mark.parametrize("columns, largest, group",
+                         [(4096, 128, 128), (192, 128, 64), (96, 128, 32), (4096, 32, 32)])
 def test_group_size_is_the_largest_that_divides(columns, largest, group):
     assert group_size(columns, largest) == group
 
@@ -95,7 +96,8 @@ def test_columns_that_no_group_divides_are_refused_by_name():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype, tolerance",
+                         [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance, monkeypatch):
     w, x = quantize(gaussian(80, 256), group), gaussian(5, 256, seed=3).to(dtype)
     exact = x.double() @ dequantize(*w).double().T
@@ -134,7 +136,8 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
     assert len(calls) == 14 and torch.allclose(one, expected[0][:1], atol=1e-4)
 
 
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
+                    reason="torch.compile needs a C++ compiler")
 def test_compiled_one_row_product_does_not_unpack_the_matrix():
     from torch._inductor.utils import run_and_get_code
     rows, columns = 512, 1024

@@ -99,7 +99,7 @@ def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
 
 
 def test_a_chunk_starts_when_it_was_asked_for_or_the_lane_falls_free():
-    """Even if nobody pumps until long after: the lane models a host that polls while the accelerator computes."""
+    """Even if it is pumped only much later: it models a host that polls while the GPU computes."""
     cache, clock = rig(2)
     clock.advance(5)
     cache.plan([A])
@@ -108,8 +108,9 @@ def test_a_chunk_starts_when_it_was_asked_for_or_the_lane_falls_free():
     assert [piece[1:3] for piece in cache.lane.pieces] == [(5 + i, 6 + i) for i in range(CHUNKS)]
     cache.plan([B])
     clock.advance(1.5)
-    cache.demand(C)                         # two chunks of B are in flight by then: one under way, one behind it
-    assert [piece[1:3] for piece in cache.lane.pieces[CHUNKS:]] == [(105, 106), (106, 107), (107, 108), (108, 114)]
+    cache.demand(C)                         # two chunks of B are in flight: one under way, one behind it
+    spans = [piece[1:3] for piece in cache.lane.pieces[CHUNKS:]]
+    assert spans == [(105, 106), (106, 107), (107, 108), (108, 114)]
 
 
 def test_demands_are_sent_whole_and_delivered_in_the_order_of_asking():
@@ -130,13 +131,14 @@ def test_two_chunks_of_speculation_are_in_flight_and_no_more():
     while cache.queue:
         for _ in range(3):                  # however often it is pumped
             cache.pump()
-        assert sum(end > clock.now() for _, _, end, _ in cache.lane.pieces) == min(2, 2 * CHUNKS - int(clock.now()))
+        in_flight = sum(end > clock.now() for _, _, end, _ in cache.lane.pieces)
+        assert in_flight == min(2, 2 * CHUNKS - int(clock.now()))
         clock.advance(0.5)
 
 
 def test_a_demand_waits_for_two_chunks_at_most():
-    """Random plans, times and demands: between the asking and the first chunk the lane carries demands asked for
-    before, and two chunks of speculation at most, and is never idle."""
+    """Random plans, times and demands: between a demand and its first chunk the lane is never idle, and
+    carries only earlier demands and at most two chunks of speculation."""
     most = 0
     for seed in range(150):
         rng = random.Random(seed)
@@ -221,12 +223,13 @@ def test_a_guess_waits_if_no_slot_is_worth_less():
 
 def test_a_demand_may_take_the_slot_of_an_unfinished_guess_and_a_guess_may_not():
     offered = []
-    cache, clock = rig(2, lambda key, candidates, urgent: offered.append({slot.key for slot in candidates}) or candidates[0])
+    cache, clock = rig(2, lambda key, candidates, urgent:
+                       offered.append({slot.key for slot in candidates}) or candidates[0])
     cache.demand(A)
     cache.acquire(A)                        # pinned
     cache.plan([B])
     clock.advance(1)
-    cache.plan([C, B])                      # a better guess, and no slot for it: nothing is lost for its sake
+    cache.plan([C, B])                      # a better guess without a slot does not evict the unfinished one
     clock.advance(2)
     cache.pump()
     assert B in cache.slot_of and C not in cache.slot_of and offered == []
@@ -270,8 +273,8 @@ def test_pinned_and_needed_experts_are_never_evicted():
 
 def test_counting():
     cache, clock = rig(3)
-    cache.demand(D)                         # prefill moves it..
-    cache.serve(cache.scheduler)            # ..and decode begins
+    cache.demand(D)                         # prefill moves it,
+    cache.serve(cache.scheduler)            # and decode begins
     cache.demand(A)                         # (a miss, not yet used)
     assert counts(cache) == dict(hits=0, prefetched_used=0, misses=0)
     cache.acquire(A), cache.release(A)
@@ -299,8 +302,8 @@ def test_counting_a_prefetch_that_was_dropped_or_never_began():
     cache.plan([C])                         # no slot: it does not begin
     cache.release(B)
     assert cache.counts.prefetched == 1
-    cache.lane.ends.extend([clock.now() + 50] * 2)           # the link is busy: the guess is still queued..
-    use(cache, C)                           # ..when the router asks for it
+    cache.lane.ends.extend([clock.now() + 50] * 2)           # the link is busy: the guess is still queued
+    use(cache, C)                           # when the router asks for it
     assert counts(cache) == dict(hits=1, prefetched_used=0, misses=2) and cache.counts.prefetched == 1
 
 
@@ -335,7 +338,8 @@ def test_a_demand_for_a_slot_half_filled_and_no_longer_queued_fills_that_slot():
     assert 0 < cache.slot_of[A].transfer.sent < CHUNKS
     cache.queue.clear()
     slot = use(cache, A)
-    assert cache.slots[slot].key == A and {piece[0].slot for piece in cache.lane.pieces if piece[0].key == A} == {slot}
+    assert cache.slots[slot].key == A
+    assert {piece[0].slot for piece in cache.lane.pieces if piece[0].key == A} == {slot}
     assert sum(end - start for transfer, start, end, _ in cache.lane.pieces if transfer.key == A) == CHUNKS
     assert cache.resident(C)
 
@@ -371,7 +375,8 @@ def test_a_prefetch_that_fails_in_the_demands_hands_is_tried_again():
     cache.plan([A])                         # two chunks are under way
     cache.lane.fail = {3}
     use(cache, A)
-    assert cache.lane.pieces[-1][0].size == CHUNKS and cache.lane.pieces[-1][2] - cache.lane.pieces[-1][1] == CHUNKS
+    assert cache.lane.pieces[-1][0].size == CHUNKS
+    assert cache.lane.pieces[-1][2] - cache.lane.pieces[-1][1] == CHUNKS
     assert cache.resident(A)
 
 
@@ -421,10 +426,11 @@ def test_a_guess_with_no_slot_to_take_is_not_asked_about_again_until_there_may_b
     cache.pump()
     assert B in cache.slot_of
 
-    worth = {A: 2, B: 1}                    # what a slot is worth may be another in another layer
+    worth = {A: 2, B: 1}                    # what a slot is worth may change from layer to layer
     cache, clock = rig(1)
     s = ExpertScheduler(cache, History(2, 8), None, 1)
-    s.victim = lambda key, candidates, urgent: candidates[0] if urgent or worth[key] > worth[candidates[0].key] else None
+    s.victim = lambda key, candidates, urgent: (
+        candidates[0] if urgent or worth[key] > worth[candidates[0].key] else None)
     cache.serve(s)
     use(cache, A)
     cache.plan([B])
@@ -488,8 +494,8 @@ class Schedule:
     def step(self, chosen, lookahead=None):
         """`chosen[layer]`: the tokens' experts. `lookahead[layer]` likewise as logits."""
         self.scheduler.begin_step(lookahead[0] if lookahead and self.decoding else None)
-        return [self.visit(layer, chosen[layer], lookahead[layer + 1] if lookahead and layer + 1 < self.layers else None)
-                for layer in range(self.layers)]
+        ahead = lookahead[1:self.layers] + [None] if lookahead else [None] * self.layers
+        return [self.visit(layer, chosen[layer], ahead[layer]) for layer in range(self.layers)]
 
 
 @pytest.mark.parametrize("slots", (2, 3, 5, 24))
@@ -541,6 +547,11 @@ def test_demands_come_before_guesses():
         assert [piece[0].key for piece in s.cache.lane.pieces[first:first + 2]] == [(0, 3), (0, 5)], policy
 
 
+def guessed(s, layer, since):
+    """The experts of a layer that crossed the link as guesses."""
+    return [key[0] for key in moved(s, since) if isinstance(key, list) and key[0][0] == layer]
+
+
 def moved(s, since=0):
     """What crossed the link, demands as they are and guesses in brackets."""
     keys = [[piece[0].key] if piece[3] else piece[0].key for piece in s.cache.lane.pieces[since:]]
@@ -562,7 +573,8 @@ def test_layer_prefetch_asks_for_the_whole_next_layer():
     first = len(s.cache.lane.pieces)
     s.visit(1, [(0, 1)], AHEAD)
     assert moved(s, first - 2)[:-1] == [[(1, e)] for e in range(8)]
-    s = Schedule("layer-prefetch", 24, attention=1.0)           # what is still queued when that layer's router speaks
+    # What is still queued when that layer's router has chosen is dropped.
+    s = Schedule("layer-prefetch", 24, attention=1.0)
     s.visit(0, [(0, 1)])
     first = len(s.cache.lane.pieces)
     s.visit(1, [(6, 7)])
@@ -586,7 +598,7 @@ def test_who_guesses_by_lookahead(policy, slots, phase):
     first = len(s.cache.lane.pieces)
     s.visit(0, [(0, 1)], AHEAD)
     s.visit(1, [(2, 6)], AHEAD)
-    assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 2)], [(1, 6)]]
+    assert guessed(s, 1, first) == [(1, 2), (1, 6)]
 
 
 def test_lru_keeps_each_layers_share():
@@ -603,7 +615,7 @@ def test_activation_guesses_and_evicts_by_this_sequences_counts():
     first = len(s.cache.lane.pieces)
     s.cache.drop((1, 4)), s.cache.drop((1, 5))
     s.visit(0, [(4, 5)], AHEAD), s.visit(1, [(4, 5)])
-    assert [key for key in moved(s, first) if isinstance(key, list) and key[0][0] == 1] == [[(1, 4)], [(1, 5)]]
+    assert guessed(s, 1, first) == [(1, 4), (1, 5)]
     assert (1, 6) not in s.cache.slot_of      # used once, while the others were used again and again
 
 
@@ -618,9 +630,11 @@ def test_combined_evicts_whom_this_sequence_used_least_and_who_is_furthest_off()
         for e, n in ((4, 3), (5, 2), (6, 1), (7, 0)):
             assert worth((layer, e)) == pytest.approx(n / 3 * 0.6 ** (away / 3))
     slots = [Slot(i, key) for i, key in enumerate(keys)]
-    assert s.scheduler.victim((1, 0), slots, False).key == (0, 6)               # for a guess worth nothing, too
+    # Even for a guess that is worth nothing.
+    assert s.scheduler.victim((1, 0), slots, False).key == (0, 6)
     s.scheduler.last_used |= {(0, 1): 7, (0, 2): 3, (0, 3): 9}
-    assert s.scheduler.victim((1, 0), [Slot(i, (0, i)) for i in (1, 2, 3)], True).key == (0, 2)     # ties: the oldest
+    # Of equals, the one unused for longest.
+    assert s.scheduler.victim((1, 0), [Slot(i, (0, i)) for i in (1, 2, 3)], True).key == (0, 2)
 
 
 def test_score_keeps_a_running_mean_of_the_best_scores():
@@ -633,7 +647,8 @@ def test_score_keeps_a_running_mean_of_the_best_scores():
         want = [share[e] * (1 - 0.5 ** k) if e < 4 else 0 for e in range(8)]
         np.testing.assert_allclose([s.scheduler.worth((1, e)) for e in range(8)], want)
         assert s.scheduler.worth((0, 0)) == 0
-    assert s.scheduler.victim((0, 0), [Slot(0, (1, 0)), Slot(1, (1, 3)), Slot(2, (1, 2))], False).key == (1, 3)
+    slots = [Slot(0, (1, 0)), Slot(1, (1, 3)), Slot(2, (1, 2))]
+    assert s.scheduler.victim((0, 0), slots, False).key == (1, 3)
 
 
 OWN = """
@@ -656,7 +671,8 @@ def test_a_policy_in_a_file_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("x = 1", "defines 0 subclasses"), (OWN + OWN.replace("Newest", "Oldest"), "defines 2 subclasses"),
-    ("import nothing_like_it", "does not run"), ("class :", "does not run"), ("raise SystemExit(3)", "does not run"),
+    ("import nothing_like_it", "does not run"), ("class :", "does not run"),
+    ("raise SystemExit(3)", "does not run"),
     (None, "no such file")])
 def test_a_policy_file_that_is_none(text, words, tmp_path):
     path = tmp_path / "own.py"
@@ -668,9 +684,10 @@ def test_a_policy_file_that_is_none(text, words, tmp_path):
 
 
 @pytest.mark.parametrize("transfer_ms, thinks", [(3.7, True), (0.05, False)])
-def test_where_a_transfer_takes_less_than_a_thought_nobody_predicts(transfer_ms, thinks):
+def test_nothing_is_predicted_where_a_transfer_takes_less_time_than_predicting(transfer_ms, thinks):
     trace = skewed_traces(0, sequences=1)[0]
-    r = Replay(trace, 2, "duo", 12, replace(COSTS, expert_transfer_ms=transfer_ms), lambda *_: np.full((6, 8), 0.5)).run()
+    r = Replay(trace, 2, "duo", 12, replace(COSTS, expert_transfer_ms=transfer_ms),
+               lambda *_: np.full((6, 8), 0.5)).run()
     assert (r.predictor.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
 
 
@@ -705,7 +722,7 @@ def test_a_policy_file_that_changes_is_run_again_and_one_that_gives_up_nothing_i
 
 
 def test_a_good_lookahead_hides_the_transfer():
-    """Duo, compute longer than a transfer: the next layer's experts are there when the router asks for them."""
+    """With duo, and computing slower than the link, the next layer's experts are there in time."""
     s = Schedule("duo", 6, attention=2 * CHUNKS + 2.0)      # (two chunks of another guess may be in flight)
     s.decode()
     ids = [[(0, 1)], [(2, 3)], [(4, 5)]]
@@ -732,7 +749,8 @@ def test_duo_gives_up_what_is_least_likely_and_nothing_for_a_guess_worth_less():
     estimate[:] = [[0.5] + [0.9] * 7, [0.9] * 8, [0.3] + [0.9] * 7]
     s.scheduler.update_values()
     assert victim((1, 3), False) == (2, 0)
-    assert victim((0, 3), False) == (2, 0)              # beyond the next layer a guess must be worth twice as much
+    # Beyond the next layer a guess must be worth twice as much.
+    assert victim((0, 3), False) == (2, 0)
     estimate[2, 0] = estimate[0, 0] = 0.6
     s.scheduler.update_values()
     assert victim((1, 3), False) == (0, 0) and victim((0, 3), False) is None
@@ -740,7 +758,7 @@ def test_duo_gives_up_what_is_least_likely_and_nothing_for_a_guess_worth_less():
 
 @pytest.mark.parametrize("misled", (False, True))
 def test_a_short_prompt_drops_what_its_router_left_out(misled):
-    """Once the router has spoken, nothing more of an expert without a token but the chunk behind the one under way."""
+    """Once the router has chosen, an expert without a token gets at most the chunk behind the current one."""
     s = Schedule("duo", 8, layers=4, tokens=3, attention=5.5)
     lookahead = [[float((e in (2, 4, 6)) != misled) for e in range(8)]] * 4
     s.step([[(2, 4), (4, 6), (6, 2)]] * 4, lookahead)
@@ -753,7 +771,7 @@ def test_a_short_prompt_drops_what_its_router_left_out(misled):
 
 
 def test_what_prefill_moved_is_a_hit():
-    """Also what it fetched ahead and the prompt then had no token for: here the first expert of each layer."""
+    """Also an expert fetched ahead for which the prompt then had no token: here the first of each layer."""
     s = Schedule("duo", 24, tokens=100, attention=100.0)
     s.step([[(1 + t % 7, 1 + (t + 1) % 7) for t in range(100)]] * 3)
     s.decode()
@@ -763,10 +781,11 @@ def test_what_prefill_moved_is_a_hit():
 
 
 def test_prefill_leaves_what_the_prompt_used_most():
-    """Twelve slots: a ring of four, and the rest keeps the favourites of the three layers."""
+    """Of twelve slots four are a ring, and the rest keep the most used experts of the three layers."""
     s = Schedule("duo", 12, tokens=100)
     rng = random.Random(0)
-    chosen = [[(layer, rng.choice([e for e in range(8) if e != layer])) for _ in range(100)] for layer in range(3)]
+    chosen = [[(layer, rng.choice([e for e in range(8) if e != layer])) for _ in range(100)]
+              for layer in range(3)]
     s.step(chosen)
     assert all(s.cache.resident((layer, layer)) for layer in range(3))
 
@@ -774,8 +793,9 @@ def test_prefill_leaves_what_the_prompt_used_most():
 # Replay, on a virtual clock
 
 
-def skewed_traces(seed, layers=6, experts=8, k=2, skew=1.0, persistence=0.4, recall=0.8, sequences=2, prompt=80, new=24):
-    """Routing with favourites: expert popularity exp(skew * normal), kept from token to token with some persistence."""
+def skewed_traces(seed, layers=6, experts=8, k=2, skew=1.0, persistence=0.4, recall=0.8, sequences=2,
+                  prompt=80, new=24):
+    """Routing with favourites: popularity exp(skew * normal), and choices that often persist."""
     rng = np.random.default_rng(seed)
     traces = []
     for _ in range(sequences):
@@ -802,7 +822,7 @@ def test_replay_is_deterministic():
 
 
 class NervousClock(VirtualClock):
-    """Pumps also at moments that mean nothing."""
+    """Also pumps at random moments."""
 
     def wait_until(self, t):
         for _ in range(self.rng.randrange(4)):
@@ -812,7 +832,7 @@ class NervousClock(VirtualClock):
 
 @pytest.mark.parametrize("policy", (*POLICIES, "oracle"))
 def test_what_happens_does_not_depend_on_how_often_it_is_pumped(policy, monkeypatch):
-    """To the last digit: what is sent, and evicted for it, is decided when it is due, by what is known then."""
+    """To the last digit: what is sent and evicted is decided when it is due, by what is then known."""
     traces = skewed_traces(0, layers=5, recall=0.7, sequences=1, new=16)
     costs = replace(COSTS, attention_ms=2.0, expert_ms=0.6)         # several chunks fall due in one of these
     for slots in (3, 9, 20):
@@ -826,7 +846,7 @@ def test_what_happens_does_not_depend_on_how_often_it_is_pumped(policy, monkeypa
 
 
 def test_the_cache_does_the_same_however_often_it_is_pumped():
-    """Random plans and demands, of a policy that often has no slot to give for a guess."""
+    """Random plans and demands, under a policy that often gives up no slot for a guess."""
     def least(key, candidates, urgent):
         slot = min(candidates, key=lambda slot: slot.key[1])
         return slot if urgent or slot.key[1] < key[1] else None
@@ -869,10 +889,11 @@ ROUTING = {"even": lambda: synthetic_traces(MixtralConfig(num_hidden_layers=8), 
 def test_duo_is_near_its_floor_and_no_slower_than_any_baseline(kind):
     """Within 5 % of the floor and 2 % of the best baseline, whatever the cache.
 
-    Without a predictor, that is. Where routing is as plain as here a baseline that knows just the one thing that there
-    is to know can be ahead: `combined` by 1.2 % at 8 slots where each expert has its rate, `score` by 1.9 % at 20
-    where there is nothing but persistence. (Giving each more weight in duo's rule of thumb lost more elsewhere.) The
-    one size left out is 16, top_k for each of 8 layers: there an LRU holds just the last token's experts.
+    This is without a predictor. Where routing has a single regularity, as here, a baseline made for it can be
+    ahead: `combined` by 1.2 % at 8 slots where each expert has its own rate, `score` by 1.9 % at 20 where
+    there is nothing but persistence. (Giving each more weight in duo's rule of thumb lost more elsewhere.)
+    One size is left out: 16 slots, top_k for each of 8 layers, where an LRU holds exactly the last token's
+    experts.
     """
     traces, slow = ROUTING[kind](), []
     for slots in (2, 5, 8, 20, 32, 64):
@@ -934,7 +955,8 @@ def test_no_policy_needs_fewer_transfers_than_belady():
 
 def brute_force(trace, k, slots):
     """The fewest loads over every choice of what to keep after each visit."""
-    visits = [frozenset((layer, e) for e in ids) for row in trace.top(k)[trace.prompt:].tolist() for layer, ids in enumerate(row)]
+    visits = [frozenset((layer, e) for e in ids)
+              for row in trace.top(k)[trace.prompt:].tolist() for layer, ids in enumerate(row)]
     cost = {frozenset(): 0}
     for visit in visits:
         after = {}

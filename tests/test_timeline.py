@@ -1,4 +1,4 @@
-"""Both lanes of a run: the trace is true to the run and to the format, the picture is readable, mistakes come first."""
+"""Both lanes of a run: the trace is true to the run and to its format, the picture is readable."""
 
 import json
 import re
@@ -24,10 +24,11 @@ def moved(key, spans, sent, *, asked=0.0, predicted=False, used=False) -> Transf
     return Transfer(key, 100, asked, False, predicted, sent=sent, used=used, spans=spans)
 
 
-@pytest.fixture(scope="module", params=[("duo", SHORT), ("duo", LONG), ("on-demand", SHORT), ("layer-prefetch", SHORT)],
+@pytest.fixture(scope="module",
+                params=[("duo", SHORT), ("duo", LONG), ("on-demand", SHORT), ("layer-prefetch", SHORT)],
                 ids=lambda param: f"{param[0]}-{len(param[1])}")
 def run(request, tiny, tmp_path_factory):
-    """A watched run on a link that is the bottleneck -> (engine, its result, the trace as a file holds it)."""
+    """A recorded run on a slow link -> (engine, its result, the trace as read back from the file)."""
     policy, prompt = request.param
     engine = Engine.from_pretrained(tiny, device="cpu", policy=policy, predictor="none", cache_experts=7,
                                     simulate_link="20MB/s")
@@ -42,7 +43,8 @@ def test_it_is_a_chrome_trace(run):
     trace = run[2]
     assert {(e["name"], e["tid"], e["args"]["name"]) for e in trace["traceEvents"] if e["ph"] == "M"} == {
         ("process_name", 0, "duoserve"), ("thread_name", 1, "compute"), ("thread_name", 2, "link")}
-    assert {e["ph"] for e in trace["traceEvents"]} == {"M", "X"} and {e["pid"] for e in trace["traceEvents"]} == {1}
+    assert {e["ph"] for e in trace["traceEvents"]} == {"M", "X"}
+    assert {e["pid"] for e in trace["traceEvents"]} == {1}
     events = blocks(trace, 1) + blocks(trace, 2)
     assert all(e["ts"] >= 0 and e["dur"] >= 0 for e in events) and min(e["ts"] for e in events) == 0
     for lane in (1, 2):                     # in order, and never two at a time
@@ -83,7 +85,8 @@ def test_it_agrees_with_the_counts(run):
 def test_an_expert_is_computed_after_its_transfer(run):
     engine, _, trace = run
     size, waiting, here = engine.packed.layout.nbytes, Counter(), set()
-    events = [(e["ts"], True, e) for e in blocks(trace, 1)] + [(e["ts"] + e["dur"], False, e) for e in blocks(trace, 2)]
+    events = [(e["ts"], True, e) for e in blocks(trace, 1)]
+    events += [(e["ts"] + e["dur"], False, e) for e in blocks(trace, 2)]
     for _, computed, e in sorted(events, key=lambda event: (round(event[0], 2), event[1])):
         key = e["args"]["layer"], e["args"].get("expert")
         if e["args"]["kind"] == "expert":
@@ -113,7 +116,8 @@ def drawing(svg: str) -> tuple[list[str], list[dict]]:
     root = ElementTree.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(svg) < 200_000
     tags = {element.tag.split("}")[1] for element in root.iter()}
-    assert tags <= {"svg", "pattern", "path", "rect", "title", "text"}      # no script, no font, nothing from elsewhere
+    # No script, no font, nothing that is loaded from elsewhere.
+    assert tags <= {"svg", "pattern", "path", "rect", "title", "text"}
     return ([element.text for element in root.iter() if element.tag.endswith("text")],
             [element.attrib for element in root.iter() if element.tag.endswith("rect")])
 
@@ -122,7 +126,8 @@ def test_the_picture_names_both_lanes_and_phases(run, tmp_path):
     timeline.save(run[0], tmp_path / "timeline.svg")
     words, boxes = drawing((tmp_path / "timeline.svg").read_text())
     assert words.count("compute") == words.count("link") == 2
-    assert any(word.startswith("Prefill") for word in words) and any(word.startswith("Decode") for word in words)
+    assert any(word.startswith("Prefill") for word in words)
+    assert any(word.startswith("Decode") for word in words)
     for b in boxes:
         assert float(b["width"]) > 0 and 0 <= float(b["x"]) <= timeline.WIDTH - float(b["width"])
 
@@ -132,9 +137,11 @@ def test_a_stall_is_as_long_as_the_wait():
     transfers = [moved((0, 3), [(0.5, 4.0)], 100, used=True), moved((0, 4), [(4.0, 5.5)], 100, used=True)]
     words, boxes = drawing(timeline.picture(timeline.trace(transfers, steps, 20)["traceEvents"]))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
-    stall, = (b for b in boxes if (b["fill"], b["height"]) == (timeline.COLOURS["waiting for link"], str(timeline.ROW)))
-    assert float(stall["x"]) == pytest.approx(timeline.LEFT + pixel, abs=0.1)    # from when nothing else was left
-    assert float(stall["width"]) == pytest.approx(3 * pixel, abs=0.1)            # until the expert was there, no longer
+    stall, = (b for b in boxes
+              if (b["fill"], b["height"]) == (timeline.COLOURS["waiting for link"], str(timeline.ROW)))
+    # From when nothing else was left to compute, until the expert was there.
+    assert float(stall["x"]) == pytest.approx(timeline.LEFT + pixel, abs=0.1)
+    assert float(stall["width"]) == pytest.approx(3 * pixel, abs=0.1)
     assert "computing 30% of the time, waiting for the link 30%; the link at work 50%" in words
 
 
@@ -145,7 +152,8 @@ def test_of_a_long_run_a_part_is_drawn():
             steps.append(("attention", layer, t, t + 0.3e-3))
             for e in range(2 if step else 8):
                 asked, t = t, t + 3.7e-3
-                spans = [(asked + i * 1e-4, asked + i * 1e-4 + 2e-5) for i in range(12)]    # none touches the next
+                # None touches the next.
+                spans = [(asked + i * 1e-4, asked + i * 1e-4 + 2e-5) for i in range(12)]
                 transfers.append(moved((layer, e), spans, 1200, asked=asked, used=True))
                 steps.append((f"expert {e}", layer, t, t + 0.2e-3))
     words, boxes = drawing(timeline.picture(timeline.trace(transfers, steps, 100)["traceEvents"]))
@@ -153,7 +161,7 @@ def test_of_a_long_run_a_part_is_drawn():
 
 
 def test_the_picture_says_no_more_than_there_is():
-    """Visits and tokens of decode, labels no wider than their boxes, and in the legend what is to be seen."""
+    """Visits and tokens of decode, labels no wider than their boxes, and in the legend only what is drawn."""
     steps, t = [], 0.0
     for _ in range(5):
         for layer in range(11):
@@ -169,8 +177,10 @@ def test_the_picture_says_no_more_than_there_is():
         steps = [(f"expert {e}", 10, share * e, share * (e + 1)) for e in range(25)]
         steps = [("attention", 0, 0.0, 0.0), *steps, ("attention", 10, share * 25, 1.0)]
         svg = timeline.picture(timeline.trace([], steps, 1)["traceEvents"])
-        labels, width = re.findall(r'font-size="(\d+)"[^>]*>(10\.\d+)<', svg), share * (timeline.RIGHT - timeline.LEFT)
-        assert len(labels) == shown and all(2 + 0.6 * int(size) * len(label) <= width for size, label in labels)
+        labels = re.findall(r'font-size="(\d+)"[^>]*>(10\.\d+)<', svg)
+        width = share * (timeline.RIGHT - timeline.LEFT)
+        assert len(labels) == shown
+        assert all(2 + 0.6 * int(size) * len(label) <= width for size, label in labels)
 
 
 @pytest.mark.parametrize("steps", [[], [("attention", 0, 2.0, 2.5)],
@@ -183,8 +193,9 @@ def test_a_run_that_hardly_began_is_drawn_too(steps):
 
 
 def ask(monkeypatch, tiny, path, *more) -> int:
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(tiny), "--device", "cpu", "--predictor", "none",
-                                      "--prompt", "the dog", "--max-new-tokens", "4", "--timeline", str(path), *more])
+    monkeypatch.setattr(sys, "argv", [
+        "generate.py", "--model", str(tiny), "--device", "cpu", "--predictor", "none",
+        "--prompt", "the dog", "--max-new-tokens", "4", "--timeline", str(path), *more])
     with pytest.raises(SystemExit) as end:
         run_main(generate.main)
     return end.value.code
@@ -197,7 +208,8 @@ def test_a_bad_path_is_an_error_before_anything_is_loaded(monkeypatch, capsys, t
     (tmp_path / "there.svg").mkdir()
     assert ask(monkeypatch, tmp_path / "no model", tmp_path / path) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: --timeline") and path in error and mend in error and error.count("\n") == 1
+    assert error.startswith("error: --timeline") and path in error and mend in error
+    assert error.count("\n") == 1
 
 
 def test_an_interrupted_run_is_written_too(monkeypatch, capsys, tiny, tmp_path):

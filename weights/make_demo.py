@@ -2,10 +2,10 @@
 
     python weights/make_demo.py BOOKS_DIR weights/demo --minutes 60
 
-It trains `duoserve/model.py` itself, handed dense experts; on a GPU the whole step is one CUDA graph. The tokenizer
-is sentencepiece BPE in Mistral's manner (byte fallback, BOS 1, EOS 2, EOS only at the end of a book). Hidden matrices
-are trained by Muon, the rest by AdamW. Books by the authors named in --hold-out are never trained on; they measure
-the result.
+It trains `duoserve/model.py` itself, handed dense experts; on a GPU the whole step is one CUDA graph. The
+tokenizer is sentencepiece BPE in Mistral's manner (byte fallback, BOS 1, EOS 2, EOS only at the end of a
+book). Hidden matrices are trained by Muon, the rest by AdamW. Books by the authors named in --hold-out are
+never trained on; they measure the result.
 """
 
 import argparse
@@ -39,26 +39,27 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, weights: torch.Tensor) -> torch
 
 
 class DenseExperts(nn.Module):
-    """An `ExpertSource` whose experts are all here, as two stacks; it also gathers the load-balancing loss."""
+    """An `ExpertSource` that holds all experts as two stacks; it also gathers the load-balancing loss."""
 
     def __init__(self, config: MixtralConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         stack = config.num_hidden_layers, config.num_local_experts
         self.w13 = nn.Parameter(torch.empty(*stack, 2 * config.intermediate_size, config.hidden_size))
-        self.w2 = nn.Parameter(torch.empty(*stack, config.intermediate_size, config.hidden_size))     # transposed
+        self.w2 = nn.Parameter(torch.empty(*stack, config.intermediate_size, config.hidden_size))  # W2.T
         self.swiglu = swiglu
 
     def begin_step(self, lookahead):
         self.balance, self.load = 0.0, []
-        self.layers = list(zip(self.w13.unbind(), self.w2.unbind()))    # (the gradient of w13[i] is as large as w13)
+        # Taken apart once, since the gradient of each w13[i] is as large as that of w13.
+        self.layers = list(zip(self.w13.unbind(), self.w2.unbind()))
 
     def begin_layer(self, layer): ...
 
     def note(self, logits, ids):
         share = torch.zeros_like(logits, dtype=torch.float32).scatter(1, ids, 1.0).mean(0) / ids.shape[1]
         self.balance = self.balance + logits.shape[1] * (share * logits.float().softmax(-1).mean(0)).sum()
-        self.load.append(share)                                         # (of tokens, that an expert gets)
+        self.load.append(share)             # each expert's share of the tokens
 
     def route(self, layer, numbers, rows):
         logits = rows[0]
@@ -68,15 +69,17 @@ class DenseExperts(nn.Module):
     def experts(self, layer, routing):
         for e, (count, w13, w2) in enumerate(zip(routing.counts, *(w.unbind() for w in self.layers[layer]))):
             if count:
-                yield e, lambda x: (F.silu(F.linear(x, w13[:len(w13) // 2])) * F.linear(x, w13[len(w13) // 2:])) @ w2
+                w1, w3 = w13.chunk(2)
+                yield e, lambda x: (F.silu(F.linear(x, w1)) * F.linear(x, w3)) @ w2
 
     def end_layer(self, layer): ...
 
     def all(self, layer, x, weights):
-        """x [T, D] -> the sum of all experts' answers, each times its weight, of weights [T, E]: 0 if not chosen."""
+        """x [T, D], weights [T, E] (0 where not chosen) -> the weighted sum of all experts' answers."""
         w13, w2 = self.layers[layer]
         w1, w3 = w13.unflatten(1, (2, -1)).unbind(1)
-        return self.swiglu(F.linear(x, w1.flatten(0, 1)), F.linear(x, w3.flatten(0, 1)), weights) @ w2.flatten(0, 1)
+        gate, up = F.linear(x, w1.flatten(0, 1)), F.linear(x, w3.flatten(0, 1))
+        return self.swiglu(gate, up, weights) @ w2.flatten(0, 1)
 
 
 class FusedNorm(RMSNorm):
@@ -85,8 +88,8 @@ class FusedNorm(RMSNorm):
 
 
 class Trainee(Mixtral):
-    """`Mixtral`, which if `dense` runs all experts on all tokens: four times the work, but in three large products
-    of fixed shapes, about which the host need know nothing."""
+    """`Mixtral`, which if `dense` runs all experts on all tokens: four times the work, but in three large
+    products of fixed shapes, for which the host need not wait for the routers."""
 
     dense = False
 
@@ -106,11 +109,12 @@ class Trainee(Mixtral):
         logits = self.layers[i].router(x)
         ids, weights = route(logits, self.config.num_experts_per_tok)
         source.note(logits, ids)
-        return h + self.drop(source.all(i, x, torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype))))
+        weights = torch.zeros_like(logits).scatter(1, ids, weights.to(logits.dtype))
+        return h + self.drop(source.all(i, x, weights))
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """The nearest orthogonal matrix, roughly, to each of x [n, rows, cols], by Newton and Schulz: Muon's update."""
+    """About the nearest orthogonal matrix to each of x [n, rows, cols], by Newton-Schulz: Muon's update."""
     y = x.mT if x.shape[1] > x.shape[2] else x
     y = y / torch.linalg.vector_norm(y, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     y = y.to(torch.bfloat16 if x.is_cuda else x.dtype)
@@ -121,8 +125,9 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 class Optimizer:
-    """Muon for the hidden matrices, a stack for each shape, and AdamW for the rest, on fp32 masters of the weights
-    that lie in one flat tensor. Its whole state is on the device, so that a CUDA graph can hold a step."""
+    """Muon for the hidden matrices, a stack for each shape, and AdamW for the rest, on fp32 masters of the
+    weights that lie in one flat tensor. Its whole state is on the device, so that a CUDA graph can hold a
+    step."""
 
     def __init__(self, named: list, muon_lr: float, lr: float, weight_decay: float):
         self.muon_lr, self.lr, self.weight_decay, shapes = muon_lr, lr, weight_decay, {}
@@ -134,7 +139,8 @@ class Optimizer:
         self.grad, momentum, second = (torch.zeros_like(self.master) for _ in range(3))
         sizes = [sum(p.numel() for p in group) for group in shapes.values()]
         self.groups = list(zip(shapes, *(t.split(sizes) for t in (self.master, self.grad, momentum, second))))
-        self.rate, self.count = self.master.new_zeros(()), self.master.new_zeros(())   # of the peak rates; of steps
+        self.rate = self.master.new_zeros(())               # a factor of both peak rates
+        self.count = self.master.new_zeros(())              # of steps
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return [v.view_as(p) for v, p in zip(flat.split([p.numel() for p in self.params]), self.params)]
@@ -149,7 +155,7 @@ class Optimizer:
                 momentum.lerp_(grad, 0.05)
                 update = orthogonal(grad.lerp(momentum, 0.95).view(-1, *shape)).flatten()
                 lr, decay = self.rate * self.muon_lr, self.weight_decay
-                scale = 0.2 * math.sqrt(max(shape))                                 # updates as large as AdamW's
+                scale = 0.2 * math.sqrt(max(shape))         # updates as large as AdamW's
             else:
                 momentum.lerp_(grad, 0.1)
                 second.lerp_(grad.square(), 0.05)
@@ -161,7 +167,7 @@ class Optimizer:
 
 
 def windows(tokens: int, length: int, seed: int):
-    """Where to begin, without end: each pass over the text is cut up from another place, and shuffled."""
+    """An endless stream of window starts: each pass cuts the text up with another offset, and is shuffled."""
     rng = np.random.default_rng(seed)
     while True:
         yield from rng.permutation(np.arange(rng.integers(length), tokens - length, length))
@@ -170,11 +176,12 @@ def windows(tokens: int, length: int, seed: int):
 class Trainer:
     """Steps of training. On a GPU the fourth and later ones of a sequence length replay one CUDA graph."""
 
-    def __init__(self, model: Trainee, source: DenseExperts, optimizer: Optimizer, text: np.ndarray, batch: int):
+    def __init__(self, model: Trainee, source: DenseExperts, optimizer: Optimizer, text: np.ndarray,
+                 batch: int):
         device = optimizer.master.device
         self.model, self.source, self.optimizer, self.batch, self.length = model, source, optimizer, batch, 0
         self.text = torch.from_numpy(text.astype(np.int32)).to(device)
-        self.report = torch.zeros(3, device=device)                     # loss, smallest and largest load of an expert
+        self.report = torch.zeros(3, device=device)         # loss, smallest and largest load of an expert
         self.cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.cuda else None
 
@@ -186,17 +193,18 @@ class Trainer:
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         self.optimizer.step(torch.autograd.grad(loss + 0.01 * self.source.balance, self.optimizer.params))
         self.report.copy_(torch.stack((loss.detach(), *torch.stack(self.source.load).aminmax())))
-        self.source.layers, self.source.balance = [], 0.0               # (nothing of this step's graph stays)
+        self.source.layers, self.source.balance = [], 0.0       # lets go of this step's autograd graph
 
     def advance(self, length: int, rate: float) -> bool:
-        """One step. True: it was a slow one, which made ready for those that follow."""
+        """One step. True if it was a slow one, which prepares those that follow."""
         with torch.cuda.stream(self.stream):
             if length != self.length:
                 if self.cuda:
                     torch.cuda.synchronize()
-                self.length, self.age, self.run = length, 0, self.step  # (here an earlier graph is freed)
+                self.length, self.age, self.run = length, 0, self.step  # frees an earlier CUDA graph
                 self.next = windows(len(self.text), length, seed=length)
-                self.starts = torch.zeros(max(1, self.batch // length), dtype=torch.int64, device=self.text.device)
+                self.starts = torch.zeros(max(1, self.batch // length), dtype=torch.int64,
+                                          device=self.text.device)
             starts = torch.tensor([next(self.next) for _ in range(len(self.starts))], pin_memory=self.cuda)
             self.starts.copy_(starts, non_blocking=True)
             self.optimizer.rate.fill_(rate)
@@ -212,7 +220,7 @@ class Trainer:
             return self.report.tolist()
 
     def record(self) -> None:
-        """From here on `run` replays `step`, recorded (not run) on the stream that the steps before it ran on."""
+        """Make `run` replay `step`, recorded (not run) on the stream on which the steps before it ran."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self.stream):
@@ -272,13 +280,13 @@ def bits_per_byte(logits_of, tokens: np.ndarray, bytes_a_token: float, length: i
 
 def hf_state(model: Mixtral, source: DenseExperts) -> dict[str, torch.Tensor]:
     """Hugging Face's names: q, k, v apart, w1 and w3 apart."""
-    c, out = model.config, {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight,
-                            "lm_head.weight": model.head.weight}
+    c, out = model.config, {"model.embed_tokens.weight": model.embed.weight,
+                            "model.norm.weight": model.norm.weight, "lm_head.weight": model.head.weight}
     for i, layer in enumerate(model.layers):
         p, kv = f"model.layers.{i}.", c.num_key_value_heads * c.head_dim
         q, k, v = layer.attention.qkv.weight.split((c.num_attention_heads * c.head_dim, kv, kv))
-        out |= {p + "self_attn.q_proj.weight": q, p + "self_attn.k_proj.weight": k, p + "self_attn.v_proj.weight": v,
-                p + "self_attn.o_proj.weight": layer.attention.o.weight,
+        out |= {p + "self_attn.q_proj.weight": q, p + "self_attn.k_proj.weight": k,
+                p + "self_attn.v_proj.weight": v, p + "self_attn.o_proj.weight": layer.attention.o.weight,
                 p + "input_layernorm.weight": layer.attention_norm.weight,
                 p + "post_attention_layernorm.weight": layer.ffn_norm.weight,
                 p + "block_sparse_moe.gate.weight": layer.router.weight}
@@ -291,7 +299,7 @@ def hf_state(model: Mixtral, source: DenseExperts) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_hf(model: Mixtral, source: DenseExperts, path: Path) -> None:
-    """Put back what `save_hf` wrote: each of `hf_state`'s tensors is a view of a parameter, or a parameter."""
+    """Load what `save_hf` wrote: each of `hf_state`'s tensors is a parameter or a view of one."""
     tensors = load_file(path)
     for name, view in hf_state(model, source).items():
         view.copy_(tensors[name])
@@ -307,7 +315,7 @@ def save_hf(model, source, raw_config: dict, out: Path) -> None:
 
 def make_traces(engine: Engine, tokens: np.ndarray, folder: Path, sequences: int, prompt: tuple[int, int],
                 new: int) -> None:
-    """Let the model go on from places in the books, and record its routing: for train_predictor.py and the bench."""
+    """Let the model continue passages of the books, and record its routing."""
     c, rng = engine.config, np.random.default_rng(0)
     recorder = engine.source.recorder = TraceRecorder(c, engine.context, engine.device)
     for i in range(sequences):
@@ -319,26 +327,34 @@ def make_traces(engine: Engine, tokens: np.ndarray, folder: Path, sequences: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path, help="a folder of .txt or .md files, or the 16-bit model's\n"
                         "directory of an earlier run, which keeps them as tokens (train.npy, test.npy)")
     parser.add_argument("out", type=Path, help="the packed directory to write")
     parser.add_argument("--hf", type=Path, help="where the 16-bit model goes (default OUT-hf)")
-    parser.add_argument("--resume", action="store_true", help="begin with the weights in --hf, left by an earlier run")
-    parser.add_argument("--hold-out", nargs="*", default=["Oscar_Wilde", "Robert_Louis_Stevenson", "Kenneth_Grahame"])
+    parser.add_argument("--resume", action="store_true",
+                        help="begin with the weights in --hf, left by an earlier run")
+    parser.add_argument("--hold-out", nargs="*",
+                        default=["Oscar_Wilde", "Robert_Louis_Stevenson", "Kenneth_Grahame"])
     parser.add_argument("--minutes", type=float, default=60, help="of training")
-    parser.add_argument("--steps", type=int, help="train this many steps instead of by the clock (0: only pack)")
-    parser.add_argument("--traces", type=Path, metavar="DIR", help="record the demo's routing in DIR/train and DIR/test")
+    parser.add_argument("--steps", type=int,
+                        help="train this many steps instead of by the clock (0: only pack)")
+    parser.add_argument("--traces", type=Path, metavar="DIR",
+                        help="record the demo's routing in DIR/train and DIR/test")
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--ffn", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8192, help="tokens a step")
-    parser.add_argument("--length", type=int, default=512, help="tokens a sequence; twice that in the last quarter")
+    parser.add_argument("--length", type=int, default=512,
+                        help="tokens a sequence; twice that in the last quarter")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=1.0, help="of the matrices that Muon trains")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of what attention and (on a GPU) experts write")
-    parser.add_argument("--eval-every", type=float, default=10, metavar="MINUTES", help="save and measure this often")
+    parser.add_argument("--dropout", type=float, default=0.0,
+                        help="of what attention and (on a GPU) experts write")
+    parser.add_argument("--eval-every", type=float, default=10, metavar="MINUTES",
+                        help="save and measure this often")
     parser.add_argument("--compile", action="store_true", help="fuse the experts' activation (needs Triton)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -362,20 +378,21 @@ def main() -> None:
         test_bytes = sum(len(t.encode()) for t in held.values())
         np.save(hf / "train.npy", train), np.save(hf / "test.npy", test)
         (hf / "test.json").write_text(json.dumps({"bytes": test_bytes, "books": sorted(held)}))
-    print(f"{len(train)} tokens to train on, {len(test)} held out, {test_bytes / len(test):.2f} bytes each", flush=True)
+    print(f"{len(train)} tokens to train on, {len(test)} held out, {test_bytes / len(test):.2f} bytes each",
+          flush=True)
 
     heads = args.hidden // 64
     raw = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 4096,
            "hidden_size": args.hidden, "intermediate_size": args.ffn, "num_hidden_layers": args.layers,
-           "num_attention_heads": heads, "num_key_value_heads": heads // 3 if heads % 3 == 0 else (heads + 1) // 2,
-           "head_dim": 64, "hidden_act": "silu",
-           "num_local_experts": 8, "num_experts_per_tok": 2,
+           "num_attention_heads": heads,
+           "num_key_value_heads": heads // 3 if heads % 3 == 0 else (heads + 1) // 2, "head_dim": 64,
+           "hidden_act": "silu", "num_local_experts": 8, "num_experts_per_tok": 2,
            "max_position_embeddings": 2 * args.length,
-           "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": None, "bos_token_id": 1, "eos_token_id": 2,
-           "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
+           "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": None, "bos_token_id": 1,
+           "eos_token_id": 2, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     config = MixtralConfig.from_dict(raw)
     model, source = Trainee(config, args.dropout).to(device), DenseExperts(config).to(device)
-    model.dense = device.type == "cuda"                     # (a CPU had better not do the work of idle experts)
+    model.dense = device.type == "cuda"         # (on a CPU the work of unused experts would cost time)
     init_weights(model, args.layers), init_weights(source, args.layers)
     if args.resume:
         load_hf(model, source, hf / "model.safetensors")
@@ -386,8 +403,8 @@ def main() -> None:
     model.to(torch.bfloat16), source.to(torch.bfloat16)
     trainer = Trainer(model, source, optimizer, train, args.batch)
     if args.compile:
-        torch._dynamo.config.suppress_errors = True             # (it runs as it is where it cannot be compiled)
-        fused = torch.compile(swiglu, dynamic=False)            # (and once only: measuring has other shapes)
+        torch._dynamo.config.suppress_errors = True             # where it cannot be compiled it runs as it is
+        fused = torch.compile(swiglu, dynamic=False)    # for training only: measuring has other shapes
         source.swiglu = lambda *x: (fused if torch.is_grad_enabled() else swiglu)(*x)
 
     def dense_logits(window):
@@ -412,8 +429,10 @@ def main() -> None:
             if time.time() - saved > 60 * args.eval_every or done >= 1:
                 before = time.time()
                 save_hf(model, source, raw, hf)
-                bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test), 2 * args.length)
-                print(f"held out: {bpb:.4f} bits per byte after {step * args.batch / 1e6:.1f} M tokens", flush=True)
+                bpb = bits_per_byte(dense_logits, test[:len(test) // 8], test_bytes / len(test),
+                                    2 * args.length)
+                print(f"held out: {bpb:.4f} bits per byte after {step * args.batch / 1e6:.1f} M tokens",
+                      flush=True)
                 saved, began = time.time(), began + time.time() - before
 
     convert(hf, args.out)
@@ -424,7 +443,8 @@ def main() -> None:
     packed_bytes = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.out}: {packed_bytes / 1e6:.1f} MB; held out {before:.4f} bits per byte, packed {after:.4f}")
     if args.traces:
-        engine = Engine.from_pretrained(args.out, device=args.device, policy="cache", cache_experts=8 * args.layers)
+        engine = Engine.from_pretrained(args.out, device=args.device, policy="cache",
+                                        cache_experts=8 * args.layers)
         make_traces(engine, train, args.traces / "train", 120, (16, 96), 160)
         make_traces(engine, test, args.traces / "test", 24, (256, 400), 64)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import MixtralConfig
 from .history import Routing
+from .quant import PackedLinear, exact_swiglu
 
 # Row blocks are constants: a product's bits depend on how many rows it has, so the split of a prompt into
 # blocks may follow from the prompt's length alone, never from memory, cache size or policy.
@@ -131,6 +132,8 @@ class Expert(nn.Module):
         self.w2 = linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.w13, PackedLinear) and len(x) == 1 and x.dtype != torch.float32:
+            return exact_swiglu(x, self.w13, self.w2)
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 

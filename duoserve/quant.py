@@ -6,7 +6,7 @@ nibbles of a row of bytes are contiguous runs of columns, so unpacking needs no 
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from math import prod
 from typing import Callable
 
@@ -79,19 +79,6 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((unpack(q, group) - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
 
 
-def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x [1, columns] -> [1, N] in one pass over the bytes.
-
-    Scale and zero meet each group's dot product and sum of x, not each weight: a third of the arithmetic.
-    """
-    groups = scale.shape[-1]
-    parts = x.float().view(groups, 2, -1)                           # [groups, low or high half, G / 2]
-    q = q.unflatten(-1, (groups, -1))                               # [N, groups, G / 2]
-    dot = ((q & 15) * parts[:, 0]).sum(-1) + ((q >> 4) * parts[:, 1]).sum(-1)
-    y = ((dot - zero.float() * parts.sum((1, 2))) * scale.float()).sum(-1)
-    return y.to(x.dtype)[None]
-
-
 def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
     out.copy_(dequantize(q, scale, zero))
 
@@ -113,40 +100,117 @@ def compiled(function):
     return torch.compile(function, dynamic=False, options={"deterministic": True, "triton.autotune_pointwise": False})
 
 
-def fused_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`gemv` for the compiler: the same products, told so that a weight costs a mask, a conversion and a product.
+# One row meets a packed matrix in one pass over its bytes. Scale and zero meet each group's dot product and
+# sum of x, not each weight: a third of the arithmetic.
+#
+# In a 16-bit dtype the answer has the same bits wherever it is computed, and in whatever order: by bytes or by
+# words, with fused multiply-adds or without. Each group of x is rounded to whole numbers p, |p| <= 8192, times a
+# power of two; its dot product is then at most 15 x 8192 x 128 < 2^24, and fp32 adds whole numbers of that size
+# exactly. What the groups of a row give is rounded to whole numbers once more before it is added up. Between the
+# two stand single operations, which round alike everywhere. Powers of two are made from bits and multiplied by;
+# and where processors differ in flushing small numbers to zero, these count as zero.
 
-    Four bytes are read as one word, and a nibble is left where it lies in it: k places up it is 16^k times too large,
-    and x, which is laid out as the words meet it, was made as much smaller.
+
+def power(e: Tensor) -> Tensor:
+    """2^e in fp32, for int32 e: zero below 2^-126, and 2^127 at most."""
+    return ((e + 127).clamp(0, 254) << 23).view(torch.float32)
+
+
+def exponent(largest: Tensor) -> Tensor:
+    """The least e with fp32 `largest` < 2^e; for what is below 2^-100 one so high that all beside it is zero."""
+    e = (largest.view(torch.int32) >> 23 & 255) - 126
+    return torch.where(e > -100, e, 1000)
+
+
+def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [1, columns] -> [1, N] in fp32, the same bits everywhere; all NaN if anything in x is not finite."""
+    x = x.float().view(scale.shape[-1], -1)         # [groups, G]
+    e = exponent(x.abs().amax(-1))
+    p = (x * power(13 - e)[:, None]).round()
+    total = p.sum(-1)                               # in two halves of 11 bits: so many has an fp16 zero, so both
+    high = (total * 2**-10).round() * 2**10         # products are exact
+    return product(p, [high, total - high, power(e - 13)], q, scale, zero)
+
+
+def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [1, columns] -> [1, N] in its dtype: exact in 16 bits, in fp32 as it comes."""
+    if x.dtype != torch.float32:
+        return exact_gemv(x, q, scale, zero).to(x.dtype)
+    x = x.view(scale.shape[-1], -1)
+    return product(x, [x.sum(-1)], q, scale, zero)
+
+
+def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [groups, G] -> [1, N]; `sums` are the groups', or their two halves and the size of what x counts."""
+    parts = laid_out(x, torch.int32 if q.is_cuda else torch.uint8)
+    return (fused_dots if torch.compiler.is_compiling() else dots)(parts, sums, q, scale, zero)[None]
+
+
+def laid_out(x: Tensor, unit: torch.dtype) -> Tensor:
+    """x [groups, G] -> [groups, nibble, unit], as bytes, or words of four bytes, meet it.
+
+    So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it is
+    16^k times too large, and x is made as much smaller. (A word's last moves one down, out of the sign bit.)
     """
-    groups = scale.shape[-1]
-    parts = x.float().view(groups, 2, -1, 4).permute(0, 3, 1, 2).flatten(1, 2)      # [groups, nibble, word]
-    smaller = torch.exp2(-4.0 * torch.arange(8, device=x.device).clamp(max=6))
-    return dot_words(parts * smaller[:, None], parts.sum((1, 2)), q, scale, zero).to(x.dtype)[None]
+    parts = x.view(len(x), 2, -1, unit.itemsize).permute(0, 3, 1, 2).flatten(1, 2)
+    return torch.stack([part * 16.0 ** -min(k, 6) for k, part in enumerate(parts.unbind(1))], 1)
 
 
-@torch.library.custom_op("duoserve::dot_words", mutates_args=())
-def dot_words(parts: Tensor, sums: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the product,
-    and do it again for every row of the matrix."""
-    return compiled(_dot_words)(parts, sums, q, scale, zero)
+def dots(parts: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`product` of what was laid out, in fp32: [N]."""
+    unit, at_once = (torch.uint8, 1) if parts.shape[1] == 2 else (torch.int32, 4)   # (four rows share a read of x)
+    w = q.view(unit).view(at_once, -1, len(parts), parts.shape[2])
+    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts.unbind(1))).sum(-1) for rows in w])
+    scale, zero = scale.float(), zero.float()       # [N, groups], like dot
+    if len(sums) == 1:
+        return ((dot - zero * sums[0]) * scale).sum(-1)
+    high, low, size = sums                          # [groups] each
+    terms = (dot - zero * high - zero * low) * scale * size
+    e = exponent(terms.abs().amax(-1))
+    bits = 24 - (terms.shape[1] - 1).bit_length()   # of each term, so that their sum has 24 at most
+    y = (terms * power(bits - e)[:, None]).round().sum(-1)
+    return torch.where(y == 0, 0, y) * power(e - bits)      # (never -0: its sign would depend on the order)
 
 
-@dot_words.register_fake
+def nibbles(w: Tensor) -> list[Tensor]:
+    """Bytes or words -> their nibbles, each in its place but a word's last."""
+    if w.dtype == torch.uint8:
+        return [w & 15, w & 240]
+    return [w & 15 << 4 * k for k in range(7)] + [w >> 4 & 15 << 24]
+
+
+@torch.library.custom_op("duoserve::dots", mutates_args=())
+def fused_dots(parts: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
+    product, and do it again for every row of the matrix."""
+    return compiled(dots)(parts, sums, q, scale, zero)
+
+
+@fused_dots.register_fake
 def _(parts, sums, q, scale, zero):
     return parts.new_empty(len(q))
 
 
-def _dot_words(parts, sums, q, scale, zero):
-    w = q.view(torch.int32).unflatten(-1, (len(sums), -1)).unflatten(0, (4, -1))
-    dot = torch.cat([                       # four rows at a time: what is read of x is read once for the four
-        sum(nibble * parts[:, k] for k, nibble in enumerate(nibbles(rows))).sum(-1) for rows in w])
-    return ((dot - zero.float() * sums) * scale.float()).sum(-1)
+@torch.compiler.assume_constant_result      # (a tensor like any other: compiled code does not make it again)
+def silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return made_silu_table(dtype, device)
 
 
-def nibbles(w: Tensor) -> list[Tensor]:
-    """Words -> their nibbles, each in its place but the last, which moves one down, out of the sign bit."""
-    return [w & 15 << 4 * k for k in range(7)] + [w >> 4 & 15 << 24]
+@cache
+def made_silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """SiLU in fp32 of all numbers of 16 bits, in the order of these bits: no two devices' `exp` agree."""
+    gate = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
+    gate = gate.double().clamp(min=-1e4)
+    silu = gate / (1 + torch.exp(-gate))    # (of -infinity -0; NaN and infinity stay what they are)
+    return torch.where(silu.abs() < 2**-126, 0 * silu, silu).float().to(device)
+
+
+def exact_swiglu(x: Tensor, w13: "PackedLinear", w2: "PackedLinear") -> Tensor:
+    """x [1, D] -> w2(silu(w1 x) * w3 x) [1, D] in x's 16-bit dtype, the same bits everywhere."""
+    gate, up = w13.exact_gemv(x, w13.q, w13.scale, w13.zero).chunk(2, -1)
+    gate = gate.to(x.dtype).view(torch.int16).int() & 65535     # (its bits: mere rounding a compiler may skip)
+    h = silu_table(x.dtype, x.device)[gate] * up
+    return w2.exact_gemv(h, w2.q, w2.scale, w2.zero).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
@@ -156,8 +220,8 @@ class PackedLinear(nn.Module):
                  device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.gemv = compiled(fused_gemv) if compile else gemv
-        self.dequantize_into = compiled(dequantize_into) if compile else dequantize_into
+        self.gemv, self.exact_gemv, self.dequantize_into = map(
+            compiled if compile else lambda function: function, (gemv, exact_gemv, dequantize_into))
         self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))

@@ -56,4 +56,5 @@ def test_the_wings_of_the_bench_do_not_know_the_door():
 
 
 def test_the_model_knows_nothing_of_caches_streams_or_policies():
-    assert below("duoserve.model") == {"duoserve.config", "duoserve.errors", "duoserve.history"}
+    assert below("duoserve.model") == {
+        f"duoserve.{name}" for name in ("config", "errors", "files", "history", "quant")}

@@ -80,6 +80,7 @@ def parse_args():
     add("file", metavar="FILE", help="UTF-8 text, some pages at least")
     add("--model", default=DEMO, help="a packed or Hugging Face directory (default: weights/demo)")
     add("--context", type=int, metavar="N", help="tokens of a window (default 2048, or what the model takes)")
+    add("--decode", action="store_true", help="token by token, as new ones are (default: as a prompt)")
     add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", help="float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)")
     add("--gpu-memory", metavar="SIZE|PERCENT", help="for weights, cache and all (default: what is free on the GPU)")

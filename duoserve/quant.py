@@ -146,21 +146,25 @@ def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
     return (fused_dots if torch.compiler.is_compiling() else dots)(parts, sums, q, scale, zero)[None]
 
 
-def laid_out(x: Tensor, unit: torch.dtype) -> Tensor:
-    """x [groups, G] -> [groups, nibble, unit], as bytes, or words of four bytes, meet it.
+def laid_out(x: Tensor, unit: torch.dtype) -> list[Tensor]:
+    """x [groups, G] -> for each nibble of a byte, or of a word of four bytes, what it meets: [groups, units].
 
     So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it is
     16^k times too large, and x is made as much smaller. (A word's last moves one down, out of the sign bit.)
     """
-    parts = x.view(len(x), 2, -1, unit.itemsize).permute(0, 3, 1, 2).flatten(1, 2)
-    return torch.stack([part * 16.0 ** -min(k, 6) for k, part in enumerate(parts.unbind(1))], 1)
+    if unit == torch.uint8:
+        low, high = x.view(len(x), 2, -1).unbind(1)
+        return [low, high * 2**-4]
+    place = torch.arange(0, -32, -4, dtype=torch.int32, device=x.device).clamp(min=-24)
+    parts = x.view(len(x), 2, -1, 4).permute(0, 3, 1, 2).flatten(1, 2)
+    return list((parts * power(place)[:, None]).unbind(1))
 
 
-def dots(parts: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`product` of what was laid out, in fp32: [N]."""
-    unit, at_once = (torch.uint8, 1) if parts.shape[1] == 2 else (torch.int32, 4)   # (four rows share a read of x)
-    w = q.view(unit).view(at_once, -1, len(parts), parts.shape[2])
-    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts.unbind(1))).sum(-1) for rows in w])
+    unit, at_once = (torch.uint8, 1) if len(parts) == 2 else (torch.int32, 4)       # (four rows share a read of x)
+    w = q.view(unit).view(at_once, -1, *parts[0].shape)
+    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w])
     scale, zero = scale.float(), zero.float()       # [N, groups], like dot
     if len(sums) == 1:
         return ((dot - zero * sums[0]) * scale).sum(-1)
@@ -180,7 +184,7 @@ def nibbles(w: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("duoserve::dots", mutates_args=())
-def fused_dots(parts: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def fused_dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
     return compiled(dots)(parts, sums, q, scale, zero)
@@ -188,7 +192,7 @@ def fused_dots(parts: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero
 
 @fused_dots.register_fake
 def _(parts, sums, q, scale, zero):
-    return parts.new_empty(len(q))
+    return parts[0].new_empty(len(q))
 
 
 @torch.compiler.assume_constant_result      # (a tensor like any other: compiled code does not make it again)

@@ -6,7 +6,8 @@ the tokens routed to it and sums the outputs in an order of its own, so the resu
 expert came. Training hands in dense experts; the engine hands in slots of a cache that a lane is filling.
 
 Shapes: B sequences, T tokens, D hidden, H query heads, G key/value heads, A head_dim, E experts, K experts a
-token, F ffn, C context, N layers. Source: Mixtral of Experts, arXiv 2401.04088; tensor layout as in Hugging Face's.
+token, F ffn, C context, N layers. Source: Mixtral of Experts, arXiv 2401.04088; tensor layout as in Hugging
+Face's.
 """
 
 from contextlib import closing
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import MixtralConfig
 from .history import Routing
+from .quant import PackedLinear, exact_swiglu
 
 # Row blocks are constants: a product's bits depend on how many rows it has, so the split of a prompt into
 # blocks may follow from the prompt's length alone, never from memory, cache size or policy.
@@ -40,8 +42,8 @@ class ExpertSource(Protocol):
     def begin_layer(self, layer: int) -> None: ...
 
     def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None]) -> Routing:
-        """numbers: those of `pack_routing`; rows: the router's logits and the next layer's lookahead, [T, E] each. ->
-        the pass's routing on the host."""
+        """numbers: those of `pack_routing`; rows: the router's logits and the next layer's lookahead, [T, E]
+        each. -> the pass's routing on the host."""
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, nn.Module]]:
         """Every expert with a token, once, in any order; valid until the iterator is resumed or closed."""
@@ -82,7 +84,8 @@ class Attention(nn.Module):
     def __init__(self, config: MixtralConfig, linear=nn.Linear):
         super().__init__()
         self.config = c = config
-        self.qkv = linear(c.hidden_size, (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, bias=False)
+        heads = c.num_attention_heads + 2 * c.num_key_value_heads
+        self.qkv = linear(c.hidden_size, heads * c.head_dim, bias=False)
         self.o = linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
 
     def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +102,8 @@ class Attention(nn.Module):
         return seen if window is None else seen & (key > query[:, None] - window)
 
     def forward(self, x: Tensor, rope: Tensor, kv: Tensor | None = None, start: int = 0) -> Tensor:
-        """x [B, T, D] at positions start.. -> [B, T, D]; kv [2, G, C, A] is this layer's cache, written in place."""
+        """x [B, T, D] at positions start.. -> [B, T, D]; kv [2, G, C, A] is this layer's cache, written in
+        place."""
         B, T, _ = x.shape
         q, k, v = self.project(x, rope)
         if kv is not None:
@@ -108,13 +112,15 @@ class Attention(nn.Module):
         G, A = k.shape[1], k.shape[3]
         if start == 0 and self.config.sliding_window is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != G)
-        else:                               # heads that share keys as more rows: no backend has to copy the keys
-            mask = self.seen(torch.arange(start, start + T, device=x.device), k.shape[2]).repeat(q.shape[1] // G, 1)
+        else:                               # heads that share keys become rows: no backend copies keys
+            mask = self.seen(torch.arange(start, start + T, device=x.device), k.shape[2])
+            mask = mask.repeat(q.shape[1] // G, 1)
             y = F.scaled_dot_product_attention(q.reshape(B, G, -1, A), k, v, attn_mask=mask).view_as(q)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
     def step(self, x: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        """One token, x [1, D] at `position` [1], a tensor: no shape tells how far the sequence is. k, v [G, C, A]."""
+        """One token, x [1, D] at `position` [1], a tensor: no shape tells how far the sequence is. k, v [G,
+        C, A]."""
         q, new_k, new_v = self.project(x[None], rope)
         k.index_copy_(1, position, new_k[0]), v.index_copy_(1, position, new_v[0])
         score = (q.view(len(k), -1, k.shape[2]) @ k.mT).float() * k.shape[2] ** -0.5         # [G, H / G, C]
@@ -131,6 +137,8 @@ class Expert(nn.Module):
         self.w2 = linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.w13, PackedLinear) and len(x) == 1 and x.dtype != torch.float32:
+            return exact_swiglu(x, self.w13, self.w2)
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
@@ -145,13 +153,14 @@ def combine_experts(h: Tensor, weights: Tensor, expert_out: Tensor) -> Tensor:
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> ids [T, K] in rank order and their weights [T, K] in fp32, which sum to one."""
-    weights, ids = (part[:, :top_k] for part in logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True))
+    ranked = logits.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    weights, ids = (part[:, :top_k] for part in ranked)
     return ids, weights / weights.sum(-1, keepdim=True)
 
 
 def pack_routing(logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor | None) -> Tensor:
-    """logits, lookahead [T, E], ids, weights [T, K] -> one row of fp32 numbers, which the host reads at once and
-    `Routing.unpack` takes apart."""
+    """logits, lookahead [T, E], ids, weights [T, K] -> one row of fp32 numbers, which the host reads at once
+    and `Routing.unpack` takes apart."""
     counts = (ids.flatten()[:, None] == torch.arange(logits.shape[1], device=ids.device)).sum(0)
     last = [part[-1] for part in (ids, weights, logits, lookahead) if part is not None]
     return torch.cat([part.float() for part in (counts, *last)])
@@ -166,16 +175,17 @@ class Layer(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
 
     def attend(self, h: Tensor, rope: Tensor, kv: Tensor | None, start: int) -> Tensor:
-        """The residual stream h [B, T, D] with this layer's attention added, in row blocks where there is a cache."""
+        """The residual stream h [B, T, D] with this layer's attention added, in row blocks where there is a
+        cache."""
         rows = ATTENTION_ROWS if kv is not None else h.shape[1]
         return torch.cat([
-            block + self.attention(self.attention_norm(block), rope[:, i * rows:(i + 1) * rows], kv, start + i * rows)
-            for i, block in enumerate(h.split(rows, 1))], 1)
+            block + self.attention(self.attention_norm(block), turn, kv, start + i * rows)
+            for i, (block, turn) in enumerate(zip(h.split(rows, 1), rope.split(rows, 1)))], 1)
 
     def step(self, h: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor, top_k: int,
              following: "Layer | None"):
-        """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights [1, K], and
-        what the host must know."""
+        """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights [1,
+        K], and what the host must know."""
         h = h + self.attention.step(self.attention_norm(h), rope, k, v, position)
         x = self.ffn_norm(h)
         logits = self.router(x)
@@ -183,12 +193,14 @@ class Layer(nn.Module):
         return h, x, weights, pack_routing(logits, ids, weights, following.gate(h) if following else None)
 
     def gate(self, h: Tensor) -> Tensor:
-        """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one before."""
+        """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one
+        before."""
         return self.router(self.ffn_norm(h))
 
 
 class Mixtral(nn.Module):
-    """`linear` makes attention's and the experts' matrices: `nn.Linear` to train, `quant.PackedLinear` to run."""
+    """`linear` makes attention's and the experts' matrices: `nn.Linear` to train, `quant.PackedLinear` to
+    run."""
 
     def __init__(self, config: MixtralConfig, linear=nn.Linear):
         super().__init__()
@@ -200,11 +212,13 @@ class Mixtral(nn.Module):
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 
-    def forward(self, tokens: Tensor, source: ExpertSource, kv: Tensor | None = None, start: int = 0) -> Tensor:
-        """tokens [B, T] at positions start.. -> normed hidden states [B, T, D]; `head` turns those into logits.
+    def forward(self, tokens: Tensor, source: ExpertSource, kv: Tensor | None = None,
+                start: int = 0) -> Tensor:
+        """tokens [B, T] at positions start.. -> normed hidden states [B, T, D]; `head` turns those into
+        logits.
 
-        Layer by layer over all the tokens, so every expert is asked for once a pass, however long the pass is.
-        kv [N, 2, G, C, A] holds the positions before `start` and takes the new ones (then B is 1).
+        Layer by layer over all the tokens, so every expert is asked for once a pass, however long the pass
+        is. kv [N, 2, G, C, A] holds the positions before `start` and takes the new ones (then B is 1).
         """
         h = self.embed(tokens)
         source.begin_step(self.layers[0].gate(h.flatten(0, 1)))
@@ -228,7 +242,7 @@ class Mixtral(nn.Module):
         token = order // K
         ends = list(accumulate(routing.counts))
         expert_out = x.new_empty(T * K, D)                          # of each (token, rank) pair
-        with closing(source.experts(i, routing)) as ready:          # closed also on an exception: no slot stays pinned
+        with closing(source.experts(i, routing)) as ready:      # (closed in any case: no slot stays pinned)
             for e, expert in ready:
                 mine = slice(ends[e] - routing.counts[e], ends[e])
                 for pairs, tokens in zip(order[mine].split(EXPERT_ROWS), token[mine].split(EXPERT_ROWS)):

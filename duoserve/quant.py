@@ -1,12 +1,13 @@
 """Four bits a weight: how a matrix is packed, and how it is multiplied without unpacking it first.
 
-A weight is `(q - zero) * scale` with q in 0..15, and one fp16 scale and zero for each group of up to 128 columns.
-Within a group of G columns, byte j holds column j in its low nibble and column j + G/2 in its high one: both
-nibbles of a row of bytes are contiguous runs of columns, so unpacking needs no shuffle and fuses into the product.
+A weight is `(q - zero) * scale` with q in 0..15, and one fp16 scale and zero for each group of up to 128
+columns. Within a group of G columns, byte j holds column j in its low nibble and column j + G/2 in its high
+one: both nibbles of a row of bytes are contiguous runs of columns, so unpacking needs no shuffle and fuses
+into the product.
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, reduce
 from math import prod
 from typing import Callable
 
@@ -17,7 +18,7 @@ from .config import MixtralConfig
 from .errors import UserError
 from .files import ALIGN
 
-UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows: bounds the workspace
+UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows
 
 
 def group_size(columns: int, largest: int = 128, name: str = "matrix") -> int:
@@ -25,7 +26,8 @@ def group_size(columns: int, largest: int = 128, name: str = "matrix") -> int:
     for size in (128, 64, 32):
         if size <= largest and columns % size == 0:
             return size
-    raise UserError(f"{name}: its input dimension {columns} is no multiple of 32: it cannot be packed in 4-bit groups")
+    raise UserError(f"{name}: its input dimension {columns} is no multiple of 32: it cannot be packed in "
+                    "4-bit groups")
 
 
 def pack(q: Tensor, group: int) -> Tensor:
@@ -40,56 +42,10 @@ def unpack(q: Tensor, group: int) -> Tensor:
     return torch.cat((q & 15, q >> 4), -1)
 
 
-def quantize(weight: Tensor, group: int, name: str = "matrix", iterations: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [N, columns] -> bytes [N, columns / 2], scale and zero [N, columns / group] in fp16.
-
-    Alternating least squares: round to the grid, then fit the grid (w ~ scale * q - scale * zero) to what was
-    rounded, and again; each half lowers the squared error. `UserError` if the weights do not fit fp16's range.
-    """
-    w = weight.float().unflatten(-1, (-1, group))
-    low, high = w.amin(-1), w.amax(-1)
-    largest = torch.maximum(high, -low)
-    if not largest.max() <= 65504:
-        raise UserError(f"{name}: its largest weight is {largest.max().item():g}, beyond fp16: it cannot be packed")
-    # A constant group is its exponent times its mantissa, exactly; a nearly constant one keeps zero within fp16.
-    constant = low == high
-    exponent = torch.frexp(low)[1].clamp(-24, 15)
-    least = (largest / 32768).clamp(min=2.0 ** -24)
-    mean = w.mean(-1)
-
-    def grid(scale, zero):
-        return (w / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
-
-    scale = torch.maximum((high - low) / 15, least)
-    zero = -low / scale
-    for _ in range(iterations):
-        q = grid(scale, zero)
-        q_mean = q.mean(-1)
-        spread = q - q_mean[..., None]
-        scale = torch.maximum((spread * w).sum(-1) / spread.square().sum(-1).clamp(min=1e-9), least).half().float()
-        zero = q_mean - mean / scale
-    scale = torch.where(constant, torch.ldexp(torch.ones_like(low), exponent), scale).half()
-    zero = torch.where(constant, -low / scale.float(), zero).half()
-    return pack(grid(scale.float(), zero.float()).flatten(-2), group), scale, zero
-
-
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """bytes [N, columns / 2], scale and zero [N, groups] -> weights [N, columns] in fp32."""
     group = 2 * q.shape[-1] // scale.shape[-1]
     return ((unpack(q, group) - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
-
-
-def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x [1, columns] -> [1, N] in one pass over the bytes.
-
-    Scale and zero meet each group's dot product and sum of x, not each weight: a third of the arithmetic.
-    """
-    groups = scale.shape[-1]
-    parts = x.float().view(groups, 2, -1)                           # [groups, low or high half, G / 2]
-    q = q.unflatten(-1, (groups, -1))                               # [N, groups, G / 2]
-    dot = ((q & 15) * parts[:, 0]).sum(-1) + ((q >> 4) * parts[:, 1]).sum(-1)
-    y = ((dot - zero.float() * parts.sum((1, 2))) * scale.float()).sum(-1)
-    return y.to(x.dtype)[None]
 
 
 def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
@@ -104,60 +60,146 @@ def parts(rows: int, columns: int) -> list[slice]:
 
 @cache
 def compiled(function):
-    """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a prompt.
+    """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a
+    prompt.
 
-    No kernel is chosen by timing: which one is fastest, and so the last bits of a sum, would change from one process to
-    the next; and what is written in place would be copied for the trial, beyond the memory plan.
+    No kernel is chosen by timing: which one is fastest, and so the last bits of a sum, would change from one
+    process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, options={"deterministic": True, "triton.autotune_pointwise": False})
+    return torch.compile(function, dynamic=False, options={
+        "deterministic": True, "triton.autotune_pointwise": False, "assert_indirect_indexing": False})
 
 
-def fused_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`gemv` for the compiler: the same products, told so that a weight costs a mask, a conversion and a product.
+# One row meets a packed matrix in one pass over its bytes. Scale and zero meet each group's dot product and
+# sum of x, not each weight: a third of the arithmetic.
+#
+# In a 16-bit dtype the answer has the same bits wherever it is computed, in whatever order: by bytes or
+# words, with fused multiply-adds or without. Each group of x is rounded to whole numbers p, |p| <= 8192,
+# times a power of two; its dot product is then at most 15 x 8192 x 128 < 2^24, and fp32 adds whole numbers
+# of that size exactly. What the groups of a row give is rounded to whole numbers once more before it is
+# added up. In between stand single operations, which round alike everywhere. Powers of two are made from
+# bits and multiplied by; and where processors differ in flushing small numbers to zero, these count as
+# zero.
 
-    Four bytes are read as one word, and a nibble is left where it lies in it: k places up it is 16^k times too large,
-    and x, which is laid out as the words meet it, was made as much smaller.
+
+def power(e: Tensor) -> Tensor:
+    """2^e in fp32, for int32 e: zero below 2^-126, and 2^127 at most."""
+    return ((e + 127).clamp(0, 254) << 23).view(torch.float32)
+
+
+def exponent(largest: Tensor) -> Tensor:
+    """The least e with fp32 `largest` < 2^e; for what is below 2^-100 one so high that all beside it is
+    zero."""
+    e = (largest.view(torch.int32) >> 23 & 255) - 126
+    return torch.where(e > -100, e, 1000)
+
+
+def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [1, columns] -> [1, N] in fp32, the same bits everywhere; all NaN if anything in x is not finite."""
+    x = x.float().view(scale.shape[-1], -1)         # [groups, G]
+    e = exponent(x.abs().amax(-1))
+    p = (x * power(13 - e)[:, None]).round()
+    total = p.sum(-1)                               # in two halves of 11 bits each, as an fp16 zero has: its
+    high = (total * 2**-10).round() * 2**10         # products with them are exact
+    return product(p, [high, total - high, power(e - 13)], q, scale, zero)
+
+
+def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [1, columns] -> [1, N] in its dtype: exact in 16 bits, in fp32 as it comes."""
+    if x.dtype != torch.float32:
+        return exact_gemv(x, q, scale, zero).to(x.dtype)
+    x = x.view(scale.shape[-1], -1)
+    return product(x, [x.sum(-1)], q, scale, zero)
+
+
+def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x [groups, G] -> [1, N]; `sums` are the groups', or their two halves and the size of what x counts."""
+    parts = laid_out(x, torch.int32 if q.is_cuda else torch.uint8)
+    return (fused_dots if torch.compiler.is_compiling() else dots)(parts, sums, q, scale, zero)[None]
+
+
+def laid_out(x: Tensor, unit: torch.dtype) -> list[Tensor]:
+    """x [groups, G] -> for each nibble of a byte, or of a word of four bytes, what it meets: [groups, units].
+
+    So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it
+    is 16^k times too large, and x is made as much smaller. (A word's last moves one down, out of the sign
+    bit.)
     """
-    groups = scale.shape[-1]
-    parts = x.float().view(groups, 2, -1, 4).permute(0, 3, 1, 2).flatten(1, 2)      # [groups, nibble, word]
-    smaller = torch.exp2(-4.0 * torch.arange(8, device=x.device).clamp(max=6))
-    return dot_words(parts * smaller[:, None], parts.sum((1, 2)), q, scale, zero).to(x.dtype)[None]
+    if unit == torch.uint8:
+        low, high = x.view(len(x), 2, -1).unbind(1)
+        return [low, high * 2**-4]
+    place = torch.arange(0, -32, -4, dtype=torch.int32, device=x.device).clamp(min=-24)
+    parts = x.view(len(x), 2, -1, 4).permute(0, 3, 1, 2).flatten(1, 2)
+    return list((parts * power(place)[:, None]).unbind(1))
 
 
-@torch.library.custom_op("duoserve::dot_words", mutates_args=())
-def dot_words(parts: Tensor, sums: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the product,
-    and do it again for every row of the matrix."""
-    return compiled(_dot_words)(parts, sums, q, scale, zero)
-
-
-@dot_words.register_fake
-def _(parts, sums, q, scale, zero):
-    return parts.new_empty(len(q))
-
-
-def _dot_words(parts, sums, q, scale, zero):
-    w = q.view(torch.int32).unflatten(-1, (len(sums), -1)).unflatten(0, (4, -1))
-    dot = torch.cat([                       # four rows at a time: what is read of x is read once for the four
-        sum(nibble * parts[:, k] for k, nibble in enumerate(nibbles(rows))).sum(-1) for rows in w])
-    return ((dot - zero.float() * sums) * scale.float()).sum(-1)
+def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`product` of what was laid out, in fp32: [N]."""
+    unit, at_once = (torch.uint8, 1) if len(parts) == 2 else (torch.int32, 4)   # (four rows read x once)
+    w = q.view(unit).view(at_once, -1, *parts[0].shape)
+    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w])
+    scale, zero = scale.float(), zero.float()       # [N, groups], like dot
+    if len(sums) == 1:
+        return ((dot - zero * sums[0]) * scale).sum(-1)
+    high, low, size = sums                          # [groups] each
+    terms = (dot - zero * high - zero * low) * scale * size
+    e = exponent(terms.abs().amax(-1))
+    bits = 24 - (terms.shape[1] - 1).bit_length()   # of each term, so that their sum has 24 at most
+    y = (terms * power(bits - e)[:, None]).round().sum(-1)
+    return torch.where(y == 0, 0, y) * power(e - bits)      # (never -0: its sign would depend on the order)
 
 
 def nibbles(w: Tensor) -> list[Tensor]:
-    """Words -> their nibbles, each in its place but the last, which moves one down, out of the sign bit."""
+    """Bytes or words -> their nibbles, each in its place but a word's last."""
+    if w.dtype == torch.uint8:
+        return [w & 15, w & 240]
     return [w & 15 << 4 * k for k in range(7)] + [w >> 4 & 15 << 24]
+
+
+@torch.library.custom_op("duoserve::dots", mutates_args=())
+def fused_dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
+    product, and do it again for every row of the matrix."""
+    return compiled(dots)(parts, sums, q, scale, zero)
+
+
+@fused_dots.register_fake
+def _(parts, sums, q, scale, zero):
+    return parts[0].new_empty(len(q))
+
+
+@torch.compiler.assume_constant_result      # (a tensor like any other: compiled code does not make it again)
+def silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return made_silu_table(dtype, device)
+
+
+@cache
+def made_silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """SiLU in fp32 of all numbers of 16 bits, in the order of these bits: no two devices' `exp` agree."""
+    gate = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
+    gate = gate.double().clamp(min=-1e4)
+    silu = gate / (1 + torch.exp(-gate))    # (of -infinity -0; NaN and infinity stay what they are)
+    return torch.where(silu.abs() < 2**-126, 0 * silu, silu).float().to(device)
+
+
+def exact_swiglu(x: Tensor, w13: "PackedLinear", w2: "PackedLinear") -> Tensor:
+    """x [1, D] -> w2(silu(w1 x) * w3 x) [1, D] in x's 16-bit dtype, the same bits everywhere."""
+    gate, up = w13.exact_gemv(x, w13.q, w13.scale, w13.zero).chunk(2, -1)
+    gate = gate.to(x.dtype).view(torch.int16).int() & 65535     # (through bits: no compiler skips this)
+    h = silu_table(x.dtype, x.device)[gate] * up
+    return w2.exact_gemv(h, w2.q, w2.scale, w2.zero).to(x.dtype)
 
 
 class PackedLinear(nn.Module):
     """A linear layer without bias on packed weights. Its three tensors may be views of a slot's bytes."""
 
-    def __init__(self, columns: int, rows: int, bias: bool = False, largest_group: int = 128, compile: bool = False,
-                 device=None):
+    def __init__(self, columns: int, rows: int, bias: bool = False, largest_group: int = 128,
+                 compile: bool = False, device=None):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.gemv = compiled(fused_gemv) if compile else gemv
-        self.dequantize_into = compiled(dequantize_into) if compile else dequantize_into
+        self.gemv, self.exact_gemv, self.dequantize_into = map(
+            compiled if compile else lambda function: function, (gemv, exact_gemv, dequantize_into))
         self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
@@ -169,7 +211,7 @@ class PackedLinear(nn.Module):
         if len(flat) == 1:
             return self.gemv(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
         y = x.new_empty(len(flat), len(self.q))
-        for i, part in enumerate(self.parts()):     # (one's unpacked weights are given back before the next's are made)
+        for i, part in enumerate(self.parts()):     # (each part's weights are given back before the next)
             torch.mm(flat, self.unpacked(i, part, x).T, out=y[:, part])
         return y.view(*x.shape[:-1], -1)
 
@@ -188,7 +230,8 @@ class PackedLinear(nn.Module):
         return weights
 
     def capture(self, workspace: Tensor, graph: Callable) -> None:
-        """From now on unpack into `workspace`, through what `graph` makes of a call: the host has less to do."""
+        """From now on unpack into `workspace`, through what `graph` makes of a call: the host has less to
+        do."""
         for part in self.parts():
             q = self.q[part]
             weights = workspace[:2 * q.numel()].view(len(q), -1)

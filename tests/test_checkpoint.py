@@ -22,7 +22,8 @@ from duoserve.checkpoint import Progress, convert, ensure_packed, to_hf
 from duoserve.errors import UserError, format_bytes
 from duoserve.files import Header
 from duoserve.packed import PackedModel
-from duoserve.quant import dequantize, group_size, quantize
+from duoserve.quant import dequantize, group_size
+from duoserve.quantize import quantize
 
 PACKED = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 

@@ -542,6 +542,11 @@ def test_bench_quality(cli, tiny, tmp_path):
     assert out.startswith(f"{got['bits_per_byte']:.4f} bits per byte, "
                           f"perplexity {got['perplexity']:.3f} per token")
     assert json.loads(cli(*run[:-2], "--json")[1])["context"] == 256       # what the model takes
+    one_by_one = json.loads(cli(*run, "--decode", "--json")[1])     # as new tokens: only rounded otherwise
+    assert one_by_one == {**got, "bits_per_byte": pytest.approx(bits / len(text.encode()), rel=1e-4),
+                          "perplexity": pytest.approx(2 ** (bits / len(ids)), rel=1e-4)}
+    half = json.loads(cli(*run, "--decode", "--dtype", "bfloat16", "--json")[1])
+    assert 0 < abs(half["bits_per_byte"] - got["bits_per_byte"]) < 2e-3 * got["bits_per_byte"]
 
 
 @pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"],

@@ -8,7 +8,9 @@ from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
 from duoserve.sampling import sample
 from duoserve.errors import UserError
+from duoserve.quant import compiled as fused, exact_gemv
 from models import packed
+from test_exact import CASES, an_expert, matrices, rows, same
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 PROMPT = [1, *range(40, 70)]
@@ -197,3 +199,33 @@ def test_sampling_uses_nothing_that_is_not_deterministic():
 def test_the_lane_reads_as_many_numbers_as_there_are(directory):
     numbers = torch.arange(9000, device="cuda", dtype=torch.float32)
     assert engine(directory).cache.lane.read(numbers) == list(range(9000))
+
+
+@pytest.mark.parametrize("group, dtype", CASES)
+def test_one_row_has_the_bits_of_the_cpu(group, dtype, compiled):
+    run = fused(exact_gemv) if compiled else exact_gemv
+    for weights, w in matrices(64, 7 * group, group).items():
+        on_gpu = [tensor.cuda() for tensor in w]
+        for name, x in rows(7 * group, group, dtype).items():
+            assert same(run(x.cuda(), *on_gpu).cpu(), exact_gemv(x, *w)), (weights, name)
+            x[0, 9] = torch.inf
+            assert run(x.cuda(), *on_gpu).isnan().all(), (weights, name)
+
+
+@pytest.mark.parametrize("group, dtype", CASES)
+def test_an_expert_of_one_row_has_the_bits_of_the_cpu(group, dtype, compiled):
+    """Whole, as a decode step runs it, and matrix by matrix."""
+    shape = {"hidden": 2 * group, "ffn": 9 * group}
+    cpu, gpu = an_expert(group, **shape), an_expert(group, compile=compiled, **shape).cuda()
+    whole = fused(gpu.forward) if compiled else gpu
+    for name, x in rows(2 * group, group, dtype).items():
+        expected = cpu(x)
+        assert same(gpu(x.cuda()).cpu(), expected) and same(whole(x.cuda()).cpu(), expected), name
+
+
+@pytest.mark.parametrize("rows_, columns", [(28672, 4096), (4096, 14336), (6144, 4096)])
+def test_one_row_has_the_bits_of_the_cpu_at_real_shapes(rows_, columns, compiled):
+    w, run = matrices(rows_, columns, 128)["plain"], fused(exact_gemv) if compiled else exact_gemv
+    for name in ("gaussian", "of all sizes"):
+        x = rows(columns, 128, torch.bfloat16)[name]
+        assert same(run(x.cuda(), *(tensor.cuda() for tensor in w)).cpu(), exact_gemv(x, *w)), name

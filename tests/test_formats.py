@@ -18,7 +18,8 @@ from duoserve.checkpoint import formats
 from duoserve.checkpoint import convert, ensure_packed, open_source, to_hf
 from duoserve.errors import UserError
 from duoserve.packed import PackedModel
-from duoserve.quant import dequantize, group_size, quantize
+from duoserve.quant import dequantize, group_size
+from duoserve.quantize import quantize
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_local_experts=3, head_dim=64)
 ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("w1", "w2", "w3")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from duoserve.errors import UserError
-from duoserve.quant import PackedLinear, dequantize, fused_gemv, group_size, gemv, pack, quantize, unpack
+from duoserve.quant import PackedLinear, dequantize, group_size, gemv, laid_out, pack, unpack
+from duoserve.quantize import quantize
 
 GROUPS = (128, 64, 32)
 
@@ -103,9 +104,10 @@ def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance, mon
     exact = x.double() @ dequantize(*w).double().T
     linear = PackedLinear(256, 80)
     linear.q, linear.scale, linear.zero = w
-    monkeypatch.setattr("duoserve.quant.compiled", lambda function: function)
-    for y in (linear(x), *(torch.cat([f(row[None], *w) for row in x]) for f in (gemv, fused_gemv))):
-        assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
+    for unit in (torch.uint8, torch.int32):             # what the CPU meets x with, and CUDA
+        monkeypatch.setattr("duoserve.quant.laid_out", lambda x, _: laid_out(x, unit))
+        for y in (linear(x), torch.cat([linear(row[None]) for row in x])):
+            assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 def test_packed_linear_takes_any_leading_shape_and_splits_large_matrices(monkeypatch):
@@ -138,12 +140,16 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                     reason="torch.compile needs a C++ compiler")
-def test_compiled_one_row_product_does_not_unpack_the_matrix():
+@pytest.mark.parametrize("unit", [torch.uint8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_one_row_product_does_not_unpack_the_matrix(unit, dtype, monkeypatch):
     from torch._inductor.utils import run_and_get_code
     rows, columns = 512, 1024
-    w, x = quantize(gaussian(rows, columns), 128, iterations=1), gaussian(1, columns, seed=5)
-    y, code = run_and_get_code(torch.compile(fused_gemv, dynamic=False), x, *w)
-    assert torch.allclose(y, gemv(x, *w), rtol=1e-4, atol=1e-3)
+    w, x = quantize(gaussian(rows, columns), 128, iterations=1), gaussian(1, columns, seed=5).to(dtype)
+    monkeypatch.setattr("duoserve.quant.laid_out", lambda x, _: laid_out(x, unit))
+    torch._dynamo.reset()                   # so that the product behind the wall is compiled here too
+    y, code = run_and_get_code(torch.compile(gemv, dynamic=False), x, *w)
+    assert len(code) == 2 and torch.allclose(y, gemv(x, *w), rtol=1e-4, atol=1e-3)
     buffers = [eval(shape) for shape in re.findall(r"empty_strided\w*\((\([\d, ]*\))", "".join(code))]
     assert buffers, "the generated code allocates nothing: is it read rightly?"
     assert max(torch.Size(shape).numel() for shape in buffers) < rows * columns / 16, buffers

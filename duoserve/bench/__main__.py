@@ -106,6 +106,8 @@ def quality_flags(parser: Parser) -> None:
     parser.shared("--model", "--device", "--dtype", "--gpu-memory", "--json")
     parser.add_argument("--context", type=int, metavar="N",
                         help="tokens of a window (default 2048, or what the model takes)")
+    parser.add_argument("--decode", action="store_true",
+                        help="token by token, as new ones are (default: as a prompt)")
 
 
 def main() -> int:

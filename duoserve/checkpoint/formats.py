@@ -15,7 +15,8 @@ from torch import Tensor
 from ..config import MixtralConfig
 from ..errors import UserError
 from ..files import Header, reading
-from ..quant import pack, quantize
+from ..quant import pack
+from ..quantize import quantize
 
 BLOCK = 2 * 2**20                           # weights at a time: 8 MB of fp32, which malloc reuses
 SAMPLE = 2**16                              # bytes of each source tensor that its fingerprint hashes

@@ -1,0 +1,223 @@
+"""One row times a packed matrix in 16 bits: the same bits by bytes and by words, eager and compiled, in any
+order."""
+
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from duoserve import quant
+from duoserve.model import Expert
+from duoserve.quant import (PackedLinear, compiled, dequantize, exact_gemv, laid_out, made_silu_table, pack,
+                            unpack)
+from duoserve.quantize import quantize
+from models import load
+
+BYTES, WORDS = torch.uint8, torch.int32     # what the CPU meets x with, and what CUDA does
+BF16, FP16 = torch.bfloat16, torch.float16
+CASES = [(128, BF16), (128, FP16), (64, FP16), (64, BF16), (32, BF16), (32, FP16)]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
+                                    reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture
+def by(monkeypatch):
+    return lambda unit: monkeypatch.setattr(quant, "laid_out", lambda x, _: laid_out(x, unit))
+
+
+def same(a, b):
+    """Bit for bit; a NaN is a NaN."""
+    a, b = a.float(), b.float()
+    return ((a.view(torch.int32) == b.view(torch.int32)) | a.isnan() & b.isnan()).all()
+
+
+def matrices(rows, columns, group, seed=0):
+    """Name -> bytes, scale, zero."""
+    g, shape = torch.Generator().manual_seed(seed), (rows, columns // group)
+    q = pack(torch.randint(0, 16, (rows, columns), generator=g), group)
+    scale, zero = torch.rand(shape, generator=g) * 0.01 + 0.001, torch.rand(shape, generator=g) * 15
+    chance, sign = torch.rand(shape, generator=g), torch.randint(0, 2, shape, generator=g) * 2 - 1
+    made = {"plain": (q, scale, zero), "all 15": (q | 255, scale, zero),
+            "all 15 less 15": (q | 255, scale, zero * 0 + 15),
+            "all 0": (q & 0, scale, zero), "scale subnormal": (q, scale * 0 + 6e-8, zero),
+            "scale huge": (q, scale * 0 + 60000, zero), "zero far outside": (q, scale, sign * 20000.0),
+            "scales of all sizes": (q, 10.0 ** (12 * chance - 7.2), sign * 65504 * chance)}
+    return {name: (q, scale.half(), zero.half()) for name, (q, scale, zero) in made.items()}
+
+
+def rows(columns, group, dtype, seed=1):
+    """Name -> x [1, columns], finite."""
+    g = torch.Generator().manual_seed(seed)
+    x, chance = torch.randn(1, columns, generator=g), torch.rand(1, columns, generator=g)
+    sign, columns = torch.randint(0, 2, x.shape, generator=g) * 2 - 1, torch.arange(columns)
+    low, high = (-133, 127) if dtype == BF16 else (-24, 15)
+    made = {"gaussian": x, "at the bound": x * 0 + 1.9921875, "at the bound, of both signs": sign * 1.9921875,
+            "of all sizes": sign * 2.0 ** (low + (high - low) * chance).floor(),
+            "huge": x.clamp(-1, 1) * torch.finfo(dtype).max, "subnormal": x * torch.finfo(dtype).tiny / 4,
+            "a group of zeros": x * (columns >= group), "zero": x * 0,
+            "of whole numbers": (4 * x).round()}
+    if dtype == BF16:
+        made |= {"groups about 2^-100": sign * 2.0 ** (columns // group % 7 - 103.0),
+                 "of 2^-100": sign * 2.0 ** -100}
+    return {name: x.to(dtype) for name, x in made.items()}
+
+
+@np.errstate(over="ignore", under="ignore", invalid="ignore")
+def reference(x, q, scale, zero):
+    """In int64, and in fp32 one rounding at a time, with the exponents of `frexp`."""
+    groups, f32 = scale.shape[1], np.float32
+    x, zero = x.float().double().numpy().reshape(groups, -1), zero.float().numpy()
+    e = np.frexp(np.abs(x).max(1))[1]
+    few = np.abs(x).max(1) < 2.0 ** -100
+    p = np.where(few[:, None], 0, np.rint(np.ldexp(x, (13 - e)[:, None]))).astype(np.int64)
+    dot = np.einsum("ngi,gi->ng", unpack(q, x.shape[1]).numpy().astype(np.int64), p)
+    assert np.abs(p).max() <= 8192 and np.abs(dot).max() < 2 ** 24
+    total = p.sum(1)
+    high = np.rint(total / 1024).astype(np.int64) * 1024
+    rest = dot.astype(f32) - zero * high.astype(f32) - zero * (total - high).astype(f32)
+    terms = np.ldexp(rest * scale.float().numpy(), np.where(few, 0, e - 13)).astype(f32)
+    if not np.isfinite(terms).all():
+        return None                         # beyond fp32: as everywhere, infinity or NaN
+    e = np.frexp(np.abs(terms).max(1))[1]
+    bits = 24 - int(np.ceil(np.log2(groups)))
+    whole = np.rint(np.ldexp(terms.astype(np.float64), (bits - e)[:, None])).astype(np.int64).sum(1)
+    assert np.abs(whole).max() <= 2 ** 24
+    y = np.where(np.abs(terms).max(1) < 2.0 ** -100, 0, np.ldexp(whole.astype(np.float64), e - bits))
+    return torch.from_numpy(y.astype(f32))[None]
+
+
+@pytest.mark.parametrize("group, dtype", CASES)
+def test_bytes_and_words_against_whole_numbers(group, dtype, by):
+    compared = 0
+    for weights, w in matrices(8, 7 * group, group).items():
+        for name, x in rows(7 * group, group, dtype).items():
+            expected = reference(x, *w)
+            by(BYTES)
+            y = exact_gemv(x, *w)
+            by(WORDS)
+            assert y.dtype == torch.float32 and same(y, exact_gemv(x, *w)), (weights, name)
+            assert expected is None or same(y, expected), (weights, name)
+            compared += expected is not None
+    assert compared > 70
+
+
+@needs_compiler
+@pytest.mark.parametrize("group, dtype, groups", [(128, FP16, 7), (64, BF16, 1), (32, BF16, 7)])
+def test_compiled_as_eager(group, dtype, groups, by):
+    for unit in (BYTES, WORDS):
+        by(unit)
+        for weights, w in matrices(8, groups * group, group).items():
+            for name, x in rows(groups * group, group, dtype).items():
+                assert same(compiled(exact_gemv)(x, *w), exact_gemv(x, *w)), (unit, weights, name)
+
+
+@pytest.mark.parametrize("group, dtype", CASES)
+def test_the_order_does_not_matter(group, dtype):
+    """Columns of each group turned around, and the groups too."""
+    for weights, (q, scale, zero) in matrices(8, 7 * group, group).items():
+        turned = pack(unpack(q, group).flatten(1).flip(1), group), scale.flip(1), zero.flip(1)
+        for name, x in rows(7 * group, group, dtype).items():
+            assert same(exact_gemv(x, q, scale, zero), exact_gemv(x.flip(1), *turned)), (weights, name)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_processor_that_flushes_what_is_subnormal_to_zero(dtype):
+    cases = [(w, x) for w in matrices(8, 256, 64).values() for x in rows(256, 64, dtype).values()]
+    expert = an_expert(64)
+    rest = [exact_gemv(x, *w) for w, x in cases], [expert(x) for x in rows(256, 64, dtype).values()]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this one cannot")
+    try:
+        flushed = [exact_gemv(x, *w) for w, x in cases], [expert(x) for x in rows(256, 64, dtype).values()]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(same(a, b) for answers in zip(rest, flushed) for a, b in zip(*answers))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_what_is_not_finite_makes_all_of_it_nan(value, dtype, by):
+    for unit in (BYTES, WORDS):
+        by(unit)
+        for w in matrices(8, 256, 64).values():
+            for x in rows(256, 64, dtype).values():
+                x[0, 100] = value
+                assert exact_gemv(x, *w).isnan().all()
+
+
+@pytest.mark.parametrize("columns, group", [(4096, 128), (4096, 64), (4096, 32), (14336, 128)])
+def test_error_against_fp64(columns, group):
+    g = torch.Generator().manual_seed(2)
+    w = quantize(torch.randn(64, columns, generator=g), group, iterations=1)
+    x = torch.randn(1, columns, generator=g)
+    for dtype in (BF16, FP16):
+        exact = x.to(dtype).double() @ dequantize(*w).double().T
+        assert (exact_gemv(x.to(dtype), *w).double() - exact).norm() <= 5e-4 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_silu_of_every_number_of_16_bits(dtype):
+    gate = torch.arange(65536).to(torch.int16).view(dtype).double()
+    table, silu = made_silu_table(dtype, torch.device("cpu")).double(), torch.nn.functional.silu(gate)
+    finite = gate.isfinite()
+    assert torch.allclose(table[finite], silu[finite], rtol=2 ** -23, atol=2 ** -126)
+    assert table[gate.isnan()].isnan().all()
+    assert not (table.abs() < 2 ** -126)[table != 0].any()      # (some processors take these for zero)
+    assert table[gate == torch.inf] == torch.inf and same(table[gate == -torch.inf], torch.tensor([-0.0]))
+
+
+def an_expert(group, compile=False, hidden=256, ffn=192):
+    linear = partial(PackedLinear, largest_group=group, compile=compile)
+    expert = Expert(SimpleNamespace(hidden_size=hidden, intermediate_size=ffn), linear)
+    for seed, matrix in enumerate((expert.w13, expert.w2)):
+        rows, half = matrix.q.shape
+        matrix.q, matrix.scale, matrix.zero = matrices(rows, 2 * half, group, seed)["plain"]
+    return expert
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_an_expert_of_one_row(dtype, by):
+    """By bytes, by words, and step by step; close to what several rows make of it."""
+    expert, x = an_expert(64), torch.randn(1, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
+    gate, up = reference(x, expert.w13.q, expert.w13.scale, expert.w13.zero).chunk(2, -1)
+    h = torch.nn.functional.silu(gate.to(dtype).double()).float() * up
+    expected = reference(h, expert.w2.q, expert.w2.scale, expert.w2.zero).to(dtype)
+    for unit in (BYTES, WORDS):
+        by(unit)
+        y = expert(x)
+        assert y.dtype == dtype and same(y, expected)
+    several = expert(x.repeat(2, 1))[0].float()
+    assert (y[0].float() - several).norm() <= (0.01 if dtype == BF16 else 2e-3) * several.norm()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_a_compiled_expert(dtype, by):
+    """As a decode step runs it, whole; and as a prompt does, matrix by matrix."""
+    by(WORDS if dtype == BF16 else BYTES)
+    eager, fused = an_expert(32), an_expert(32, compile=True)
+    whole = torch.compile(lambda expert, x: expert(x), dynamic=False)
+    inputs = [*rows(256, 32, dtype).values(), torch.full((1, 256), torch.nan, dtype=dtype)]
+    for x in inputs:
+        assert same(eager(x), whole(fused, x)) and same(eager(x), fused(x))
+
+
+def test_one_row_of_fp32_is_the_plain_product():
+    w, x = matrices(8, 256, 64)["plain"], torch.randn(1, 256, generator=torch.Generator().manual_seed(4))
+    linear = PackedLinear(256, 8, largest_group=64)
+    linear.q, linear.scale, linear.zero = w
+    exact = x.double() @ dequantize(*w).double().T
+    error = (exact_gemv(x, *w).double() - exact).norm()
+    assert (linear(x).double() - exact).norm() < 1e-6 * exact.norm() < error
+
+
+def test_tokens_do_not_depend_on_policy_or_slots(tiny):
+    def run(**options):
+        engine = load(tiny, dtype="bfloat16", **options)
+        return engine.generate([1, *range(20, 40)], max_new_tokens=12, seed=3).token_ids
+    expected = run()
+    for policy, n in (("duo", 2), ("lru", 5), ("cache", 24)):
+        assert run(policy=policy, cache_experts=n) == expected

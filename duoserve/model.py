@@ -205,7 +205,8 @@ class Mixtral(nn.Module):
     def __init__(self, config: MixtralConfig, linear=nn.Linear):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        unset = torch.empty(config.vocab_size, config.hidden_size)  # (to draw it at random takes 1 s on "meta")
+        self.embed = nn.Embedding(*unset.shape, _weight=unset)
         self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -193,8 +193,6 @@ def what_bounded(s, config) -> str:
         return "no link to wait for here: computing set the speed"
     if s.link_busy_fraction < 0.5:
         return f"{busy}: computing set the speed"
-    if s.cache_experts >= config.num_hidden_layers * config.num_local_experts:
-        return f"{busy}, bringing experts for the first time: all fit, so a longer run waits less{disk}"
     mend = "--policy duo" if s.policy == "on-demand" else "more --gpu-memory"      # on-demand keeps nothing
     if s.link_busy_fraction >= 0.8:
         return f"{busy}: {mend} is what would help{disk}"

@@ -6,10 +6,13 @@ as the lane has room), and answers one question, `victim`: which slot to give up
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .errors import UserError
 from .link import Key, LinkError, Transfer
+
+LAUNCHED = -1                               # in place of a slot: the device has found the expert by itself
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +52,10 @@ class GPUExpertCache:
         self.expert_bytes, self.lane = expert_bytes, lane
         self.slot_of: dict[Key, Slot] = {}
         self.queue: list[Transfer] = []     # guesses not fully sent, in order of priority
-        self.needed: set[Key] = set()       # asked for by the router and not yet computed: may not be evicted
+        # Not to be evicted: what the router asked for and is not yet computed; and what the device may be
+        # computing by itself, of a layer that is enqueued and whose routing the host has not read.
+        self.needed: set[Key] = set()
+        self.launched: set[Key] = set()
         self.scheduler = None
         self.blocked: Transfer | None = None                        # a guess that found no slot to take
         self.sent = 0                       # transfers fully enqueued so far
@@ -86,9 +92,24 @@ class GPUExpertCache:
         slot = self.slot_of.get(key)
         return slot is not None and slot.transfer.sent == slot.transfer.size
 
+    def launch(self, layer: int, experts: int) -> list[int]:
+        """A layer is about to be enqueued, its routing unknown: the slots of its experts, -1 for what is not
+        there."""
+        row = []
+        for key in ((layer, e) for e in range(experts)):
+            slot = self.slot_of.get(key)
+            if slot is not None and slot.whole and self.lane.arrived(slot.transfer):
+                self.launched.add(key)
+                row.append(slot.index)
+            else:
+                row.append(-1)
+        return row
+
     def require(self, keys: list[Key]) -> None:
-        """The router asks for these: none may be evicted before it is computed."""
+        """The router asks for these of a layer: none may be evicted before it is computed."""
         self.needed.update(keys)
+        if self.launched:
+            self.launched = {key for key in self.launched if key[0] != keys[0][0] or key in self.needed}
         for key in filter(self.resident, keys):
             transfer = self.slot_of[key].transfer
             transfer.in_time = self.lane.arrived(transfer)
@@ -155,22 +176,27 @@ class GPUExpertCache:
         return True
 
     def acquire(self, key: Key) -> int:
-        """Wait for an expert, pin it, and return its slot."""
+        """Wait for an expert, pin it, and return its slot; or LAUNCHED, if the device computes it anyway."""
         slot = self.slot_of[key]
-        self.lane.wait(slot.transfer)
-        slot.pinned, transfer = True, slot.transfer
+        launched, transfer = key in self.launched, slot.transfer
+        if not launched:
+            self.lane.wait(transfer)
+        slot.pinned = True
         kind = "hits" if transfer.counted else "prefetched_used" if transfer.predicted else "misses"
         setattr(self.counts, kind, getattr(self.counts, kind) + 1)
         self.counts.in_time += transfer.in_time
         transfer.counted, transfer.used, transfer.in_time = True, True, False
-        return slot.index
+        return LAUNCHED if launched else slot.index
 
     def release(self, key: Key) -> None:
         """The expert has been computed (or its computation enqueued): its slot may be taken."""
         slot = self.slot_of[key]
         slot.pinned = False
         self.needed.discard(key)
-        self.lane.used(slot.index)
+        if key in self.launched:
+            self.launched.discard(key)
+        else:
+            self.lane.used([slot.index])
         self.reconsider()
 
     def drop(self, key: Key) -> None:
@@ -178,6 +204,14 @@ class GPUExpertCache:
         slot = self.slot_of.get(key)
         if slot is not None and not slot.pinned:
             self._evict(slot)
+
+    def fill(self, keys: list[Key]) -> None:
+        """Between requests: these experts and no others, as many as there are slots, all of them there."""
+        self.empty()
+        for key in keys[:len(self.slots)]:
+            with suppress(LinkError):       # (it is said when somebody needs it)
+                self.demand(key)
+        self.lane.finish()
 
     def empty(self) -> None:
         """Every slot that is not pinned."""
@@ -188,6 +222,8 @@ class GPUExpertCache:
         """After a failure or an interruption, wherever it came: no request, no pin; what is loaded stays."""
         self.queue.clear()
         self.needed.clear()
+        self.launched.clear()
+        self.lane.abandon()
         for slot in self.slots:
             slot.pinned = False
             if not slot.whole or self.slot_of.get(slot.key) is not slot:
@@ -213,6 +249,7 @@ class GPUExpertCache:
             slot = next((slot for slot in self.slots if slot.key is None), None)
         else:                               # a guess never takes a slot that is being filled
             candidates = [slot for slot in self.slots if not slot.pinned and slot.key not in self.needed
+                          and slot.key not in self.launched
                           and (urgent or slot.transfer.sent == slot.transfer.size)]
             if candidates:
                 slot = self.scheduler.victim(transfer.key, candidates, urgent)

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
 from .errors import UserError, format_bytes, parse_amount
-from .experts import StreamedExperts
+from .experts import ExpertSlots, StreamedExperts
 from .history import History
 from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .memory import LOGIT_ROWS, plan_memory
-from .model import Expert, Mixtral, padded
+from .model import Mixtral, padded
 from .machine import can_compile, enough_memory, set_threads
 from .options import EngineOptions, SamplingParams, as_ids, check_context
 from .packed import PackedModel
@@ -33,7 +33,7 @@ from .predictor import Forecast, Predictor
 from .quant import PackedLinear
 from .sampling import sample
 from .step import DecodeStep
-from .store import ExpertStore, choose_kept
+from .store import ExpertStore, choose_kept, most_used
 from .tokenizer import TextStream
 
 
@@ -163,6 +163,7 @@ class Engine:
         self.store = store
         with enough_memory():
             self._load(compiled)
+            self.fill_slots()
         self.load_s = time.perf_counter() - began
 
     def _load_predictor(self) -> Predictor | None:
@@ -201,29 +202,30 @@ class Engine:
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
-            self.model = Mixtral(c, linear)
-            slots = [Expert(c, linear) for _ in range(self.plan.slots)]
+            self.model = self._make_model(linear)
+        slots = ExpertSlots(c, packed.layout, self.slots_memory, linear, compiled)
         state = {name: tensor.to(device, dtype if packed.shapes[name][0] == "16" else None)
                  for name, tensor in packed.resident().items()}
         if c.tie_word_embeddings:
             state["head.weight"] = state["embed.weight"]
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
-        for slot, block in zip(slots, self.slots_memory):
-            packed.layout.bind(slot, block)
         self.cache = GPUExpertCache(self.plan.slots, packed.layout.nbytes, self._lane())
         self.source = StreamedExperts(c, slots, self.cache)
         with torch.inference_mode():
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
             if self.step.capturing:         # what a prompt unpacks lies at fixed addresses too
-                modules = [module for owner in (self.model, *slots) for module in owner.modules()]
+                modules = [*self.model.modules(), *slots.expert.modules()]
                 matrices = [module for module in modules if isinstance(module, PackedLinear)]
-                largest = max(2 * m.q[m.parts()[0]].numel() for m in matrices)
+                largest = max(2 * m.q.shape[-1] * m.parts()[0].stop for m in matrices)
                 workspace = torch.empty(largest, dtype=dtype, device=device)
                 for matrix in matrices:
                     matrix.capture(workspace, self.step.capture)
             if compiled:                    # compiling counts as loading, never as time to first token
                 self._warm_up(slots[0])
+
+    def _make_model(self, linear) -> Mixtral:
+        return Mixtral(self.config, linear)
 
     def _lane(self) -> CudaLane | SimulatedLane:
         slots, store, nbytes = self.slots_memory, self.store, self.packed.layout.nbytes
@@ -236,7 +238,7 @@ class Engine:
         rate = self.options.simulate_link or 0
         return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
 
-    def _warm_up(self, expert: Expert) -> None:
+    def _warm_up(self, expert) -> None:
         """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling,
         and a step."""
         c, attention = self.config, self.model.layers[0].attention
@@ -249,6 +251,11 @@ class Engine:
         self._decode(torch.tensor(prompt[:1], device=self.device), len(prompt))     # (after an EOS, too)
         self._rest()
         self.sequence = None                # (nobody recorded it)
+
+    @torch.inference_mode()
+    def fill_slots(self) -> None:
+        """Between requests: in the slots what the predictor's traces used most (or else, layer by layer)."""
+        self.cache.fill(most_used(self.config, self.predictor and self.predictor.popularity()))
 
     @contextmanager
     def _held(self):
@@ -374,7 +381,8 @@ class Engine:
                 sequence.decode = self.cache.counts
                 while True:
                     token = sample(logits, params, generator).view(1)
-                    token_id = int(self.cache.lane.read(token.float())[0])          # (exact below 2^24)
+                    lane = self.cache.lane
+                    token_id = int(lane.read(lane.fetch(token.float()))[0])         # (exact below 2^24)
                     now = time.perf_counter()
                     sequence.first = sequence.first or now
                     if token_id < 0:

@@ -2,22 +2,70 @@
 the host, and turns the slots that the scheduler finds ready into experts that compute."""
 
 from contextlib import closing
-from typing import Iterator
+from functools import partial
+from typing import Callable, Iterator
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import GPUExpertCache
+from .cache import LAUNCHED, GPUExpertCache
 from .config import MixtralConfig
 from .history import Routing
 from .model import Expert
+from .quant import ExpertLayout, any_number, compiled, exact_gemv, exact_swiglu, gemv, silu_table
 from .scheduler import ExpertScheduler
 from .trace import TraceRecorder
 
 
-class StreamedExperts:
-    """The model's `ExpertSource`, and `DecodeStep`'s."""
+class ExpertSlots:
+    """The slots' memory, uint8 [slots, expert bytes], and the one `Expert` that computes with any of them.
 
-    def __init__(self, config: MixtralConfig, slots: list[Expert], cache: GPUExpertCache):
+    Which slot is a number. Eager code takes views of the slot's bytes; compiled code reads the number
+    on the device, so that one piece of code, and one CUDA graph, serves all slots, however many there are.
+    """
+
+    def __init__(self, config: MixtralConfig, layout: ExpertLayout, memory: Tensor, linear, compile: bool):
+        with torch.device("meta"):
+            self.expert = layout.bind(Expert(config, linear), memory)
+        self.matrices = self.expert.w13, self.expert.w2
+        self.slot = torch.zeros(1, dtype=torch.long, device=memory.device) if compile else None
+        for matrix in self.matrices:
+            matrix.at = self.slot
+        self.compiled = compiled(run_experts) if compile else run_experts
+
+    def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
+        return partial(self._compute, slot)
+
+    def _compute(self, slot: int, x: Tensor) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        if self.slot is not None:
+            self.slot.fill_(slot)
+        else:
+            for matrix in self.matrices:
+                matrix.at = slot
+        return self.expert(x)
+
+    def run(self, at: Tensor, x: Tensor, out: Tensor) -> None:
+        """x [1, D] through the experts in the slots `at [n]`, read on the device, into out [n, D]."""
+        w13, w2 = ([any_number(w) for w in (matrix.q, matrix.scale, matrix.zero)] for matrix in self.matrices)
+        table = None if x.dtype == torch.float32 else silu_table(x.dtype, x.device)
+        self.compiled(w13, w2, table, at, x, out)
+
+
+def run_experts(w13, w2, table: Tensor | None, at: Tensor, x: Tensor, out: Tensor) -> None:
+    if table is not None:
+        out.copy_(exact_gemv(exact_swiglu(exact_gemv(x, *w13, at), table, x.dtype), *w2, at))
+        return
+    for i in range(len(at)):                # (a product's bits may depend on how many there are)
+        gate, up = gemv(x, *w13, at[i:i + 1]).chunk(2, -1)
+        out[i:i + 1].copy_(gemv(F.silu(gate) * up, *w2, at[i:i + 1]))
+
+
+class StreamedExperts:
+    """The model's `ExpertSource`, and `DecodeStep`'s. `slots[slot]` computes with the expert in a slot."""
+
+    def __init__(self, config: MixtralConfig, slots: ExpertSlots, cache: GPUExpertCache):
         self.config, self.slots, self.cache, self.lane = config, slots, cache, cache.lane
         self.recorder: TraceRecorder | None = None
         self.spans: list | None = None      # (name, layer, start mark, end mark), for the timeline
@@ -25,44 +73,59 @@ class StreamedExperts:
     def begin(self, scheduler: ExpertScheduler, start: int, tokens: int, decoding: bool) -> None:
         """Before each pass: who schedules it, and which positions it covers."""
         self.scheduler, self.rows, self.decoding = scheduler, slice(start, start + tokens), decoding
+        self.fetched = []                   # what is on its way to the host
         self.lane.begin_pass()
 
     def begin_step(self, lookahead: Tensor) -> None:
         """lookahead [T, E]: layer 0's."""
         self._record("lookahead", 0, lookahead)
-        self.scheduler.begin_step(self.lane.read(lookahead[-1].float()) if self.decoding else None)
+        if self.decoding:
+            self.fetched.append(self.lane.fetch(lookahead[-1]))
 
     def begin_layer(self, layer: int) -> None:
-        if self.spans is not None:
-            self.mark = self.lane.mark()
+        if layer == 0:
+            self.scheduler.begin_step(self.lane.read(self.fetched.pop(0)) if self.decoding else None)
+        self._mark()
         self.scheduler.begin_layer(layer)
 
-    def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None) -> Routing:
-        """As `ExpertSource.route`; without `rows` those of a single token, which are among its numbers."""
+    def launch(self, layer: int) -> list[int]:
+        """A layer is about to be enqueued before the host knows its routing: the slots that it may use."""
+        self._mark()
+        return self.cache.launch(layer, self.config.num_local_experts)
+
+    def launched(self, row: list[int]) -> None:
+        """It is enqueued."""
+        self.lane.used([slot for slot in row if slot != LAUNCHED])
+
+    def fetch(self, layer: int, numbers: Tensor) -> None:
+        """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`."""
+        self.fetched.append(self.lane.fetch(numbers))
+        self._span("attention", layer)
+
+    def read(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None) -> Routing:
+        """The oldest routing on its way. Without `rows` those of a single token, from its numbers."""
+        E, K = self.config.num_local_experts, self.config.num_experts_per_tok
         if self.recorder is not None:
-            E, K = self.config.num_local_experts, self.config.num_experts_per_tok
             logits, *lookahead = rows or numbers[E + 2 * K:].split(E)
             self._record("router", layer, logits)
             for ahead in lookahead:
                 self._record("lookahead", layer + 1, ahead)
-        routing = self._read(layer, numbers)
-        self._span("attention", layer)
-        return routing
+        return Routing.unpack(self.lane.read(self.fetched.pop(0)), E, K)
 
-    def _read(self, layer: int, numbers: Tensor) -> Routing:
-        c = self.config
-        return Routing.unpack(self.lane.read(numbers), c.num_local_experts, c.num_experts_per_tok)
+    def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None]) -> Routing:
+        self.fetch(layer, numbers)
+        return self.read(layer, numbers, rows)
 
     def ready(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """(expert, slot) of every expert with a token, as the scheduler has it ready."""
         with closing(self.scheduler.experts(layer, routing)) as ready:
             for e, slot in ready:
-                if self.spans is not None:
-                    self.mark = self.lane.mark()
+                self._mark()
                 yield e, slot
-                self._span(f"expert {e}", layer)
+                if slot != LAUNCHED:
+                    self._span(f"expert {e}", layer)
 
-    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Expert]]:
+    def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
         """The same, as experts to compute with."""
         with closing(self.ready(layer, routing)) as ready:
             for e, slot in ready:
@@ -70,6 +133,10 @@ class StreamedExperts:
 
     def end_layer(self, layer: int) -> None:
         self.scheduler.end_layer(layer)
+
+    def _mark(self) -> None:
+        if self.spans is not None:
+            self.mark = self.lane.mark()
 
     def _span(self, name: str, layer: int) -> None:
         if self.spans is not None:

@@ -11,13 +11,17 @@ Nothing above this file asks which it has.
 import math
 import time
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import torch
 
+from .machine import clear_cuda_error, cudart
+
 Key = tuple[int, int]                       # (layer, expert)
+AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
+HOST_TO_DEVICE = 1                          # cudaMemcpyKind
 IN_FLIGHT = 2                               # chunks of speculation
 PCIE = 25e9                                 # bytes a second: what a GPU's link is taken to move, at least
 
@@ -150,14 +154,18 @@ class SimulatedLane:
         """What is computed from here on finds the expert in its slot."""
         self.clock.wait_until(transfer.loaded)
 
-    def used(self, slot: int) -> None:
-        """What was computed up to here is the slot's last use, until the next call: it may be overwritten
-        after it."""
+    def used(self, slots: list[int]) -> None:
+        """What was computed up to here is the last use of these slots, until the next call: they may be
+        overwritten after it."""
 
-    def read(self, values: torch.Tensor) -> list[float]:
-        """A few numbers from the device; the lane is fed meanwhile."""
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """Begin to copy a few numbers from the device to the host: what `read` takes."""
+        return values
+
+    def read(self, fetched: torch.Tensor) -> list[float]:
+        """The numbers; the lane is fed meanwhile."""
         self.clock.pump()
-        return values.tolist()
+        return fetched.tolist()
 
     def mark(self) -> float:
         """This moment of the computation; `seconds` says when it was, on the lane's clock."""
@@ -166,8 +174,13 @@ class SimulatedLane:
     def seconds(self, mark: float) -> float:
         return mark
 
+    def abandon(self) -> None:
+        """After a failure or an interruption: what is sent from here on comes after all that is enqueued to
+        be computed, as nobody may know which slots that reads."""
+
     def finish(self) -> None:
         """Wait for all that is enqueued, so that every time is known."""
+        self.clock.wait_until(self.ends[-1])
 
 
 class CudaLane:
@@ -183,14 +196,17 @@ class CudaLane:
         wherever they are."""
         self.device, self.chunk = slots.device, chunk
         self.store = weakref.proxy(store)   # (a lane that outlives its engine keeps no pinned memory)
-        self.slots = slots.unbind()         # (made once: this is hot)
+        self.slots = [slot.data_ptr() for slot in slots]
+        self.memcpy = cudart().cudaMemcpyAsync
         # Streams are handed around, as asking which one is current takes longer than handing a chunk to it.
         self.stream = torch.cuda.Stream(self.device)
+        self.handle = self.stream.cuda_stream
         self.begin_pass()
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
         self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way
+        self.events: list = []              # with a time, to be used again
         self.ring: list = []                # if needed: two pinned buffers, each with its last copy's event
-        self.buffer, self.copied = torch.empty(0), torch.cuda.Event()
+        self.buffers = defaultdict(list)    # size -> free pinned buffers, for numbers on their way
         self.busy, self.carried = 0.0, 0
         self.origin = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
@@ -200,23 +216,31 @@ class CudaLane:
         self.now = time.perf_counter
 
     def copy(self, transfer: Transfer, start: int, stop: int) -> None:
-        """Enqueue those bytes of an expert on the current stream. What is not pinned goes through the ring: a
-        direct copy would block the host."""
+        """Enqueue those bytes of an expert. What is not pinned goes through the ring: copied directly it
+        would block the host."""
         slot, block = self.slots[transfer.slot], self.store.pinned_block(transfer.key)
         if block is not None:
-            slot[start:stop].copy_(block[start:stop], non_blocking=True)
+            self.enqueue(slot + start, block.data_ptr() + start, stop - start)
             return
         if not self.ring:
             self.ring = [(torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
                          for _ in range(2)]
         for begin in range(start, stop, self.chunk):
-            end = min(begin + self.chunk, stop)
+            nbytes = min(self.chunk, stop - begin)
             buffer, free = self.ring[0]
             free.synchronize()              # its last copy is done (an event never recorded counts as done)
-            self.store.fetch(transfer.key, begin, buffer[:end - begin])
-            slot[begin:end].copy_(buffer[:end - begin], non_blocking=True)
-            free.record()
+            self.store.fetch(transfer.key, begin, buffer[:nbytes])
+            self.enqueue(slot + begin, buffer.data_ptr(), nbytes)
+            free.record(self.stream)
             self.ring.reverse()
+
+    def enqueue(self, to: int, source: int, nbytes: int) -> None:
+        """A copy between two addresses on the lane's stream. Called directly, it takes the host 7 us; a
+        `Tensor.copy_` takes 54, most of them to make the stream current and two views (H100's host)."""
+        code = self.memcpy(to, source, nbytes, HOST_TO_DEVICE, self.handle)
+        if code:
+            clear_cuda_error()
+            raise LinkError(f"cudaMemcpyAsync: error {code}")
 
     def fed_by(self, pump: Callable[[], None]) -> None:
         self.pump = pump
@@ -233,6 +257,7 @@ class CudaLane:
             self.busy, self.carried = self.busy + seconds, self.carried + nbytes
             transfer.spans.append((begin, begin + seconds))
             transfer.arrived = end is transfer.loaded
+            self.events += [start] if transfer.arrived else [start, end]    # (the other is the transfer's)
 
     def room(self, asked: float) -> bool:
         return len(self.flying) < IN_FLIGHT
@@ -240,18 +265,17 @@ class CudaLane:
     def send(self, transfer: Transfer, nbytes: int) -> None:
         if transfer.sent == 0 and self.last_use[transfer.slot] is not None:
             self.stream.wait_event(self.last_use[transfer.slot])
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = self.timed_event(), self.timed_event()
         start.record(self.stream)
-        try:
-            with torch.cuda.stream(self.stream):
-                self.copy(transfer, transfer.sent, transfer.sent + nbytes)
-        except RuntimeError as error:
-            raise LinkError(str(error)) from error
+        self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         end.record(self.stream)
         self.flying.append((start, end, transfer, nbytes))
         if transfer.sent + nbytes == transfer.size:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
+
+    def timed_event(self) -> torch.cuda.Event:
+        return self.events.pop() if self.events else torch.cuda.Event(enable_timing=True)
 
     def arrived(self, transfer: Transfer) -> bool:
         return transfer.arrived
@@ -260,19 +284,26 @@ class CudaLane:
         if not transfer.arrived:
             self.compute.wait_event(transfer.loaded)
 
-    def used(self, slot: int) -> None:
-        if self.last_use[slot] is None:
-            self.last_use[slot] = torch.cuda.Event()
-        self.last_use[slot].record(self.compute)
+    def used(self, slots: list[int]) -> None:
+        event = torch.cuda.Event()
+        event.record(self.compute)
+        for slot in slots:
+            self.last_use[slot] = event
 
-    def read(self, values: torch.Tensor) -> list[float]:
-        if len(self.buffer) < len(values):  # (once a size, while the engine warms up)
-            self.buffer = torch.empty(len(values), pin_memory=True)
-        buffer = self.buffer[:len(values)]
+    def fetch(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
+        free = self.buffers[len(values)]
+        if not free:                        # (while the engine warms up: pinning takes its time)
+            free += ((row, torch.cuda.Event()) for row in torch.empty(AHEAD, len(values), pin_memory=True))
+        buffer, copied = free.pop()
         buffer.copy_(values, non_blocking=True)
-        self.copied.record(self.compute)
-        while not self.copied.query():
+        copied.record(self.compute)
+        return buffer, copied
+
+    def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> list[float]:
+        buffer, copied = fetched
+        while not copied.query():
             self.pump()
+        self.buffers[len(buffer)].append(fetched)
         return buffer.tolist()
 
     def mark(self) -> torch.cuda.Event:
@@ -283,6 +314,11 @@ class CudaLane:
     def seconds(self, mark: torch.cuda.Event) -> float:
         mark.synchronize()
         return self.epoch + self.origin.elapsed_time(mark) / 1e3
+
+    def abandon(self) -> None:
+        event = torch.cuda.Event()
+        event.record(self.compute)
+        self.stream.wait_event(event)
 
     def finish(self) -> None:
         self.stream.synchronize()

@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -72,9 +73,19 @@ def enough_memory():
         raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
 
 
-def clear_cuda_error() -> None:
-    """A failed runtime call leaves its code behind, and the next, unrelated kernel launch would raise it."""
+@cache
+def cudart() -> ctypes.CDLL | None:
+    """CUDA's runtime library, as torch has loaded it: for what torch has no call for, or a slow one."""
     with open("/proc/self/maps") as maps:
         paths = {line.split()[-1] for line in maps if "libcudart" in line}
-    for path in paths:
-        ctypes.CDLL(path).cudaGetLastError()
+    library = ctypes.CDLL(paths.pop()) if paths else None
+    if library:
+        pointer = ctypes.c_void_p
+        library.cudaMemcpyAsync.argtypes = pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer
+    return library
+
+
+def clear_cuda_error() -> None:
+    """A failed runtime call leaves its code behind, and the next, unrelated kernel launch would raise it."""
+    if library := cudart():
+        library.cudaGetLastError()

@@ -14,7 +14,7 @@ from .packed import ModelShapes
 from .quant import parts
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
-# Measured on an H200, with 6 to 256 slots: what cuBLAS takes and rounding loses; a CUDA graph of a slot.
+# Measured on an H200, with 6 to 256 slots: what cuBLAS takes and rounding loses; a CUDA graph.
 LIBRARIES, GRAPH = 40 * 2**20, 32 * 2**10
 
 
@@ -26,12 +26,11 @@ class MemoryPlan:
     kv: int
     workspace: int
     expert: int
-    graphs: int                             # of one slot
     slots: int
 
     @property
     def total(self) -> int:
-        return self.resident + self.kv + self.workspace + self.slots * (self.expert + self.graphs)
+        return self.resident + self.kv + self.workspace + self.slots * self.expert
 
 
 def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled: bool, cuda: bool,
@@ -53,15 +52,15 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
     trace = 4 * context * c.num_hidden_layers * c.num_local_experts             # (if it is recorded)
     workspace = unpacked + prompt + block + mask + trace + (LIBRARIES if cuda else 0)
-    pieces = c.num_experts_per_tok + sum(len(parts(rows, 2 * half)) for rows, half in expert)
-    graphs = GRAPH * pieces if cuda and compiled else 0
-    plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, graphs, 2)
+    if cuda and compiled:                   # (a layer's decode, and what unpacks its attention)
+        workspace += GRAPH * 4 * (c.num_hidden_layers + c.num_experts_per_tok)
+    plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
         raise UserError(f"--gpu-memory {format_bytes(budget)} is too small: {rounded_up(plan.total)} is the "
                         f"least that works ({format_bytes(resident)} resident weights, {format_bytes(kv)} KV "
                         f"cache for --context {context}, {format_bytes(plan.workspace)} workspace, two "
                         f"experts of {format_bytes(plan.expert)})")
-    fit = total if budget is None else 2 + (budget - plan.total) // (plan.expert + plan.graphs)
+    fit = total if budget is None else 2 + (budget - plan.total) // plan.expert
     if cache_experts is not None and cache_experts > fit and fit < total:
         raise UserError(f"--cache-experts {cache_experts}: --gpu-memory {format_bytes(budget)} leaves room "
                         f"for {fit}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import MixtralConfig
 from .history import Routing
-from .quant import PackedLinear, exact_swiglu
+from .quant import PackedLinear, exact_swiglu, silu_table
 
 # Row blocks are constants: a product's bits depend on how many rows it has, so the split of a prompt into
 # blocks may follow from the prompt's length alone, never from memory, cache size or policy.
@@ -138,7 +138,8 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.w13, PackedLinear) and len(x) == 1 and x.dtype != torch.float32:
-            return exact_swiglu(x, self.w13, self.w2)
+            h = exact_swiglu(self.w13.exact(x), silu_table(x.dtype, x.device), x.dtype)
+            return self.w2.exact(h).to(x.dtype)
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
@@ -184,13 +185,14 @@ class Layer(nn.Module):
 
     def step(self, h: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor, top_k: int,
              following: "Layer | None"):
-        """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights [1,
-        K], and what the host must know."""
+        """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights
+        [1, K], what the host must know, and their ids [1, K]."""
         h = h + self.attention.step(self.attention_norm(h), rope, k, v, position)
         x = self.ffn_norm(h)
         logits = self.router(x)
         ids, weights = route(logits, top_k)
-        return h, x, weights, pack_routing(logits, ids, weights, following.gate(h) if following else None)
+        lookahead = following.gate(h) if following else None
+        return h, x, weights, pack_routing(logits, ids, weights, lookahead), ids
 
     def gate(self, h: Tensor) -> Tensor:
         """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one
@@ -205,7 +207,7 @@ class Mixtral(nn.Module):
     def __init__(self, config: MixtralConfig, linear=nn.Linear):
         super().__init__()
         self.config = config
-        unset = torch.empty(config.vocab_size, config.hidden_size)  # (to draw it at random takes 1 s on "meta")
+        unset = torch.empty(config.vocab_size, config.hidden_size)  # (else drawn at random, needlessly)
         self.embed = nn.Embedding(*unset.shape, _weight=unset)
         self.layers = nn.ModuleList(Layer(config, linear) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -48,14 +48,14 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return ((unpack(q, group) - zero.float()[..., None]) * scale.float()[..., None]).flatten(-2)
 
 
-def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, out: Tensor) -> None:
-    out.copy_(dequantize(q, scale, zero))
+def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None, out: Tensor) -> None:
+    out.copy_(dequantize(*(w if at is None else w[at][0] for w in (q, scale, zero))))
 
 
 def parts(rows: int, columns: int) -> list[slice]:
     """The rows of a matrix that are unpacked at a time: in equal parts, which is one shape to compile."""
     each = -(-rows // -(-rows * columns // UNPACK))
-    return [slice(i, i + each) for i in range(0, rows, each)]
+    return [slice(i, min(i + each, rows)) for i in range(0, rows, each)]
 
 
 @cache
@@ -95,58 +95,67 @@ def exponent(largest: Tensor) -> Tensor:
     return torch.where(e > -100, e, 1000)
 
 
-def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x [1, columns] -> [1, N] in fp32, the same bits everywhere; all NaN if anything in x is not finite."""
-    x = x.float().view(scale.shape[-1], -1)         # [groups, G]
+def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None) -> Tensor:
+    """x [B, columns] -> [B, N] in fp32, the same bits everywhere; all NaN where anything in x is not finite.
+
+    With `at [B]` q, scale and zero hold several matrices: the one for each row. (x may then be one for all.)
+    """
+    x = x.float().unflatten(-1, (scale.shape[-1], -1))              # [B, groups, G]
     e = exponent(x.abs().amax(-1))
-    p = (x * power(13 - e)[:, None]).round()
+    p = (x * power(13 - e)[..., None]).round()
     total = p.sum(-1)                               # in two halves of 11 bits each, as an fp16 zero has: its
     high = (total * 2**-10).round() * 2**10         # products with them are exact
-    return product(p, [high, total - high, power(e - 13)], q, scale, zero)
+    return product(p, [high, total - high, power(e - 13)], q, scale, zero, at)
 
 
-def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None) -> Tensor:
     """x [1, columns] -> [1, N] in its dtype: exact in 16 bits, in fp32 as it comes."""
     if x.dtype != torch.float32:
-        return exact_gemv(x, q, scale, zero).to(x.dtype)
-    x = x.view(scale.shape[-1], -1)
-    return product(x, [x.sum(-1)], q, scale, zero)
+        return exact_gemv(x, q, scale, zero, at).to(x.dtype)
+    x = x.unflatten(-1, (scale.shape[-1], -1))
+    return product(x, [x.sum(-1)], q, scale, zero, at)
 
 
-def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x [groups, G] -> [1, N]; `sums` are the groups', or their two halves and the size of what x counts."""
+def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
+            at: Tensor | None) -> Tensor:
+    """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
     parts = laid_out(x, torch.int32 if q.is_cuda else torch.uint8)
-    return (fused_dots if torch.compiler.is_compiling() else dots)(parts, sums, q, scale, zero)[None]
+    return (fused_dots if torch.compiler.is_compiling() else run_dots)(parts, sums, q, scale, zero, at)
 
 
 def laid_out(x: Tensor, unit: torch.dtype) -> list[Tensor]:
-    """x [groups, G] -> for each nibble of a byte, or of a word of four bytes, what it meets: [groups, units].
+    """x [B, groups, G] -> for each nibble of a byte, or of a word of four, what it meets: [B, groups, units].
 
     So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it
     is 16^k times too large, and x is made as much smaller. (A word's last moves one down, out of the sign
     bit.)
     """
     if unit == torch.uint8:
-        low, high = x.view(len(x), 2, -1).unbind(1)
+        low, high = x.unflatten(-1, (2, -1)).unbind(-2)
         return [low, high * 2**-4]
     place = torch.arange(0, -32, -4, dtype=torch.int32, device=x.device).clamp(min=-24)
-    parts = x.view(len(x), 2, -1, 4).permute(0, 3, 1, 2).flatten(1, 2)
-    return list((parts * power(place)[:, None]).unbind(1))
+    parts = x.unflatten(-1, (2, -1, 4)).permute(0, 1, 4, 2, 3).flatten(2, 3)    # [B, groups, nibble, words]
+    return list((parts * power(place)[:, None]).unbind(2))
 
 
-def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """`product` of what was laid out, in fp32: [N]."""
-    unit, at_once = (torch.uint8, 1) if len(parts) == 2 else (torch.int32, 4)   # (four rows read x once)
-    w = q.view(unit).view(at_once, -1, *parts[0].shape)
-    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w])
-    scale, zero = scale.float(), zero.float()       # [N, groups], like dot
+def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
+         at: Tensor | None) -> Tensor:
+    """`product` of what was laid out, in fp32: [B, N]. q is in bytes or words."""
+    q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
+    at_once = 1 if len(parts) == 2 else 4           # (four rows read x once)
+    w = q.view(len(q), at_once, -1, *parts[0].shape[1:])            # [B, 4, N / 4, groups, units]
+    parts = [part[:, None] for part in parts]
+    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1)
+                     for rows in w.unbind(1)], 1)
+    scale, zero = scale.float(), zero.float()       # [B, N, groups], like dot
+    sums = [s[:, None] for s in sums]
     if len(sums) == 1:
         return ((dot - zero * sums[0]) * scale).sum(-1)
-    high, low, size = sums                          # [groups] each
+    high, low, size = sums
     terms = (dot - zero * high - zero * low) * scale * size
     e = exponent(terms.abs().amax(-1))
-    bits = 24 - (terms.shape[1] - 1).bit_length()   # of each term, so that their sum has 24 at most
-    y = (terms * power(bits - e)[:, None]).round().sum(-1)
+    bits = 24 - (terms.shape[-1] - 1).bit_length()  # of each term, so that their sum has 24 at most
+    y = (terms * power(bits - e)[..., None]).round().sum(-1)
     return torch.where(y == 0, 0, y) * power(e - bits)      # (never -0: its sign would depend on the order)
 
 
@@ -158,24 +167,34 @@ def nibbles(w: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("duoserve::dots", mutates_args=())
-def fused_dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def fused_dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
+               at: Tensor | None) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
-    return compiled(dots)(parts, sums, q, scale, zero)
+    return run_dots(parts, sums, q, scale, zero, at, compiled(dots))
 
 
 @fused_dots.register_fake
-def _(parts, sums, q, scale, zero):
-    return parts[0].new_empty(len(q))
+def _(parts, sums, q, scale, zero, at):
+    return parts[0].new_empty(len(parts[0] if at is None else at), scale.shape[-2])
 
 
-@torch.compiler.assume_constant_result      # (a tensor like any other: compiled code does not make it again)
-def silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return made_silu_table(dtype, device)
+def run_dots(parts, sums, q, scale, zero, at, dots=dots):
+    if len(parts) == 8:
+        q = q.view(torch.int32)
+    if at is not None:
+        q, scale, zero = map(any_number, (q, scale, zero))
+    return dots(parts, sums, q, scale, zero, at)
+
+
+def any_number(several: Tensor) -> Tensor:
+    """How many are stacked along the first dimension is nothing to compile for."""
+    torch._dynamo.mark_dynamic(several, 0)
+    return several
 
 
 @cache
-def made_silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
+def silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """SiLU in fp32 of all numbers of 16 bits, in the order of these bits: no two devices' `exp` agree."""
     gate = torch.arange(65536, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
     gate = gate.double().clamp(min=-1e4)
@@ -183,16 +202,15 @@ def made_silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.where(silu.abs() < 2**-126, 0 * silu, silu).float().to(device)
 
 
-def exact_swiglu(x: Tensor, w13: "PackedLinear", w2: "PackedLinear") -> Tensor:
-    """x [1, D] -> w2(silu(w1 x) * w3 x) [1, D] in x's 16-bit dtype, the same bits everywhere."""
-    gate, up = w13.exact_gemv(x, w13.q, w13.scale, w13.zero).chunk(2, -1)
-    gate = gate.to(x.dtype).view(torch.int16).int() & 65535     # (through bits: no compiler skips this)
-    h = silu_table(x.dtype, x.device)[gate] * up
-    return w2.exact_gemv(h, w2.q, w2.scale, w2.zero).to(x.dtype)
+def exact_swiglu(y: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """y [B, 2F], w13's exact answer -> silu(gate) * up [B, F] in fp32, by the table of a 16-bit dtype."""
+    gate, up = y.chunk(2, -1)
+    return table[gate.to(dtype).view(torch.int16).int() & 65535] * up      # (bits: no compiler skips this)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias on packed weights. Its three tensors may be views of a slot's bytes."""
+    """A linear layer without bias on packed weights: its own, or the `at`-th of several, if its tensors are
+    [several, rows, ..]. Then `at` is an int, or for compiled code a tensor [1], read on the device."""
 
     def __init__(self, columns: int, rows: int, bias: bool = False, largest_group: int = 128,
                  compile: bool = False, device=None):
@@ -200,23 +218,35 @@ class PackedLinear(nn.Module):
         group = group_size(columns, largest_group)
         self.gemv, self.exact_gemv, self.dequantize_into = map(
             compiled if compile else lambda function: function, (gemv, exact_gemv, dequantize_into))
+        self.at: int | Tensor | None = None
         self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
         self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
 
+    def matrix(self, part: slice = slice(None)) -> tuple:
+        """-> q, scale and zero of these rows, and `at` if these still are several."""
+        tensors = [tensor[..., part, :] for tensor in (self.q, self.scale, self.zero)]
+        if isinstance(self.at, int):
+            return *(tensor[self.at] for tensor in tensors), None
+        return *(tensors if self.at is None else map(any_number, tensors)), self.at
+
     def forward(self, x: Tensor) -> Tensor:
         """x [.., columns] -> [.., rows]; which kernel runs depends on the number of rows of x alone."""
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) == 1:
-            return self.gemv(flat, self.q, self.scale, self.zero).view(*x.shape[:-1], -1)
-        y = x.new_empty(len(flat), len(self.q))
+            return self.gemv(flat, *self.matrix()).view(*x.shape[:-1], -1)
+        y = x.new_empty(len(flat), self.q.shape[-2])
         for i, part in enumerate(self.parts()):     # (each part's weights are given back before the next)
             torch.mm(flat, self.unpacked(i, part, x).T, out=y[:, part])
         return y.view(*x.shape[:-1], -1)
 
+    def exact(self, x: Tensor) -> Tensor:
+        """x [1, columns] in 16 bits or fp32 -> [1, rows] in fp32, the same bits everywhere."""
+        return self.exact_gemv(x, *self.matrix())
+
     def parts(self) -> list[slice]:
-        return parts(len(self.q), 2 * self.q.shape[1])
+        return parts(self.q.shape[-2], 2 * self.q.shape[-1])
 
     def unpacked(self, i: int, part: slice, like: Tensor) -> Tensor:
         """Weights of the i-th part, [rows, columns]; valid until any matrix's next are asked for."""
@@ -224,19 +254,16 @@ class PackedLinear(nn.Module):
             weights, replay = self.graphs[i]
             replay()
         else:
-            q = self.q[part]
-            weights = like.new_empty(len(q), 2 * q.shape[1])
-            self.dequantize_into(q, self.scale[part], self.zero[part], weights)
+            weights = like.new_empty(part.stop - part.start, 2 * self.q.shape[-1])
+            self.dequantize_into(*self.matrix(part), weights)
         return weights
 
     def capture(self, workspace: Tensor, graph: Callable) -> None:
-        """From now on unpack into `workspace`, through what `graph` makes of a call: the host has less to
-        do."""
+        """From now on unpack into `workspace`, through what `graph` makes of a call: one launch."""
         for part in self.parts():
-            q = self.q[part]
-            weights = workspace[:2 * q.numel()].view(len(q), -1)
-            unpack = partial(self.dequantize_into, q, self.scale[part], self.zero[part], weights)
-            self.graphs.append((weights, graph(unpack)))
+            rows, columns = part.stop - part.start, 2 * self.q.shape[-1]
+            weights = workspace[:rows * columns].view(rows, columns)
+            self.graphs.append((weights, graph(partial(self.dequantize_into, *self.matrix(part), weights))))
 
 
 @dataclass(frozen=True)
@@ -260,9 +287,11 @@ class ExpertLayout:
         return cls(fields, offset)
 
     def views(self, block: Tensor) -> dict[str, Tensor]:
-        """block [nbytes] uint8 -> the six tensors, as views."""
-        return {name: block[offset:offset + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-                for name, (offset, dtype, shape) in self.fields.items()}
+        """block [.., nbytes] uint8 -> the six tensors [.., rows, columns], as views."""
+        def view(offset: int, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+            return block[..., offset:offset + prod(shape) * dtype.itemsize].view(dtype).unflatten(-1, shape)
+
+        return {name: view(*field) for name, field in self.fields.items()}
 
     def bind(self, expert: nn.Module, block: Tensor) -> nn.Module:
         """Point a packed `Expert`'s tensors into a block."""

@@ -54,8 +54,8 @@ class ExpertScheduler:
         self.cache.pump()
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
-        """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or
-        closed."""
+        """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or closed.
+        The slot is LAUNCHED where the device has been told to compute it already."""
         self.history.observe(layer, routing)
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         cache.require(remaining)

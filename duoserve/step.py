@@ -1,10 +1,14 @@
 """One token through the model, in pieces of fixed shape: each piece is one CUDA graph where there is CUDA.
 
 A decode step is some twenty small kernels a layer, and launching them costs the host more than running them
-costs the GPU. But the host reads each router before it knows which slots to compute with, so the step is
-split there: piecewise CUDA graphs, each captured once and replayed as a whole. There is one piece a layer, up
-to the router's choice, and one for each slot and rank, since a graph's addresses are fixed. What passes from
-piece to piece lies in buffers of its own, and all that changes from token to token is read from the device.
+costs the GPU. But the host reads each router before it knows which experts to fetch, so the step is split
+there: piecewise CUDA graphs, each captured once and replayed as a whole.
+
+The device does not wait for the host to read. A table on the device says which slot holds which expert, and
+after each router the device computes those of the chosen experts that the table has; the host adds the
+others, one by one, when they have come. Where all of a layer's experts are there, nothing can be missing, and
+the next layer follows at once: the host reads the routings later, in their order. What passes from piece to
+piece lies in buffers of its own.
 """
 
 import gc
@@ -15,7 +19,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .model import Expert, Mixtral, combine_experts, padded, rope_table
+from .cache import LAUNCHED
+from .model import Mixtral, combine_experts, padded, rope_table
 from .quant import compiled
 
 
@@ -27,27 +32,33 @@ class DecodeStep:
     `compile` it is fused by torch.compile, and captured if the device is CUDA.
     """
 
-    def __init__(self, model: Mixtral, slots: list[Expert], kv: Tensor, compile: bool):
+    def __init__(self, model: Mixtral, slots, kv: Tensor, compile: bool):
         c, device = model.config, kv.device
         self.model, self.slots, self.kv = model, slots, kv
-        D, K = c.hidden_size, c.num_experts_per_tok
+        D, K, E, layers = c.hidden_size, c.num_experts_per_tok, c.num_local_experts, c.num_hidden_layers
         new = partial(torch.zeros, device=device, dtype=kv.dtype)
         self.token, self.position = new(1, dtype=torch.long), new(1, dtype=torch.long)
         self.rope = new(2, 1, c.head_dim, dtype=torch.float32)
         self.h, self.x, self.expert_out = new(1, D), new(1, D), new(1, K, D)
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
-        self.lookahead = new(c.num_local_experts, dtype=torch.float32)      # of layer 0
-        E = c.num_local_experts             # what the host reads of a layer, and of the last one
-        self.numbers = [new(n * E + 2 * K, dtype=torch.float32) for n in (3, 2)]
+        self.lookahead = new(E, dtype=torch.float32)                                # of layer 0
+        # What the host reads of a layer (the last has no lookahead), and what it tells it: its slots.
+        self.numbers = [new(n * E + 2 * K, dtype=torch.float32) for n in [3] * (layers - 1) + [2]]
+        self.table = [new(E, dtype=torch.long) for _ in range(layers)]
+        self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
         self.keys = self.context = kv.shape[3]
         self.capturing = compile and device.type == "cuda"
         self.whole = compile                # compiled code reads the whole context: one shape at any position
-        self.run_layer, self.run_expert = map(compiled if compile else lambda f: f, (run_layer, run_expert))
+        self.run_layer = compiled(run_layer) if compile else run_layer
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            self.rows = torch.zeros(layers, E, dtype=torch.long, pin_memory=True)   # the table, on the host
+            self.known: list[list[int]] = [[0] * E for _ in range(layers)]          # ... as plain ints
         self.begin = self.capture(self._begin)
-        self.layers = [self.capture(partial(self._layer, i)) for i in range(c.num_hidden_layers)]
-        self.experts = [[self.capture(partial(self._expert, slot, k)) for k in range(K)] for slot in slots]
+        self.layers = [self.capture(partial(self._layer, i)) for i in range(layers)]
+        if self.capturing:
+            self.present = self.capture(self._present)
+            self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
@@ -77,16 +88,54 @@ class DecodeStep:
         self.keys = self.context if self.whole else padded(position + 1)
         self.begin()
         source.begin_step(self.lookahead[None])
-        for i, run in enumerate(self.layers):
-            source.begin_layer(i)
-            run()
-            routing = source.route(i, self.numbers[i + 1 == len(self.layers)])
-            with closing(source.ready(i, routing)) as ready:
-                for e, slot in ready:
-                    self.experts[slot][routing.ids.index(e)]()
-            source.end_layer(i)
+        unread = 0                          # the first layer whose routing the host has not read
+        for i in range(len(self.layers)):
+            if not self.launch(i, source):
+                unread = self.settle(unread, i + 1, source)
+        self.settle(unread, len(self.layers), source)
         self.end()
         return self.logits
+
+    def launch(self, i: int, source) -> bool:
+        """Enqueue a layer, and those of its experts that are there; True if these are all."""
+        if not self.capturing:
+            source.begin_layer(i)
+            self.layers[i]()
+            source.fetch(i, self.numbers[i])
+            return False
+        row = source.launch(i)
+        if row != self.known[i]:            # (the old row's copy is over: what came after it is read)
+            self.known[i] = []              # (should this be interrupted)
+            self.rows[i] = torch.tensor(row)
+            self.table[i].copy_(self.rows[i], non_blocking=True)
+            self.known[i] = row
+        self.layers[i]()
+        source.fetch(i, self.numbers[i])
+        if any(slot != LAUNCHED for slot in row):
+            self.present()
+            source.launched(row)
+        return LAUNCHED not in row
+
+    def settle(self, first: int, end: int, source) -> int:
+        """Read the routings of these layers, in order, and compute with the experts that were not there."""
+        for i in range(first, end):
+            if self.capturing:
+                source.begin_layer(i)
+            routing = source.read(i, self.numbers[i])
+            with closing(source.ready(i, routing)) as ready:
+                for e, slot in ready:
+                    if slot != LAUNCHED:
+                        self.compute(slot, routing.ids.index(e))
+            source.end_layer(i)
+        return end
+
+    def compute(self, slot: int, rank: int) -> None:
+        """The router's choice of this rank, from its slot."""
+        if self.capturing:
+            self.slot.fill_(slot)
+            self.experts[rank]()
+        else:
+            self.expert_out[:, rank] = self.slots[slot](self.x)
 
     def _begin(self) -> None:
         h = self.model.embed(self.token)
@@ -98,25 +147,24 @@ class DecodeStep:
     def _layer(self, i: int) -> None:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :self.keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
-        self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position,
-                       self.h, self.x, self.weights, self.numbers[following is None])
+        self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position, self.table[i],
+                       self.h, self.x, self.weights, self.numbers[i], self.chosen)
 
-    def _expert(self, slot: Expert, rank: int) -> None:
-        self.run_expert(slot, self.x, self.expert_out[:, rank])
+    def _present(self) -> None:
+        self.slots.run(self.chosen, self.x, self.expert_out[0])
+
+    def _expert(self, rank: int) -> None:
+        self.slots.run(self.slot, self.x, self.expert_out[0, rank:rank + 1])
 
     def _end(self) -> None:
         h = self.model.norm(combine_experts(self.h, self.weights, self.expert_out))
         self.logits.copy_(self.model.head(h)[0])
 
 
-def run_layer(layer, following, expert_out, rope, k, v, position, h, x, weights, numbers):
+def run_layer(layer, following, expert_out, rope, k, v, position, table, h, x, weights, numbers, chosen):
     """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values
-    and the last four are written."""
+    and the last five are written."""
     h_in = combine_experts(h, weights, expert_out)
-    out = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
-    for buffer, value in zip((h, x, weights, numbers), out):
+    *out, ids = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
+    for buffer, value in zip((h, x, weights, numbers, chosen), (*out, table[ids[0]].clamp(min=0))):
         buffer.copy_(value)
-
-
-def run_expert(expert, x, answer):
-    answer.copy_(expert(x))

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from .config import MixtralConfig
 from .errors import UserError, format_bytes
 from .files import read_into, reading
 from .link import Key, LinkError
@@ -30,17 +31,20 @@ def stride_of(model: PackedModel) -> int:
     return -(-model.layout.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
+def most_used(config: MixtralConfig, popularity: np.ndarray | None) -> list[Key]:
+    """Every expert, by falling `popularity` [layers, experts]; if nothing is known, the layers in turn."""
+    return sorted(config.expert_keys, key=lambda key: key[1] if popularity is None else -popularity[key])
+
+
 def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None,
                 beside: int) -> list[Key]:
     """Which experts to keep in memory: all, or as many as `host_memory` bytes hold of those used most.
 
-    Those are the first by `popularity` [layers, experts]; where nothing is known, equally many of every
-    layer. `UserError`, before anything is read, if that much and the `beside` bytes of other things are not
-    available.
+    Those are the first of the `most_used`. `UserError`, before anything is read, if that much and the
+    `beside` bytes of other things are not available.
     """
     stride = stride_of(model)
-    rank = popularity is None and (lambda key: key[1]) or (lambda key: -popularity[key])
-    keys = sorted(model.config.expert_keys, key=rank)
+    keys = most_used(model.config, popularity)
     kept = keys if host_memory is None else keys[:host_memory // stride]
     need, available = len(kept) * stride + beside, available_memory()
     if available is not None and need > available:

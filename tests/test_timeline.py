@@ -32,6 +32,7 @@ def run(request, tiny, tmp_path_factory):
     policy, prompt = request.param
     engine = Engine.from_pretrained(tiny, device="cpu", policy=policy, predictor="none", cache_experts=7,
                                     simulate_link="20MB/s")
+    engine.cache.empty()
     timeline.watch(engine)
     result = engine.generate(prompt, max_new_tokens=8, temperature=0)
     path = tmp_path_factory.mktemp("run") / "timeline.json"

@@ -89,6 +89,8 @@ def gpu_flags(parser: Parser) -> None:
         help="decoded by each policy (default %(default)s; layer-prefetch: 8)")
     add("--rounds", type=number(int, 1, 1000), default=3, metavar="N",
         help="each with routing of its own (default %(default)s)")
+    add("--start", choices=("warm", "empty"), default="warm",
+        help="each prompt finds the slots warm, as an engine does that was loaded (default), or empty")
     add("--persistence", type=share, nargs="+", default=[0.30], metavar="P", help=PERSISTENCE)
     add("--lookahead-recall", type=share, nargs="+", default=[0.8], metavar="R", help=RECALL)
     for flag, default, words in (

@@ -18,13 +18,14 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,7 +33,7 @@ from ..config import MixtralConfig
 from ..engine import Engine
 from ..errors import UserError, parse_amount, parse_rate
 from ..experts import StreamedExperts
-from ..history import Routing
+from ..model import Layer
 from ..options import EngineOptions, check_device
 from ..packed import ModelShapes
 from ..predictor import Predictor
@@ -115,37 +116,63 @@ class RandomModel(ModelShapes):
             self._fill(name, view, columns)
 
 
-class SyntheticExperts(StreamedExperts):
-    """Takes decode's routing from a made-up trace; the link and the compute are real.
+class MadeUpRouter(nn.Linear):
+    """In decode it says what a made-up trace says of this token: `table [2, steps, experts]`, on the device,
+    holds its own logits and the lookahead, `here [1]` is the step. Its product is computed all the same."""
+
+    def forward(self, x, ahead: int = 0):
+        logits = super().forward(x)
+        return logits if len(x) > 1 else logits * 0 + self.table[ahead, self.here].to(x.dtype)
+
+
+class MadeUpLayer(Layer):
+    def gate(self, h):
+        return self.router(self.ffn_norm(h), 1)
+
+
+class MadeUpEngine(Engine):
+    """Routes decode as a made-up trace says. (Random weights route like no language model.)"""
+
+    def _make_model(self, linear):
+        model, c, device = super()._make_model(linear), self.config, self.device
+        self.here = torch.zeros(1, dtype=torch.long, device=device)
+        self.tables = torch.zeros(c.num_hidden_layers, 2, self.context, c.num_local_experts, device=device)
+        for layer, steps in zip(model.layers, self.tables):
+            layer.__class__, layer.router.__class__ = MadeUpLayer, MadeUpRouter
+            layer.router.table, layer.router.here = steps, self.here
+        return model
+
+    def follow(self, trace) -> None:
+        """From now on decode routes as in this trace."""
+        for i, steps in enumerate((trace.logits, trace.lookahead)):
+            steps = torch.from_numpy(steps[trace.prompt:]).transpose(0, 1)
+            self.tables[:, i, :steps.shape[1]] = steps
+        self.source.start_anew()
+
+
+class CountingExperts(StreamedExperts):
+    """Decode's steps are counted, so that the made-up routers know where they are.
 
     `needed` collects how many experts had to cross the link at each layer visit of decode: misses and used
     prefetches; `used` counts the experts that got a token in prefill.
     """
 
-    def follow(self, trace) -> None:
-        self.trace, self.t, self.needed, self.before, self.used = trace, trace.prompt - 1, [], 0, 0
-        self.top, self.prefill_busy = trace.top(self.config.num_experts_per_tok), None
+    def start_anew(self) -> None:
+        self.step, self.needed, self.before, self.used, self.prefill_busy = -1, [], 0, 0, None
 
-    def begin_step(self, lookahead) -> None:
-        if not self.decoding:
-            return super().begin_step(lookahead)
-        if self.prefill_busy is None:       # what the lane had done when decode began
-            self.lane.poll()
-            self.prefill_busy, self.before = self.lane.busy, 0
-        self.t += 1
-        self.lane.read(lookahead[-1])       # for its cost: the content is the trace's
-        self.scheduler.begin_step(self.trace.lookahead[self.t, 0].tolist())
+    def begin(self, scheduler, start, tokens, decoding) -> None:
+        super().begin(scheduler, start, tokens, decoding)
+        if decoding:
+            self.step += 1
+            self.here.fill_(self.step)
+            if self.prefill_busy is None:   # what the lane had done when decode began
+                self.lane.poll()
+                self.prefill_busy, self.before = self.lane.busy, 0
 
-    def _read(self, layer, numbers):
-        real = super()._read(layer, numbers)
-        if not self.decoding:
-            self.used += sum(n > 0 for n in real.counts)
-            return real
-        ids, ahead = self.top[self.t, layer].tolist(), None
-        if layer + 1 < self.config.num_hidden_layers:
-            ahead = self.trace.lookahead[self.t, layer + 1].tolist()
-        return Routing([int(e in ids) for e in range(self.config.num_local_experts)], ids, real.weights,
-                       self.trace.logits[self.t, layer].tolist(), ahead)
+    def read(self, layer, numbers, rows=None):
+        routing = super().read(layer, numbers, rows)
+        self.used += 0 if self.decoding else sum(n > 0 for n in routing.counts)
+        return routing
 
     def end_layer(self, layer) -> None:
         super().end_layer(layer)
@@ -167,8 +194,9 @@ def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engi
     release(model.device)
     options = EngineOptions(device=args.device, context=args.context, predictor="none", compile=args.compile,
                             simulate_link=args.simulate_link, **memory)
-    engine = Engine(model, options, store=store)
-    engine.source = SyntheticExperts(model.config, engine.source.slots, engine.cache)
+    engine = MadeUpEngine(model, options, store=store)
+    engine.source = CountingExperts(model.config, engine.source.slots, engine.cache)
+    engine.source.here = engine.here
     return engine
 
 
@@ -197,25 +225,26 @@ def wait(device: torch.device) -> None:
 def request(engine: Engine, policy: str, tokens: int, new: int, trace, seed: int = 0):
     """Greedy decoding after a random prompt -> `Generation`."""
     engine.policy = policy
-    engine.source.follow(trace)
+    engine.follow(trace)
     ids = np.random.default_rng(seed).integers(3, engine.config.vocab_size, tokens).tolist()
     return engine.generate(ids, max_new_tokens=new, temperature=0)
 
 
-def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool = True) -> dict:
-    """One policy once: TTFT at each prompt length, and TPOT after that of `args.decode_after`."""
+def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) -> dict:
+    """One policy once: TTFT at each prompt length, and TPOT after that of `args.decode_after`. Each prompt
+    finds the slots `empty`, or `warm`: with what the predictor's traces used most."""
     row: dict = {"policy": policy, "round": round_, "cache_experts": engine.plan.slots, "ttft_ms": {},
                  "prefill_experts": {}}
     new = min(args.new_tokens, 8) if policy == "layer-prefetch" else args.new_tokens
     source, cache = engine.source, engine.cache
     for tokens in args.prompts:
-        if cold:
-            cache.empty()
+        engine.fill_slots() if start == "warm" else cache.empty()
+        already = sum(slot.whole for slot in cache.slots)
         last = tokens == args.decode_after
         result = request(engine, policy, tokens, new if last else 1, traces[round_ % len(traces)], round_)
         stats, steps = result.stats, len(result.token_ids) - 1
         row["ttft_ms"][str(tokens)] = 1e3 * stats.ttft_s
-        row["prefill_experts"][str(tokens)] = source.used if cold else 0
+        row["prefill_experts"][str(tokens)] = max(0, source.used - already)
         if last:
             decode_s, decode_busy = stats.tpot_s * steps, cache.lane.busy - source.prefill_busy
             row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,
@@ -232,11 +261,12 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, cold: bool =
     return row | {"planned_bytes": engine.plan.total}
 
 
+@torch.inference_mode()
 def kernels(engine: Engine) -> dict:
     """Microseconds of the pieces of a decode step, and the memory bandwidth that an expert's product makes
     of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16 scale and zero)."""
     c, step, device = engine.config, engine.step, engine.device
-    experts = [ranks[0] for ranks in step.experts[:64]]
+    experts = [partial(step.compute, slot, 0) for slot in range(min(64, engine.plan.slots))]
     out = {"layer_kernels_us": kernel_us(step.layers, device),
            "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(step.layers),
            "end_us": elapsed_us([step.end]), "expert_us": elapsed_us(experts), "int4pack_mm_expert_us": 0.0}
@@ -353,7 +383,7 @@ def gpu(args) -> dict:
             for round_ in range(args.rounds):
                 said: dict[str, list[int]] = {}
                 for policy in args.policies:
-                    row = measure(engine, policy, args, traces, round_)
+                    row = measure(engine, policy, args, traces, round_, args.start)
                     keep(row | {"gpu_memory": size, "persistence": persistence, "lookahead_recall": recall})
                     for other, tokens in said.items():
                         if any(a != b for a, b in zip(tokens, row["tokens"])):
@@ -362,9 +392,8 @@ def gpu(args) -> dict:
     if args.resident:
         engine = None
         engine = build(model, args, store, cache_experts=total)
-        measure(engine, "cache", args, traces, 0)                   # to warm up
-        fill(engine)
-        runs = [measure(engine, "duo", args, traces, i, cold=False) for i in range(3)]
+        measure(engine, "cache", args, traces, 0, "warm")
+        runs = [measure(engine, "duo", args, traces, i, "warm") for i in range(3)]
         ttft = {n: statistics.median(run["ttft_ms"][n] for run in runs) for n in runs[0]["ttft_ms"]}
         tpot = statistics.median(run["tpot_ms"] for run in runs)
         resident = runs[0] | {"policy": "resident", "tpot_ms": tpot, "ttft_ms": ttft}
@@ -412,10 +441,3 @@ def print_gpu(result: dict, args) -> None:
                  ("/floor", 8, "{ttft_over}"), ("TPOT", 9, "{tpot:.2f}"), ("least .. most", 18, "{range}"),
                  ("/floor", 8, "{tpot_over}"), ("x first", 8, "{ratio:.2f}"), ("link", 6, "{link:.0%}"),
                  ("peak GB", 9, "{peak}")], lines))
-
-
-def fill(engine: Engine) -> None:
-    """Bring every expert into its slot."""
-    for layer, e in product(range(engine.config.num_hidden_layers), range(engine.config.num_local_experts)):
-        engine.cache.demand((layer, e))
-    engine.cache.lane.finish()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import UserError, format_bytes, rounded_up
-from .model import ATTENTION_ROWS, EXPERT_ROWS, padded
+from .model import ATTENTION_ROWS, EXPERT_ROWS, key_sizes, padded
 from .packed import ModelShapes
 from .quant import parts
 
@@ -53,7 +53,8 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     trace = 4 * context * c.num_hidden_layers * c.num_local_experts             # (if it is recorded)
     workspace = unpacked + prompt + block + mask + trace + (LIBRARIES if cuda else 0)
     if cuda and compiled:                   # (a layer's decode, and what unpacks its attention)
-        workspace += GRAPH * 4 * (c.num_hidden_layers + c.num_experts_per_tok)
+        sizes = len(key_sizes(padded(context)))
+        workspace += GRAPH * (3 + sizes) * (c.num_hidden_layers + c.num_experts_per_tok)
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
         raise UserError(f"--gpu-memory {format_bytes(budget)} is too small: {rounded_up(plan.total)} is the "

@@ -33,6 +33,11 @@ def padded(positions: int) -> int:
     return -(-positions // PADDING) * PADDING
 
 
+def key_sizes(context: int) -> list[int]:
+    """Of how many keys compiled code for a decode step is made: few, as each is compiled and captured."""
+    return [size for size in (2**10, 2**12, 2**14, 2**16) if size < context] + [context]
+
+
 class ExpertSource(Protocol):
     """What the model asks of whoever holds the experts."""
 

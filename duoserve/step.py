@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cache import LAUNCHED
-from .model import Mixtral, combine_experts, padded, rope_table
+from .model import Mixtral, combine_experts, key_sizes, padded, rope_table
 from .quant import compiled
 
 
@@ -46,16 +46,17 @@ class DecodeStep:
         self.numbers = [new(n * E + 2 * K, dtype=torch.float32) for n in [3] * (layers - 1) + [2]]
         self.table = [new(E, dtype=torch.long) for _ in range(layers)]
         self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
-        self.keys = self.context = kv.shape[3]
         self.capturing = compile and device.type == "cuda"
-        self.whole = compile                # compiled code reads the whole context: one shape at any position
+        self.sizes = key_sizes(kv.shape[3]) if compile else []
         self.run_layer = compiled(run_layer) if compile else run_layer
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
             self.rows = torch.zeros(layers, E, dtype=torch.long, pin_memory=True)   # the table, on the host
             self.known: list[list[int]] = [[0] * E for _ in range(layers)]          # ... as plain ints
         self.begin = self.capture(self._begin)
-        self.layers = [self.capture(partial(self._layer, i)) for i in range(layers)]
+        self.layers: dict[int, list[Callable[[], None]]] = {}
+        for keys in self.sizes:
+            self.pieces(keys - 1)
         if self.capturing:
             self.present = self.capture(self._present)
             self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
@@ -85,22 +86,29 @@ class DecodeStep:
         """token [1] on the device, at `position` -> logits [vocab] in fp32, overwritten by the next call."""
         self.token.copy_(token)
         self.position.fill_(position)
-        self.keys = self.context if self.whole else padded(position + 1)
+        layers = self.pieces(position)
         self.begin()
         source.begin_step(self.lookahead[None])
         unread = 0                          # the first layer whose routing the host has not read
-        for i in range(len(self.layers)):
-            if not self.launch(i, source):
+        for i, run in enumerate(layers):
+            if not self.launch(i, run, source):
                 unread = self.settle(unread, i + 1, source)
-        self.settle(unread, len(self.layers), source)
+        self.settle(unread, len(layers), source)
         self.end()
         return self.logits
 
-    def launch(self, i: int, source) -> bool:
-        """Enqueue a layer, and those of its experts that are there; True if these are all."""
+    def pieces(self, position: int) -> list[Callable[[], None]]:
+        """The layers' pieces for a token at `position`, which alone says how many keys they read."""
+        keys = next((size for size in self.sizes if size > position), padded(position + 1))
+        if keys not in self.layers:
+            self.layers[keys] = [self.capture(partial(self._layer, i, keys)) for i in range(len(self.table))]
+        return self.layers[keys]
+
+    def launch(self, i: int, run: Callable[[], None], source) -> bool:
+        """Enqueue layer i by its piece, and those of its experts that are there; True if these are all."""
         if not self.capturing:
             source.begin_layer(i)
-            self.layers[i]()
+            run()
             source.fetch(i, self.numbers[i])
             return False
         row = source.launch(i)
@@ -109,7 +117,7 @@ class DecodeStep:
             self.rows[i] = torch.tensor(row)
             self.table[i].copy_(self.rows[i], non_blocking=True)
             self.known[i] = row
-        self.layers[i]()
+        run()
         source.fetch(i, self.numbers[i])
         if any(slot != LAUNCHED for slot in row):
             self.present()
@@ -144,8 +152,8 @@ class DecodeStep:
         self.rope.copy_(rope_table(self.model.config, self.position))
         self.weights.zero_(), self.expert_out.zero_()                  # layer 0 comes after no experts
 
-    def _layer(self, i: int) -> None:
-        layers, (k, v) = self.model.layers, self.kv[i, :, :, :self.keys]
+    def _layer(self, i: int, keys: int) -> None:
+        layers, (k, v) = self.model.layers, self.kv[i, :, :, :keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
         self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position, self.table[i],
                        self.h, self.x, self.weights, self.numbers[i], self.chosen)

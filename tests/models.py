@@ -266,9 +266,9 @@ class LateLane(SimulatedLane):
 def by_table(engine):
     """Lets a step on the CPU take the way of one on a GPU: by the table, ahead of what the host has read."""
     step, c = engine.step, engine.config
-    step.capturing, step.present = True, step._present
+    step.capturing, step.capture, step.present = True, lambda piece: piece, step._present
     step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
-    step.known = [[] for _ in step.layers]
+    step.known = [[] for _ in range(c.num_hidden_layers)]
     step.experts = [partial(step._expert, rank) for rank in range(c.num_experts_per_tok)]
 
 

@@ -157,8 +157,8 @@ def test_one_read_a_layer_and_nothing_else(directory):
 def test_with_all_experts_there_a_token_is_enqueued_before_anything_is_read(directory, compiled):
     e, seen = engine(directory, cache_experts=24), []
     e.generate(PROMPT, max_new_tokens=2)
-    lane, layers = e.cache.lane, [lambda run=run: (seen.append("layer"), run()) for run in e.step.layers]
-    e.step.layers, read = layers, lane.read
+    lane, ((keys, layers),) = e.cache.lane, e.step.layers.items()
+    e.step.layers, read = {keys: [lambda run=run: (seen.append("layer"), run()) for run in layers]}, lane.read
     lane.read = lambda fetched: seen.append("read") or read(fetched)
     with torch.inference_mode():
         e._decode(torch.tensor([5], device="cuda"), len(PROMPT) + 1)

@@ -18,6 +18,7 @@ from models import (answers, at_rest, by_table, hostile, InterruptAt, LateLane, 
 from duoserve import Engine
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
+from duoserve.model import key_sizes
 from duoserve.options import SamplingParams
 from duoserve.sampling import sample
 from duoserve.errors import UserError
@@ -76,6 +77,15 @@ def test_an_interruption_of_what_was_enqueued_ahead_leaves_no_trace(after, tiny)
         engine.generate(SHORT, **SAMPLED)
     assert at_rest(engine.cache) and not engine.cache.launched
     assert same(answers(engine), want)
+
+
+def test_compiled_code_knows_few_sizes_of_the_context():
+    """Which one is read follows from the position alone, and none is more than four times too large."""
+    assert key_sizes(64) == [64] and key_sizes(1024) == [1024] and key_sizes(1088) == [1024, 1088]
+    sizes = key_sizes(32768)
+    assert sizes == [1024, 4096, 16384, 32768]
+    assert all(min(size for size in sizes if size > position) <= max(1024, 4 * (position + 1))
+               for position in range(0, 32768, 7))
 
 
 def test_a_row_of_the_table_whose_copy_was_interrupted_is_copied_again(tiny, want):

@@ -267,8 +267,9 @@ def kernels(engine: Engine) -> dict:
     of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16 scale and zero)."""
     c, step, device = engine.config, engine.step, engine.device
     experts = [partial(step.compute, slot, 0) for slot in range(min(64, engine.plan.slots))]
-    out = {"layer_kernels_us": kernel_us(step.layers, device),
-           "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(step.layers),
+    layers = step.layers[step.sizes[0]]
+    out = {"layer_kernels_us": kernel_us(layers, device),
+           "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(layers),
            "end_us": elapsed_us([step.end]), "expert_us": elapsed_us(experts), "int4pack_mm_expert_us": 0.0}
     copies = max(2, 2**28 // engine.plan.expert)                    # more than the GPU's own caches hold
     for rows, columns in ((2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)):

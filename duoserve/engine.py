@@ -255,7 +255,7 @@ class Engine:
     @torch.inference_mode()
     def fill_slots(self) -> None:
         """Between requests: in the slots what the predictor's traces used most (or else, layer by layer)."""
-        self.cache.fill(most_used(self.config, self.predictor and self.predictor.popularity()))
+        self.cache.fill(most_used(self.config.expert_keys, self.predictor and self.predictor.popularity()))
 
     @contextmanager
     def _held(self):

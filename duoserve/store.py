@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from .config import MixtralConfig
 from .errors import UserError, format_bytes
 from .files import read_into, reading
 from .link import Key, LinkError
@@ -31,9 +30,9 @@ def stride_of(model: PackedModel) -> int:
     return -(-model.layout.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def most_used(config: MixtralConfig, popularity: np.ndarray | None) -> list[Key]:
-    """Every expert, by falling `popularity` [layers, experts]; if nothing is known, the layers in turn."""
-    return sorted(config.expert_keys, key=lambda key: key[1] if popularity is None else -popularity[key])
+def most_used(keys: list[Key], popularity: np.ndarray | None) -> list[Key]:
+    """By falling `popularity` [layers, experts]; if nothing is known, one expert of each layer in turn."""
+    return sorted(keys, key=lambda key: key[1] if popularity is None else -popularity[key])
 
 
 def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None,
@@ -44,7 +43,7 @@ def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndar
     `beside` bytes of other things are not available.
     """
     stride = stride_of(model)
-    keys = most_used(model.config, popularity)
+    keys = most_used(model.config.expert_keys, popularity)
     kept = keys if host_memory is None else keys[:host_memory // stride]
     need, available = len(kept) * stride + beside, available_memory()
     if available is not None and need > available:

@@ -98,6 +98,14 @@ def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
         assert transfer.arrived == arrived
 
 
+def test_a_replay_that_starts_with_full_slots():
+    """They are filled before its clock counts; with room for all there is nothing to wait for."""
+    trace, = synthetic_traces(MixtralConfig(num_hidden_layers=3), 0.3, 0.8, 1, 20, 5)
+    empty, warm = (Replay(trace, 2, "duo", 24, COSTS, None, start).run() for start in ("empty", "warm"))
+    assert warm.cache.counts.bytes_moved == 0 and warm.ttft < empty.ttft
+    assert warm.decode_s == pytest.approx(empty.decode_s)
+
+
 def test_what_is_launched_is_not_evicted_until_its_routing_is_known():
     cache, clock = rig(2)
     for key in (A, B):

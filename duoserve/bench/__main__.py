@@ -56,6 +56,8 @@ def schedule_flags(parser: Parser) -> None:
          help="instead: the model's own experts at this speed (default with a config alone: 25GB/s)")
     add("--chunks", type=number(int, 1, 10_000), default=replay.Costs.chunks, metavar="N",
         help="pieces that an expert is moved in (default %(default)s)")
+    add("--start", choices=("empty", "warm"), default="empty",
+        help="what a prompt finds in the slots: nothing (default), or what an engine loads")
     add("--persistence", type=share, default=0.30, metavar="P", help=PERSISTENCE)
     add("--lookahead-recall", type=share, default=0.8, metavar="R", help=RECALL)
 
@@ -90,7 +92,7 @@ def gpu_flags(parser: Parser) -> None:
     add("--rounds", type=number(int, 1, 1000), default=3, metavar="N",
         help="each with routing of its own (default %(default)s)")
     add("--start", choices=("warm", "empty"), default="warm",
-        help="each prompt finds the slots warm, as an engine does that was loaded (default), or empty")
+        help="what each prompt finds in the slots: what an engine loads (default), or nothing")
     add("--persistence", type=share, nargs="+", default=[0.30], metavar="P", help=PERSISTENCE)
     add("--lookahead-recall", type=share, nargs="+", default=[0.8], metavar="R", help=RECALL)
     for flag, default, words in (

@@ -37,6 +37,7 @@ from ..model import Layer
 from ..options import EngineOptions, check_device
 from ..packed import ModelShapes
 from ..predictor import Predictor
+from ..scheduler import DecodeScheduler
 from ..store import ExpertStore
 from ..training import measure_affinity, train
 from .flags import check_policies, table
@@ -261,6 +262,42 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
     return row | {"planned_bytes": engine.plan.total}
 
 
+def host_us(engine: Engine, policy: str, args, trace) -> dict:
+    """Microseconds of the host, a layer of decode: each part without the parts that it calls. What is left
+    when all are done is the rest of the loop."""
+    seconds, inside, undo = defaultdict(float), [], []
+
+    def timed(name: str, owner, method: str) -> None:
+        def run(*arguments):
+            began = time.perf_counter()
+            inside.append(0.0)
+            try:
+                return function(*arguments)
+            finally:
+                took = time.perf_counter() - began
+                seconds[name] += took - inside.pop()
+                if inside:
+                    inside[-1] += took
+        function = getattr(owner, method)
+        setattr(owner, method, run)
+        undo.append((owner, method, function))
+
+    lane, cache, step = engine.cache.lane, engine.cache, engine.step
+    for part in (("enqueue_layers", step, "launch"), ("enqueue_experts", step, "compute"),
+                 ("wait_for_routers", lane, "read"), ("hand_over_bytes", lane, "send"),
+                 ("take_note", lane, "poll"), ("demand", cache, "demand"), ("plan", cache, "plan"),
+                 ("think", DecodeScheduler, "update_values"), ("evict", DecodeScheduler, "victim")):
+        timed(*part)
+    timed("all", engine, "_decode")
+    try:
+        steps = len(request(engine, policy, args.prompts[0], args.new_tokens, trace).token_ids) - 1
+    finally:
+        for owner, method, function in undo:
+            setattr(owner, method, function)
+    layers = engine.config.num_hidden_layers * steps
+    return {f"{name}_us": 1e6 * s / layers for name, s in seconds.items()}
+
+
 @torch.inference_mode()
 def kernels(engine: Engine) -> dict:
     """Microseconds of the pieces of a decode step, and the memory bandwidth that an expert's product makes
@@ -390,6 +427,7 @@ def gpu(args) -> dict:
                         if any(a != b for a, b in zip(tokens, row["tokens"])):
                             raise UserError(f"{policy} and {other} gave different tokens: one is broken")
                     said[policy] = row["tokens"]
+            keep({"policy": "host", "gpu_memory": size} | host_us(engine, args.policies[0], args, traces[0]))
     if args.resident:
         engine = None
         engine = build(model, args, store, cache_experts=total)

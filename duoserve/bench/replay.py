@@ -23,6 +23,7 @@ from ..options import check_context
 from ..packed import ModelShapes, PackedModel
 from ..policies import POLICIES, schedulers
 from ..predictor import Forecast, Predictor
+from ..store import most_used
 from ..trace import Trace, read_traces
 from .flags import check_policies, table
 
@@ -75,7 +76,7 @@ class Replay:
     """One trace through one policy with one cache, on a clock of its own."""
 
     def __init__(self, trace: Trace, top_k: int, policy: str, slots: int, costs: Costs,
-                 predictor: Predictor | None):
+                 predictor: Predictor | None, start: str = "empty"):
         self.trace, self.costs, self.k = trace, costs, top_k
         self.top = trace.top(top_k)
         _, self.layers, self.experts = trace.logits.shape
@@ -87,17 +88,21 @@ class Replay:
         self.prefill, self.decode = schedulers("duo" if policy == "oracle" else policy, self.cache, history,
                                                self.forecast, trace.prompt)
         self.floor = 0.0
+        if start == "warm":                 # as an engine does when it is loaded, before the clock counts
+            keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts)]
+            self.cache.fill(most_used(keys, predictor and predictor.popularity()))
+        self.began = self.clock.now()
 
     def run(self) -> "Replay":
         prompt, tokens = self.trace.prompt, len(self.trace.logits)
         self.begin(self.prefill)
         self.step(slice(0, prompt), None)
-        self.ttft = self.clock.now()
+        self.ttft = self.clock.now() - self.began
         self.begin(self.decode)
         for t in range(prompt, tokens):
             self.step(slice(t, t + 1), self.trace.lookahead[t, 0].tolist())
         self.cache.plan([])
-        self.decode_s, self.steps = self.clock.now() - self.ttft, tokens - prompt
+        self.decode_s, self.steps = self.clock.now() - self.began - self.ttft, tokens - prompt
         return self
 
     def begin(self, scheduler) -> None:
@@ -162,9 +167,9 @@ def belady(traces: list[Trace], top_k: int, slots: int) -> float:
 
 
 def row(traces: list[Trace], top_k: int, policy: str, slots: int, costs: Costs,
-        predictor: Predictor | None) -> dict:
+        predictor: Predictor | None, start: str = "empty") -> dict:
     """One line of the table: a policy at a cache size, over all traces."""
-    runs = [Replay(trace, top_k, policy, slots, costs, predictor).run() for trace in traces]
+    runs = [Replay(trace, top_k, policy, slots, costs, predictor, start).run() for trace in traces]
     steps, decode_s = sum(run.steps for run in runs), sum(run.decode_s for run in runs)
     total = lambda name: sum(getattr(run.cache.counts, name) for run in runs)
     hits, used, misses = map(total, ("hits", "prefetched_used", "misses"))
@@ -239,7 +244,7 @@ def schedule(args) -> dict:
     rows = []
     with closing(Progress(len(sizes) * len(policies), "rows", write=count)) as bar:
         for n, policy in product(sizes, policies):
-            rows.append(row(traces, k, policy, n, costs, predictor))
+            rows.append(row(traces, k, policy, n, costs, predictor, args.start))
             bar.add(1)
     least = {str(n): belady(traces, k, n) for n in sizes}
     result = {"costs": asdict(costs), "belady_transfers_per_token": least, "rows": rows}

@@ -248,9 +248,10 @@ class GPUExpertCache:
         if len(self.slot_of) < len(self.slots):                     # (no empty one: interrupted half-way)
             slot = next((slot for slot in self.slots if slot.key is None), None)
         else:                               # a guess never takes a slot that is being filled
-            candidates = [slot for slot in self.slots if not slot.pinned and slot.key not in self.needed
-                          and slot.key not in self.launched
-                          and (urgent or slot.transfer.sent == slot.transfer.size)]
+            barred = self.needed | self.launched
+            if not urgent:
+                barred.update(begun.key for begun in self.queue if begun.slot >= 0)
+            candidates = [slot for slot in self.slots if slot.key not in barred and not slot.pinned]
             if candidates:
                 slot = self.scheduler.victim(transfer.key, candidates, urgent)
                 if slot is not None and slot not in candidates:

@@ -233,7 +233,10 @@ class Engine:
             return CudaLane(slots, chunk_size(nbytes, PCIE), store)
 
         def copy(transfer, start, stop):
-            store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
+            into = slots[transfer.slot, start:stop]
+            on_host = torch.empty_like(into, device="cpu") if into.is_cuda else into
+            store.fetch(transfer.key, start, on_host)
+            into.copy_(on_host)
 
         rate = self.options.simulate_link or 0
         return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
@@ -248,7 +251,8 @@ class Engine:
                 module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
         prompt = [c.bos_token_id] * min(8, self.context - 1)
         self.generate(prompt, max_new_tokens=1)
-        self._decode(torch.tensor(prompt[:1], device=self.device), len(prompt))     # (after an EOS, too)
+        for size in self.step.sizes:        # (the last token there is room for)
+            self._decode(torch.tensor(prompt[:1], device=self.device), min(size, self.context) - 1)
         self._rest()
         self.sequence = None                # (nobody recorded it)
 

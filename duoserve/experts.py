@@ -85,17 +85,18 @@ class StreamedExperts:
     def begin_layer(self, layer: int) -> None:
         if layer == 0:
             self.scheduler.begin_step(self.lane.read(self.fetched.pop(0)) if self.decoding else None)
-        self._mark()
+        self.mark()
         self.scheduler.begin_layer(layer)
 
     def launch(self, layer: int) -> list[int]:
         """A layer is about to be enqueued before the host knows its routing: the slots that it may use."""
-        self._mark()
+        self.mark()
         return self.cache.launch(layer, self.config.num_local_experts)
 
-    def launched(self, row: list[int]) -> None:
-        """It is enqueued."""
+    def launched(self, layer: int, row: list[int]) -> None:
+        """It is enqueued, with its experts that are there."""
         self.lane.used([slot for slot in row if slot != LAUNCHED])
+        self._span("expert", layer)
 
     def fetch(self, layer: int, numbers: Tensor) -> None:
         """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`."""
@@ -120,7 +121,7 @@ class StreamedExperts:
         """(expert, slot) of every expert with a token, as the scheduler has it ready."""
         with closing(self.scheduler.experts(layer, routing)) as ready:
             for e, slot in ready:
-                self._mark()
+                self.mark()
                 yield e, slot
                 if slot != LAUNCHED:
                     self._span(f"expert {e}", layer)
@@ -134,13 +135,14 @@ class StreamedExperts:
     def end_layer(self, layer: int) -> None:
         self.scheduler.end_layer(layer)
 
-    def _mark(self) -> None:
+    def mark(self) -> None:
+        """What comes now is the next span."""
         if self.spans is not None:
-            self.mark = self.lane.mark()
+            self.marked = self.lane.mark()
 
     def _span(self, name: str, layer: int) -> None:
         if self.spans is not None:
-            self.spans.append((name, layer, self.mark, self.lane.mark()))
+            self.spans.append((name, layer, self.marked, self.lane.mark()))
 
     def _record(self, kind: str, layer: int, rows: Tensor | None) -> None:
         if self.recorder is not None and rows is not None:

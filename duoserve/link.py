@@ -17,7 +17,8 @@ from typing import Any, Callable
 
 import torch
 
-from .machine import clear_cuda_error, cudart
+from .errors import UserError
+from .machine import clear_cuda_error, cuda_runtimes
 
 Key = tuple[int, int]                       # (layer, expert)
 AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
@@ -197,7 +198,10 @@ class CudaLane:
         self.device, self.chunk = slots.device, chunk
         self.store = weakref.proxy(store)   # (a lane that outlives its engine keeps no pinned memory)
         self.slots = [slot.data_ptr() for slot in slots]
-        self.memcpy = cudart().cudaMemcpyAsync
+        if not cuda_runtimes():
+            raise UserError("this torch has no CUDA runtime library (libcudart) of its own; install one from "
+                            "pytorch.org, or use --device cpu")
+        self.memcpy = cuda_runtimes()[0].cudaMemcpyAsync
         # Streams are handed around, as asking which one is current takes longer than handing a chunk to it.
         self.stream = torch.cuda.Stream(self.device)
         self.handle = self.stream.cuda_stream
@@ -251,12 +255,13 @@ class CudaLane:
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
         while self.flying and self.flying[0][1].query():
-            start, end, transfer, nbytes = self.flying.popleft()
+            start, end, transfer, nbytes = self.flying[0]
+            transfer.arrived = end is transfer.loaded               # (first: an interruption may come here)
+            self.flying.popleft()
             begin = self.epoch + self.origin.elapsed_time(start) / 1e3
             seconds = start.elapsed_time(end) / 1e3
             self.busy, self.carried = self.busy + seconds, self.carried + nbytes
             transfer.spans.append((begin, begin + seconds))
-            transfer.arrived = end is transfer.loaded
             self.events += [start] if transfer.arrived else [start, end]    # (the other is the transfer's)
 
     def room(self, asked: float) -> bool:
@@ -267,7 +272,10 @@ class CudaLane:
             self.stream.wait_event(self.last_use[transfer.slot])
         start, end = self.timed_event(), self.timed_event()
         start.record(self.stream)
-        self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+        try:
+            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+        except RuntimeError as error:       # (no pinned memory for the ring)
+            raise LinkError(str(error)) from error
         end.record(self.stream)
         self.flying.append((start, end, transfer, nbytes))
         if transfer.sent + nbytes == transfer.size:

@@ -74,18 +74,17 @@ def enough_memory():
 
 
 @cache
-def cudart() -> ctypes.CDLL | None:
-    """CUDA's runtime library, as torch has loaded it: for what torch has no call for, or a slow one."""
+def cuda_runtimes() -> list[ctypes.CDLL]:
+    """CUDA's runtime library as torch has loaded it: for what torch has no call for, or a slow one."""
     with open("/proc/self/maps") as maps:
-        paths = {line.split()[-1] for line in maps if "libcudart" in line}
-    library = ctypes.CDLL(paths.pop()) if paths else None
-    if library:
-        pointer = ctypes.c_void_p
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "libcudart" in line}
+    libraries, pointer = [ctypes.CDLL(path) for path in sorted(paths)], ctypes.c_void_p
+    for library in libraries:
         library.cudaMemcpyAsync.argtypes = pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer
-    return library
+    return libraries
 
 
 def clear_cuda_error() -> None:
     """A failed runtime call leaves its code behind, and the next, unrelated kernel launch would raise it."""
-    if library := cudart():
+    for library in cuda_runtimes():
         library.cudaGetLastError()

@@ -34,7 +34,8 @@ def padded(positions: int) -> int:
 
 
 def key_sizes(context: int) -> list[int]:
-    """Of how many keys compiled code for a decode step is made: few, as each is compiled and captured."""
+    """For how many keys a decode step is compiled and captured: few, and a step takes the least that holds
+    its position. (The last is the context itself.)"""
     return [size for size in (2**10, 2**12, 2**14, 2**16) if size < context] + [context]
 
 

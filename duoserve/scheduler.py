@@ -180,13 +180,13 @@ class DecodeScheduler(ExpertScheduler):
     def __init__(self, *of_request):
         super().__init__(*of_request)
         # What is known: how many layers of this token are routed, and the next one's lookahead. What follows,
-        # once somebody asks: the next layer's `chance [experts]`, each expert's `value [layers][experts]`. If
-        # nothing has to be guessed or evicted, nobody does, and the host goes straight on.
+        # once somebody asks: the next layer's `chance [experts]`, each expert's `value`. If nothing has to be
+        # guessed or evicted, nobody does, and the host goes straight on.
         self.keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
         self.state, self.lookahead = self.layers, None
         self.thinks = True
         self.chance: list[float] = []
-        self.value: list[list[float]] | None = None
+        self.value: dict[Key, float] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
         self.discount = np.tile(DISCOUNT ** steps, 2)[:, None]      # of a use 1, 2 .. layers away
 
@@ -232,18 +232,17 @@ class DecodeScheduler(ExpertScheduler):
         estimate[coming] = worth(estimate[coming], self.history.rates()[coming])
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
         self.values = self.discount[first:first + self.layers] * estimate
-        self.value = self.values.tolist()   # (for those who ask of one after the other)
+        self.value = dict(zip(self.keys, self.values.ravel().tolist()))         # (for one after the other)
 
     def worth(self, key: Key) -> float:
         if self.value is None:
             self.update_values()
-        return self.value[key[0]][key[1]]
+        return self.value[key]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         if not self.thinks:
             return super().victim(key, candidates, urgent)
         worth = self.worth(key)
-        value = self.value                  # (by now there is one, and this runs for every slot)
-        least = min(candidates, key=lambda slot: value[slot.key[0]][slot.key[1]])
+        least = min([slot.key for slot in candidates], key=self.value.__getitem__)  # (in C: this is hot)
         margin = 1 if self.distance(key[0]) == 1 else MARGIN
-        return least if urgent or margin * self.worth(least.key) < worth else None
+        return self.cache.slot_of[least] if urgent or margin * self.value[least] < worth else None

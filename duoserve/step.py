@@ -52,6 +52,7 @@ class DecodeStep:
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
             self.rows = torch.zeros(layers, E, dtype=torch.long, pin_memory=True)   # the table, on the host
+            self.row_values = self.rows.numpy()
             self.known: list[list[int]] = [[0] * E for _ in range(layers)]          # ... as plain ints
         self.begin = self.capture(self._begin)
         self.layers: dict[int, list[Callable[[], None]]] = {}
@@ -114,14 +115,15 @@ class DecodeStep:
         row = source.launch(i)
         if row != self.known[i]:            # (the old row's copy is over: what came after it is read)
             self.known[i] = []              # (should this be interrupted)
-            self.rows[i] = torch.tensor(row)
+            self.row_values[i] = row
             self.table[i].copy_(self.rows[i], non_blocking=True)
             self.known[i] = row
         run()
         source.fetch(i, self.numbers[i])
         if any(slot != LAUNCHED for slot in row):
+            source.mark()
             self.present()
-            source.launched(row)
+            source.launched(i, row)
         return LAUNCHED not in row
 
     def settle(self, first: int, end: int, source) -> int:

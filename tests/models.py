@@ -268,6 +268,7 @@ def by_table(engine):
     step, c = engine.step, engine.config
     step.capturing, step.capture, step.present = True, lambda piece: piece, step._present
     step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
+    step.row_values = step.rows.numpy()
     step.known = [[] for _ in range(c.num_hidden_layers)]
     step.experts = [partial(step._expert, rank) for rank in range(c.num_experts_per_tok)]
 

@@ -60,6 +60,13 @@ def test_same_tokens_for_every_policy_and_cache_size(directory):
     assert len({tuple(run) for run in runs.values()}) == 1
 
 
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+def test_same_tokens_in_every_dtype(directory, dtype):
+    """Also where what is there is computed in one launch, and the rest one by one."""
+    runs = [tokens(engine(directory, cache_experts=n, dtype=dtype)) for n in (2, 5, 11, 24)]
+    assert runs.count(runs[0]) == 4
+
+
 def test_nothing_is_compiled_after_loading(directory, compiled):
     e = engine(directory, context=700)
     assert e.step.capturing == compiled

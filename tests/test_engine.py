@@ -94,9 +94,9 @@ def test_a_row_of_the_table_whose_copy_was_interrupted_is_copied_again(tiny, wan
 
     class Rows(list):
         def __setitem__(self, i, row):
-            engine.step.rows = list(self)
+            engine.step.row_values = engine.step.rows.numpy()
             raise KeyboardInterrupt
-    engine.step.rows = Rows(engine.step.rows)
+    engine.step.row_values = Rows()
     with pytest.raises(KeyboardInterrupt):
         engine.generate(SHORT, **SAMPLED)
     assert same(answers(engine), want)
@@ -658,11 +658,13 @@ def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
 def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sample(tiny, monkeypatch):
     torch._dynamo.reset()                   # (what other tests have compiled)
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))            # the end, at once
-    engine = load(tiny, cache_experts=4, context=6, compile=True)
+    monkeypatch.setattr("duoserve.step.key_sizes", lambda context: [64, context])
+    engine = load(tiny, cache_experts=4, context=100, compile=True)
     assert 2 in engine.tokenizer.eos
     monkeypatch.setattr(engine_module, "sample", sample)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs > 0 and len(engine.generate([1, 40], max_new_tokens=4, temperature=0).token_ids) > 1
+    assert graphs > 0 and engine.step.sizes == [64, 128]
+    assert len(engine.generate([1, *[40] * 61], max_new_tokens=4, temperature=0).token_ids) > 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 

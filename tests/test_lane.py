@@ -102,7 +102,7 @@ def cuda(monkeypatch):
             yield
             device.current = before
 
-        monkeypatch.setattr(link, "cudart", lambda: SimpleNamespace(cudaMemcpyAsync=None))
+        monkeypatch.setattr(link, "cuda_runtimes", lambda: [SimpleNamespace(cudaMemcpyAsync=None)])
         for name, stand_in in {"Stream": lambda _=None: Stream(device), "stream": stream,
                                "Event": lambda enable_timing=False: Event(device),
                                "current_stream": lambda _=None: device.current,

@@ -219,9 +219,10 @@ class DecodeScheduler(ExpertScheduler):
         if more:
             if self.value is None:
                 self.update_values()
+            here = cache.slot_of.keys() - {transfer.key for transfer in cache.queue}
             best = np.argsort(-self.values, axis=None, kind="stable").tolist()
-            best = map(self.keys.__getitem__, best)
-            wanted += islice((key for key in best if key[0] != layer and not cache.resident(key)), more)
+            absent = (key for key in map(self.keys.__getitem__, best) if key not in here and key[0] != layer)
+            wanted += islice(absent, more)
         cache.plan(wanted)
 
     def update_values(self) -> None:

@@ -529,7 +529,7 @@ def test_many_requests_and_a_long_answer_leave_nothing_behind(tmp_path):
     gc.freeze()                             # what exists by now need not be counted each time
     tracemalloc.start()
     try:
-        first, then, midway = ask(5), ask(60), []
+        first, then, midway = ask(5), ask(100), []
         for _ in engine.stream(SHORT, max_new_tokens=200, seed=1):
             if engine.sequence.history.tokens[0] >= 80 * (len(midway) + 1):
                 midway.append(held())
@@ -539,7 +539,7 @@ def test_many_requests_and_a_long_answer_leave_nothing_behind(tmp_path):
         tracemalloc.stop()
         gc.unfreeze()
     assert first[:2] == then[:2] == last[:2] and midway[0][:2] == midway[1][:2]
-    assert then[2] - first[2] < 15_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
+    assert then[2] - first[2] < 25_000 and last[2] - then[2] < 20_000   # (250 bytes a request would show)
     assert midway[1][2] - midway[0][2] < 80 * 100      # the text and the ids of the answer itself
     assert len(engine.cache.slot_of) <= 5 and at_rest(engine.cache)
 

@@ -107,7 +107,7 @@ def answer(engine, ids: list[int], args):
     result.text = result.text.removeprefix(space)
     if args.trace_dir and len(tokens := engine.sequence.kv_tokens) >= result.prompt_tokens:
         engine.source.recorder.save(args.trace_dir, tokens, result.prompt_tokens, engine.packed.fingerprint)
-    show(closing_line(result, engine.config), file=sys.stderr)
+    show(closing_line(result), file=sys.stderr)
     return result
 
 
@@ -170,7 +170,7 @@ class Conversation:
         print(f"[the context of {context} tokens is full, so this starts anew; {mend}]", file=sys.stderr)
 
 
-def closing_line(result, config) -> str:
+def closing_line(result) -> str:
     s = result.stats
     uses = s.hits + s.prefetched_used + s.misses
     line = f"{len(result.token_ids)} tokens ({result.finish_reason})"
@@ -180,10 +180,10 @@ def closing_line(result, config) -> str:
     line += f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
     line += f", {100 * s.in_time / uses:.0f} % of experts were there in time" if uses else ""
     return (f"[{line}; {s.cache_experts} slots, {format_bytes(s.peak_device_bytes)} at peak; "
-            f"{what_bounded(s, config)}]")
+            f"{what_bounded(s)}]")
 
 
-def what_bounded(s, config) -> str:
+def what_bounded(s) -> str:
     """What bounded the speed of a request, in words, and what would help."""
     busy = f"the link was busy {100 * s.link_busy_fraction:.0f} % of the time"
     disk = "; some experts came from the disk: more --host-memory would help" if s.bytes_from_disk else ""

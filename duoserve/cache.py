@@ -93,16 +93,14 @@ class GPUExpertCache:
         return slot is not None and slot.transfer.sent == slot.transfer.size
 
     def launch(self, layer: int, experts: int) -> list[int]:
-        """A layer is about to be enqueued, its routing unknown: the slots of its experts, -1 for what is not
-        there."""
-        row = []
-        for key in ((layer, e) for e in range(experts)):
-            slot = self.slot_of.get(key)
+        """A layer is about to be enqueued, its routing unknown: the slots of its experts, LAUNCHED for what
+        is not there."""
+        row = [LAUNCHED] * experts
+        for e in range(experts):
+            slot = self.slot_of.get((layer, e))
             if slot is not None and slot.whole and self.lane.arrived(slot.transfer):
-                self.launched.add(key)
-                row.append(slot.index)
-            else:
-                row.append(-1)
+                self.launched.add(slot.key)
+                row[e] = slot.index
         return row
 
     def require(self, keys: list[Key]) -> None:
@@ -207,8 +205,10 @@ class GPUExpertCache:
 
     def fill(self, keys: list[Key]) -> None:
         """Between requests: these experts and no others, as many as there are slots, all of them there."""
-        self.empty()
-        for key in keys[:len(self.slots)]:
+        wanted = keys[:len(self.slots)]
+        for key in self.slot_of.keys() - set(wanted):
+            self.drop(key)
+        for key in wanted:                  # (what is here already is not moved again)
             with suppress(LinkError):       # (it is said when somebody needs it)
                 self.demand(key)
         self.lane.finish()

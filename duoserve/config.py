@@ -10,6 +10,7 @@ LEAST = {"vocab_size": 2, "hidden_size": 2, "intermediate_size": 1, "num_hidden_
          "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 1, "num_experts_per_tok": 1,
          "max_position_embeddings": 1, "bos_token_id": 0}       # sensible values, in the order they are read
 
+
 @dataclass(frozen=True)
 class MixtralConfig:
     """Names and defaults are those of Hugging Face's `MixtralConfig` (arXiv 2401.04088, table 1)."""
@@ -104,7 +105,7 @@ class MixtralConfig:
                 f"exceeds num_local_experts {c.num_local_experts}"),
                (c.bos_token_id >= c.vocab_size, f"bos_token_id {c.bos_token_id} is outside vocab_size "
                 f"{c.vocab_size}"),
-               (c.num_hidden_layers * c.num_local_experts > 2**16, f"num_hidden_layers {c.num_hidden_layers} "
+               (len(c.expert_keys) > 2**16, f"num_hidden_layers {c.num_hidden_layers} "
                 f"times num_local_experts {c.num_local_experts} is more than any Mixtral has"),
                (c.head_dim % 2, f"head_dim {c.head_dim} is odd; RoPE turns pairs"))
         return c

@@ -23,9 +23,9 @@ from .errors import UserError, format_bytes, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .history import History
 from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
+from .machine import can_compile, enough_memory, set_threads
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Mixtral, padded
-from .machine import can_compile, enough_memory, set_threads
 from .options import EngineOptions, SamplingParams, as_ids, check_context
 from .packed import PackedModel
 from .policies import schedulers
@@ -233,10 +233,7 @@ class Engine:
             return CudaLane(slots, chunk_size(nbytes, PCIE), store)
 
         def copy(transfer, start, stop):
-            into = slots[transfer.slot, start:stop]
-            on_host = torch.empty_like(into, device="cpu") if into.is_cuda else into
-            store.fetch(transfer.key, start, on_host)
-            into.copy_(on_host)
+            store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
 
         rate = self.options.simulate_link or 0
         return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
@@ -332,16 +329,20 @@ class Engine:
         self.cache.lane.finish()
 
     @torch.inference_mode()
-    def logits(self, token_ids: list[int]) -> Tensor:
-        """Teacher-forced through the prefill path, ids taken as they are -> float32 [tokens, vocab] on the
-        host."""
+    def logits(self, token_ids: list[int], *, decode: bool = False) -> Tensor:
+        """Teacher-forced through the prefill path (or with `decode`, from the second token on, as new tokens
+        are), ids taken as they are -> float32 [tokens, vocab] on the host."""
         ids = as_ids(token_ids, "`logits` takes a list of token ids")
         tokens = self._check_ids(ids, self.context)
         with self._held():
             self._begin(ids, time.perf_counter(), resume=False)
             try:
-                hidden = self._prefill(tokens, 0)
-                return torch.cat([self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)])
+                hidden = self._prefill(tokens[:1] if decode else tokens, 0)
+                out = [self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)]
+                if decode:
+                    self.cache.serve(self.sequence.schedulers[1])
+                    out += (self._decode(tokens[i:i + 1], i).cpu().clone()[None] for i in range(1, len(ids)))
+                return torch.cat(out)
             finally:
                 self._rest()
 

@@ -28,9 +28,9 @@ MANIFEST = "manifest.json"
 KINDS = {"16": (torch.float16, torch.bfloat16), "u8": (torch.uint8,), "f16": (torch.float16,)}
 
 
-def unfit(path: Path, what: str) -> UserError:
-    """A packed file that cannot be used as it is."""
-    return UserError(f"{path}: {what}{';' if not what.endswith(' or') else ''} convert the model again")
+def unfit(path: Path, what: str, or_rather: str = "") -> UserError:
+    """A packed file that cannot be used as it is; `or_rather` is a mend to try before another conversion."""
+    return UserError(f"{path}: {what}; {or_rather}convert the model again")
 
 
 def fingerprint(directory: Path, names: list[str]) -> str:
@@ -119,7 +119,7 @@ class PackedModel(ModelShapes):
         super().__init__(MixtralConfig.read(directory), largest_group)
         for file in tensor_files(self.config):
             if not (directory / file).exists():
-                raise unfit(directory / file, "no such file; copy it from where the others came from, or")
+                raise unfit(directory / file, "no such file", "copy it from where the others came from, or ")
         self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
         made = fingerprint(directory, tensor_files(self.config))
         if made != self.fingerprint:
@@ -159,8 +159,8 @@ class PackedModel(ModelShapes):
     def check(self, header: Header, inside: str, crc: int) -> None:
         """`UserError` unless a tensor's CRC-32 is the one that was written down."""
         if f"{crc:08x}" != self.crc[header.path.name, inside]:
-            raise unfit(header.path, f"{inside.replace('.', ' ')} is corrupted (its CRC-32 does not match); "
-                                     "get the file again or")
+            raise unfit(header.path, f"{inside.replace('.', ' ')} is corrupted (its CRC-32 does not match)",
+                        "get the file again or ")
 
     def tokenizer(self) -> Tokenizer:
         c = self.config

@@ -224,9 +224,11 @@ class PackedLinear(nn.Module):
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
         self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
 
-    def matrix(self, part: slice = slice(None)) -> tuple:
-        """-> q, scale and zero of these rows, and `at` if these still are several."""
-        tensors = [tensor[..., part, :] for tensor in (self.q, self.scale, self.zero)]
+    def matrix(self, part: slice | None = None) -> tuple:
+        """-> q, scale and zero, of these rows or of all, and `at` if these still are several."""
+        tensors = self.q, self.scale, self.zero
+        if part is not None:
+            tensors = tuple(tensor[..., part, :] for tensor in tensors)
         if isinstance(self.at, int):
             return *(tensor[self.at] for tensor in tensors), None
         return *(tensors if self.at is None else map(any_number, tensors)), self.at

@@ -37,6 +37,7 @@ class ExpertScheduler:
     def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast, tokens: int):
         self.cache, self.history, self.forecast, self.tokens = cache, history, forecast, tokens
         self.layers, self.experts_a_layer = history.layers, history.experts
+        self.keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
         self.layer = 0
         self.uses = 0                       # counted for policies that care how long ago the last one was
         self.last_used: dict[Key, int] = {}
@@ -117,7 +118,7 @@ class PrefillScheduler(ExpertScheduler):
         self.certain = self.tokens >= CERTAIN
         self.done: set[Key] = set()         # computed in this pass, or found not to be needed
         self.ahead: list[Key] = []          # asked for by us and not done yet
-        self.order = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
+        self.order = list(self.keys)        # of asking
 
     def begin_layer(self, layer: int) -> None:
         super().begin_layer(layer)
@@ -182,7 +183,6 @@ class DecodeScheduler(ExpertScheduler):
         # What is known: how many layers of this token are routed, and the next one's lookahead. What follows,
         # once somebody asks: the next layer's `chance [experts]`, each expert's `value`. If nothing has to be
         # guessed or evicted, nobody does, and the host goes straight on.
-        self.keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
         self.state, self.lookahead = self.layers, None
         self.thinks = True
         self.chance: list[float] = []

@@ -98,7 +98,7 @@ class ExpertStore:
         self.pinned = pin and total > 0 and self._register(total, self.region)
 
     def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
-        """Copy an expert's bytes from `start` on into uint8 [n] on the host, from memory or from the disk.
+        """Copy an expert's bytes from `start` on into uint8 [n], from memory or from the disk.
 
         Of what comes from the disk the CRC is checked when it is first read to its end: by then its last
         chunk has not been handed on, so a damaged expert is never computed with, and loading need not read
@@ -111,11 +111,12 @@ class ExpertStore:
         if start == 0 and key in self.crc:
             self.crc[key] = 0               # an earlier transfer may have been dropped half-way
         offset, crc = header.tensors[inside][2], self.crc.get(key)
+        host = into if into.is_cpu else torch.empty_like(into, device="cpu")
         try:
             with reading(header.path) as file:
                 if start == 0:              # the system reads ahead while we are still at the first chunk
                     os.posix_fadvise(file.fileno(), offset, self.nbytes, os.POSIX_FADV_WILLNEED)
-                crc = read_into(file, offset + start, memoryview(into.numpy()), header.path, crc)
+                crc = read_into(file, offset + start, memoryview(host.numpy()), header.path, crc)
                 if stamp(file) != self.stamps[key[0]]:
                     raise UserError(f"{header.path}: was changed while it was in use; start again")
             self.bytes_read += len(into)
@@ -126,6 +127,8 @@ class ExpertStore:
                     del self.crc[key]
         except UserError as error:
             raise LinkError(str(error)) from error
+        if host is not into:
+            into.copy_(host)
 
     def pinned_block(self, key: Key) -> torch.Tensor | None:
         """An expert's bytes, if CUDA can copy them from where they are."""

@@ -77,8 +77,7 @@ def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
 def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
     """Also where nothing had to cross it."""
     stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache", bytes_from_disk=0)
-    config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
-    say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes), config)
+    say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes))
     assert say() == ("the link was busy 65 % of the time, computing took the rest: "
                      "more --gpu-memory would help some")
     assert "computing set the speed, not the link" in say(bytes_moved=0, link_busy_fraction=0)
@@ -663,5 +662,4 @@ def test_the_closing_line_says_how_many_experts_were_there_in_time():
                             misses=30, in_time=52, cache_experts=5, peak_device_bytes=1, bytes_moved=0,
                             link_busy_fraction=0.5, bytes_from_disk=0, policy="duo")
     result = SimpleNamespace(stats=stats, token_ids=[1, 2], finish_reason="length", prompt_tokens=3)
-    config = SimpleNamespace(num_hidden_layers=3, num_local_experts=8)
-    assert "52 % of experts were there in time" in generate.closing_line(result, config)
+    assert "52 % of experts were there in time" in generate.closing_line(result)

@@ -61,7 +61,7 @@ class RandomModel(ModelShapes):
 
     def __init__(self, config: MixtralConfig, device: torch.device):
         super().__init__(config)
-        self.device, self.left = device, config.num_hidden_layers * config.num_local_experts
+        self.device, self.left = device, len(config.expert_keys)
         self.blocks, self.lock = queue.SimpleQueue(), threading.Lock()
         for _ in range(2):
             self.blocks.put(None)           # memory to make an expert in, when it is needed
@@ -380,7 +380,7 @@ def gpu(args) -> dict:
         raise UserError(f"--shape {args.shape}: needs a GPU; --shape tiny runs anywhere")
     check_policies(args.policies)
     config = SHAPES[args.shape]
-    model, total = RandomModel(config, device), config.num_hidden_layers * config.num_local_experts
+    model, total = RandomModel(config, device), len(config.expert_keys)
     args.decode_after = args.prompts[len(args.prompts) // 2]
     args.context = max(*args.prompts, args.decode_after + args.new_tokens) + 8
     if not cuda:                            # there is no link to measure

@@ -9,7 +9,6 @@ otherwise than a prompt's, and is slower.
 
 import math
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -40,21 +39,6 @@ def read_text(path: str) -> str:
     return text
 
 
-@torch.inference_mode()
-def decode_logits(engine: Engine, ids: list[int]) -> torch.Tensor:
-    """As `Engine.logits`, but each token takes the path of a new one: its experts come for it alone."""
-    tokens = engine._check_ids(ids, engine.context)
-    with engine._held():
-        engine._begin(ids, time.perf_counter(), resume=False)
-        try:
-            rows = [engine.model.head(engine._prefill(tokens[:1], 0))[0].float().cpu()]
-            engine.cache.serve(engine.sequence.schedulers[1])
-            rows += (engine._decode(tokens[i:i + 1], i).cpu().clone() for i in range(1, len(ids)))
-            return torch.stack(rows)
-        finally:
-            engine._rest()
-
-
 def quality(args) -> dict:
     """`bench quality`: every token of a text predicted once, in windows independent of each other."""
     text, packed = read_text(args.file), PackedModel(ensure_packed(args.model, WEIGHTS))
@@ -69,7 +53,7 @@ def quality(args) -> dict:
     nats, starts, nbytes = 0.0, range(0, len(ids), context), len(text.encode())
     with closing(Progress(len(ids), "tokens", write=count)) as bar:
         for window in (ids[start:start + context] for start in starts):
-            logits = (decode_logits if args.decode else Engine.logits)(engine, [bos, *window[:-1]])
+            logits = engine.logits([bos, *window[:-1]], decode=args.decode)
             for rows, want in zip(logits.split(LOGIT_ROWS), torch.tensor(window).split(LOGIT_ROWS)):
                 nats += F.cross_entropy(rows, want, reduction="sum").item()
             bar.add(len(window))

@@ -89,8 +89,7 @@ class Replay:
                                                self.forecast, trace.prompt)
         self.floor = 0.0
         if start == "warm":                 # as an engine does when it is loaded, before the clock counts
-            keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts)]
-            self.cache.fill(most_used(keys, predictor and predictor.popularity()))
+            self.cache.fill(most_used(self.prefill.keys, predictor and predictor.popularity()))
         self.began = self.clock.now()
 
     def run(self) -> "Replay":
@@ -220,7 +219,7 @@ def schedule(args) -> dict:
     alone = args.model_config               # without a model
     model = ModelShapes(MixtralConfig.read(alone)) if alone else PackedModel(args.model)
     config, nbytes = model.config, model.layout.nbytes
-    k, total = config.num_experts_per_tok, config.num_hidden_layers * config.num_local_experts
+    k, total = config.num_experts_per_tok, len(config.expert_keys)
     context = min(2048, config.max_position_embeddings) if args.context is None else args.context
     check_context(context, config.max_position_embeddings)
     traces = routing(args, model)

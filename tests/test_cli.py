@@ -263,8 +263,8 @@ def test_a_model_directory_that_is_none(cli, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "half")
     (tmp_path / "half" / "layer-001.safetensors").unlink()
     for name in ("empty", "config only", "half"):
-        for program in (("generate", "--prompt", "a"), ("train", tmp_path), ("bench", "schedule", tmp_path)):
-            status, out, err = cli(*program, "--model", tmp_path / name)
+        for command in (("generate", "--prompt", "a"), ("train", tmp_path), ("bench", "schedule", tmp_path)):
+            status, out, err = cli(*command, "--model", tmp_path / name)
             assert (status, out) == (2, "")
             a_line(err, tmp_path / name)
     assert not list((ROOT / "weights").glob("empty*"))
@@ -422,8 +422,8 @@ def test_bad_traces(cli, tiny, traces, tmp_path):
             else:
                 meta = {"another model's": {"model": "0123456789abcdef"}, "another version": {"version": "7"}}
                 spoil(victim, **meta[change])
-        for program in (("train", directory), ("bench", "schedule", directory)):
-            status, out, err = cli(*program, "--model", tiny)
+        for command in (("train", directory), ("bench", "schedule", directory)):
+            status, out, err = cli(*command, "--model", tiny)
             assert (status, out) == (2, ""), change
             a_line(err, directory if change in ("missing", "empty") else victim)
     assert not (tiny / "predictor.safetensors").exists()

@@ -10,8 +10,9 @@ from pathlib import Path
 from duoserve.errors import WEIGHTS, Parser, UserError, format_bytes, import_requirements, run_main
 
 
-def parse_args():
-    parser = Parser(description=__doc__)
+def make_parser() -> Parser:
+    parser = Parser(prog="python generate.py", description=__doc__, examples=(
+        '--prompt "Once upon a time"', "--model weights/mixtral --gpu-memory 11GiB --chat --interactive"))
     add = parser.add_argument
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue")
@@ -43,7 +44,11 @@ def parse_args():
         help="record there what the routers do, for train_predictor.py (default: no)")
     add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
         help="both lanes of the run: .json for Perfetto, .svg a picture (default: none)")
-    args, rest = parser.parse_known_args()
+    return parser
+
+
+def parse_args():
+    args, rest = make_parser().parse_known_args()
     if rest:
         words = f"unrecognized arguments: {' '.join(rest)}"
         if args.prompt_file:

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -17,7 +19,11 @@ from models import a_line, build, logits_of, program, ROOT, write_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import duoserve
 import generate
+import train_predictor
+from duoserve import checkpoint
+from duoserve.bench import __main__ as bench
 from duoserve.errors import Parser
 from duoserve.packed import PackedModel
 from duoserve.policies import POLICIES
@@ -91,6 +97,12 @@ def test_the_same_command_gives_the_same_text(ask):
     assert ask("--prompt", "the quick")[1] == once == ask("--prompt", "the quick", "--seed", 0)[1]
     assert ask("--prompt", "the quick", "--temperature", 0.8, "--top-p", 0.95)[1] == once       # the defaults
     assert any(ask("--prompt", "the quick", "--seed", seed)[1] != once for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"], ["bench", "run"]])
+def test_version(command, cli):
+    shown = f"duoserve {duoserve.__version__}, torch {torch.__version__}\n"
+    assert cli(*command, "--version") == (0, shown, "")
 
 
 def test_a_prompt_from_a_file(ask, tmp_path):
@@ -551,18 +563,68 @@ def test_bench_quality(cli, tiny, tmp_path):
 @pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"],
                                      *(["bench", name] for name in ("schedule", "run", "gpu", "quality"))])
 def test_help_explains_everything(command, cli, monkeypatch):
-    """Each option with its default, each of bench's commands in a line."""
+    """Each option with its default, each of bench's commands in a line, and two examples at the end."""
     shown = []
     monkeypatch.setattr(Parser, "print_help", lambda self, file=None: shown.append(self))
     assert cli(*command, "--help") == (0, "", "")
     for action in shown[0]._actions:
-        if action.option_strings and action.dest not in ("help", "prompt", "prompt_file"):
+        if action.option_strings and action.dest not in ("help", "version", "prompt", "prompt_file"):
             assert action.help and "default" in action.help, action
     if command == ["bench"]:
         lines = [line.strip() for line in shown[0].format_help().splitlines()]
         for name in ("schedule", "run", "gpu", "quality"):
             assert any(re.fullmatch(rf"{name} {{2,}}\w.{{20,}}", line) for line in lines)
     assert "%" not in re.sub(r" %|\d%", "", shown[0].format_help())
+    examples = shown[0].format_help().splitlines()[-2:]
+    for example in examples:
+        check_parses(example.strip())
+        assert example.startswith(f"  {shown[0].prog} ")
+    assert shown[0].format_help().splitlines()[-3] == "examples:" and len(set(examples)) == 2
+
+
+# What is written down
+
+
+PARSERS = {"generate.py": generate.make_parser, "train_predictor.py": train_predictor.make_parser,
+           "duoserve.checkpoint": checkpoint.make_parser, "duoserve.bench": bench.make_parser,
+           "weights/make_demo.py": runpy.run_path(ROOT / "weights" / "make_demo.py")["make_parser"]}
+
+
+def check_parses(command: str) -> None:
+    """The program itself understands it; for pytest, and for --help, there is nothing to check."""
+    program, *words = shlex.split(command.removeprefix("python ").removeprefix("-m "), comments=True)
+    if program != "pytest" and "--help" not in words:
+        PARSERS[program]().parse_args(words)
+
+
+def commands(readme: str) -> list[str]:
+    """The Python programs called in its blocks, fenced or indented, and in its spans of code."""
+    parts = (ROOT / readme).read_text().replace("\\\n", "").split("```")
+    lines = [line for block in parts[1::2] for line in block.splitlines()]
+    for prose in parts[::2]:
+        lines += re.findall("^ {4}(.*)", prose, re.M)
+        lines += [span.replace("\n", " ") for span in re.findall("`([^`]+)`", prose)]
+    calls = [re.fullmatch(r"(?:\w+=\S+ )?(python .*)", call) for line in lines for call in line.split(" && ")]
+    return [call[1] for call in calls if call]
+
+
+@pytest.mark.parametrize("readme, least", [("README.md", 10), ("duoserve/bench/README.md", 5),
+                                           ("weights/README.md", 2)])
+def test_commands_in_a_readme_are_understood(readme, least):
+    assert len(commands(readme)) >= least
+    for command in commands(readme):
+        check_parses(command)
+
+
+def test_what_the_readme_does_without_a_gpu_works(cli, tmp_path, monkeypatch):
+    """But for the length of the answers, and with the policy that it shows."""
+    code, = re.findall(r"```python\n# my_policy.py.*?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "my_policy.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    runs = [command for command in commands("README.md") if re.search(r"generate.py --prompt \S", command)]
+    for command in runs:
+        assert cli("generate", *shlex.split(command)[2:], "--device", "cpu", "-n", 3)[0] == 0, command
+    assert runs
 
 
 @pytest.mark.parametrize("data, word", [

@@ -15,9 +15,10 @@ SHARED = {                                  # flags that several programs have, 
     "--model": {"metavar": "DIR", "default": DEMO,
                 "help": "a packed or Hugging Face directory (default: weights/demo)"},
     "--device": {"help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
-    "--dtype": {"help": "float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)"},
+    "--dtype": {"help": "float32, bfloat16 or float16, also as fp32, bf16, fp16 or half (default: float32 on "
+                "the CPU, bfloat16 on CUDA)"},
     "--gpu-memory": {"metavar": "SIZE|PERCENT", "help": "what torch may reserve; the CUDA context, about "
-                     "0.5 GB, comes on top (default: what is free)"},
+                     "0.5 GB, comes on top (default: what is free on the GPU, less 8 %%)"},
     "--host-memory": {"metavar": "SIZE|PERCENT", "help": "keep the most used experts in this much memory and "
                       "read the others from the disk (default: keep all)"},
     "--predictor": {"metavar": "FILE|none",

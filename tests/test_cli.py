@@ -25,6 +25,7 @@ import train_predictor
 from duoserve import checkpoint
 from duoserve.bench import __main__ as bench
 from duoserve.errors import Parser
+from duoserve.options import EngineOptions
 from duoserve.packed import PackedModel
 from duoserve.policies import POLICIES
 from duoserve.predictor import Predictor
@@ -103,6 +104,13 @@ def test_the_same_command_gives_the_same_text(ask):
 def test_version(command, cli):
     shown = f"duoserve {duoserve.__version__}, torch {torch.__version__}\n"
     assert cli(*command, "--version") == (0, shown, "")
+
+
+@pytest.mark.parametrize("name, also", [("float32", ("fp32", torch.float32)), ("bfloat16", ("bf16",)),
+                                        ("float16", ("fp16", "half", torch.half))])
+def test_a_dtype_by_other_names(name, also):
+    for other in (name, *also):
+        assert EngineOptions(device="cpu", dtype=other).dtype == getattr(torch, name)
 
 
 def test_a_prompt_from_a_file(ask, tmp_path):
@@ -199,6 +207,7 @@ MENDS = [
     (["--prompt", "fox " * 400], "--context"), (["--prompt", "fox " * 9, "--context", "8"], "--context"),
     (["--prompt", "a", "--model", "mistralai/Mixtral-8x7B-v0.1"], "nothing is downloaded"),
     (["--prompt", "a", "--timeline", "/no/such/dir/t.svg"], "/no/such/dir"),
+    (["--prompt", "a", "--dtype", "float"], "--dtype float: choose one of float32, ", ", bf16, fp16, half"),
     (["--prompt", "a", "--simulate-link", "25"], "25GB/s"),
     (["--prompt", "a", "--simulate-link", "25Gb/s"], "8 of them a byte: write 3.12GB/s"),
     (["--prompt", "a", "--simulate-link", "1Gbps"], "write 125MB/s"),
@@ -556,7 +565,7 @@ def test_bench_quality(cli, tiny, tmp_path):
     one_by_one = json.loads(cli(*run, "--decode", "--json")[1])     # as new tokens: only rounded otherwise
     assert one_by_one == {**got, "bits_per_byte": pytest.approx(bits / len(text.encode()), rel=1e-4),
                           "perplexity": pytest.approx(2 ** (bits / len(ids)), rel=1e-4)}
-    half = json.loads(cli(*run, "--decode", "--dtype", "bfloat16", "--json")[1])
+    half = json.loads(cli(*run, "--decode", "--dtype", "bf16", "--json")[1])
     assert 0 < abs(half["bits_per_byte"] - got["bits_per_byte"]) < 2e-3 * got["bits_per_byte"]
 
 

@@ -496,7 +496,11 @@ def test_bench_schedule(cli, tiny, traces, predictor):
 def test_bench_schedule_prints_a_table(cli, tiny, traces):
     status, out, err = cli("bench", "schedule", traces, "--model", tiny, "--predictor", "none",
                            "--cache-experts", 6, "--policies", "duo", "lru", "--expert-transfer-ms", 2)
-    assert status == 0 and [line.split()[0] for line in out.splitlines()[-2:]] == ["duo", "lru"]
+    table, legend = out.split("\n\n")
+    _, headings, *rows = table.splitlines()
+    assert status == 0 and [row.split()[0] for row in rows] == ["duo", "lru"]
+    explained = {name for line in legend.splitlines() for name in re.split("  +", line)[0].split(", ")}
+    assert explained == {*headings.split()} - {"policy", "slots", "tok/s"}
 
 
 def test_bench_schedule_says_whose_experts_the_figures_are_for(cli, tiny, traces):

@@ -68,6 +68,15 @@ def test_without_json_the_continuation_is_alone_on_standard_output(ask):
     assert "6 tokens" in closing and "length" in closing and text not in err
 
 
+def test_on_a_terminal_the_prompt_comes_before_its_continuation(ask, monkeypatch):
+    """But not where it is answered: a message, or what is asked for as JSON."""
+    run = ("--prompt", "the quick"), ("--prompt", "the quick", "--chat"), ("--prompt", "the quick", "--json")
+    text, said, _ = (ask(*arguments)[1] for arguments in run)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert [ask(*arguments)[1] for arguments in run[:2]] == ["the quick" + text, said]
+    assert json.loads(ask(*run[2])[1])["text"] + "\n" == text
+
+
 @pytest.mark.parametrize("options, words", [
     (("--simulate-link", "1MB/s", "--cache-experts", 4),
      r"busy (8|9|10)\d* % of the time: more --gpu-memory is what would help"),

@@ -22,7 +22,7 @@ COMMANDS = {                                # name: what it calls, what it is, t
                  "tests/traces --policies duo cache --cache-experts 22 44",
                  "--model-config config.json --gpu-memory 11GiB --link 25GB/s --policies duo"),
     "run": (live.run, "the engine itself, policies in turn, on this machine",
-            "--simulate-link 0.15GB/s", "--policies duo cache --cache-experts 9 22 --rounds 1"),
+            "--simulate-link 0.15GB/s", "--policies duo cache --cache-experts 9 --rounds 1"),
     "gpu": (gpu.gpu, "the same at Mixtral's shapes, with random weights; on a GPU",
             "--gpu-memory 15% 50% --rounds 1", "--shape tiny --device cpu --policies duo cache --rounds 1"),
     "quality": (quality.quality, "how well a model predicts: bits per byte of a text of yours",

@@ -10,11 +10,13 @@ from pathlib import Path
 from duoserve.errors import WEIGHTS, Parser, UserError, format_bytes, import_requirements, run_main
 
 
-def parse_args():
-    parser = Parser(description=__doc__)
+def make_parser() -> Parser:
+    parser = Parser(prog="python generate.py", description=__doc__, examples=(
+        '--prompt "Once upon a time"', "--model weights/mixtral --gpu-memory 11GiB --chat --interactive"))
     add = parser.add_argument
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the text to continue")
+    prompt.add_argument("--prompt", "-p", metavar="TEXT",
+                        help="the text to continue; on a terminal it is shown in front of what comes")
     prompt.add_argument("--prompt-file", "-f", metavar="F", help="it from a file, or - for standard input")
     parser.shared("--model -m", "--device", "--dtype", "--gpu-memory", "--host-memory", "--predictor",
                   "--threads -t", "--simulate-link", "--json")
@@ -43,7 +45,11 @@ def parse_args():
         help="record there what the routers do, for train_predictor.py (default: no)")
     add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
         help="both lanes of the run: .json for Perfetto, .svg a picture (default: none)")
-    args, rest = parser.parse_known_args()
+    return parser
+
+
+def parse_args():
+    args, rest = make_parser().parse_known_args()
     if rest:
         words = f"unrecognized arguments: {' '.join(rest)}"
         if args.prompt_file:
@@ -86,15 +92,20 @@ def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
     return tokenizer.chat(text, before) if chat else [*before, *tokenizer.encode(text)[bool(before):]]
 
 
-def answer(engine, ids: list[int], args):
-    """Stream what comes after `ids`, until Ctrl-C at most -> its `Generation`."""
+def echo(prompt: str, args) -> str:
+    """What is shown in front of a continuation: on a terminal the text that it continues."""
+    return prompt if sys.stdout and sys.stdout.isatty() and not args.chat else ""
+
+
+def answer(engine, ids: list[int], args, before: str = ""):
+    """Stream `before` and what comes after `ids`, until Ctrl-C at most -> its `Generation`."""
     show = (lambda *_, **__: None) if args.json else print
     space = " " if args.chat else ""        # in front of an answer: the template's
     engine.result = None
     try:
         with closing(engine.stream(ids, args.params, resume=args.interactive)) as pieces:
             for i, piece in enumerate(pieces):
-                show(piece if i else piece.removeprefix(space), end="", flush=True)
+                show(piece if i else before + piece.removeprefix(space), end="", flush=True)
     except KeyboardInterrupt:
         if engine.result is None:           # before there was anything to show
             raise
@@ -241,7 +252,7 @@ def main() -> int:
     if args.interactive:
         Conversation(engine, args).run(prompt)
         return 0
-    result = answer(engine, ids, args)
+    result = answer(engine, ids, args, echo(prompt, args))
     if args.json:
         print(json.dumps(result.asdict()))
     if args.timeline:

@@ -40,8 +40,9 @@ def shared(a: str, b: str) -> int:
     return len(contents(a) & contents(b))
 
 
-def main() -> int:
-    parser = Parser(description=__doc__)
+def make_parser() -> Parser:
+    parser = Parser(prog="python train_predictor.py", description=__doc__, examples=(
+        "tests/traces --out predictor.safetensors", "traces/ --model weights/mixtral"))
     add = parser.add_argument
     add("traces", metavar="TRACES_DIR", help="made by generate.py --trace-dir")
     add("--model", default=DEMO, metavar="DIR", help="a packed directory (default: weights/demo)")
@@ -49,7 +50,11 @@ def main() -> int:
         help="what to write (default: predictor.safetensors in the model's directory)")
     add("--test", metavar="DIR", help="traces to test on (default: a fifth of TRACES_DIR)")
     parser.shared("--json")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    args = make_parser().parse_args()
     began = time.perf_counter()
     model = PackedModel(args.model)
     out = args.out or model.directory / "predictor.safetensors"

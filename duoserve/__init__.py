@@ -2,6 +2,8 @@
 
 import os
 
+__version__ = "0.1.0"
+
 # OpenMP's threads sleep while they wait for work (torch reads this when it is imported). Otherwise they spin,
 # and if there are more of them than cores, tokens take many times longer (tests/measure_two_at_once.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -15,9 +15,10 @@ SHARED = {                                  # flags that several programs have, 
     "--model": {"metavar": "DIR", "default": DEMO,
                 "help": "a packed or Hugging Face directory (default: weights/demo)"},
     "--device": {"help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
-    "--dtype": {"help": "float32, bfloat16 or float16 (default: float32 on the CPU, bfloat16 on CUDA)"},
+    "--dtype": {"help": "float32, bfloat16 or float16, also as fp32, bf16, fp16 or half (default: float32 on "
+                "the CPU, bfloat16 on CUDA)"},
     "--gpu-memory": {"metavar": "SIZE|PERCENT", "help": "what torch may reserve; the CUDA context, about "
-                     "0.5 GB, comes on top (default: what is free)"},
+                     "0.5 GB, comes on top (default: what is free on the GPU, less 8 %%)"},
     "--host-memory": {"metavar": "SIZE|PERCENT", "help": "keep the most used experts in this much memory and "
                       "read the others from the disk (default: keep all)"},
     "--predictor": {"metavar": "FILE|none",
@@ -33,8 +34,26 @@ class UserError(Exception):
     """A mistake the user can mend: one line that names the culprit and the mend, exit status 2."""
 
 
+class Version(argparse.Action):
+    """`--version`: torch is imported when it is asked for, not before."""
+
+    def __call__(self, parser, *_):
+        import_requirements()
+        print(f"duoserve {import_module('duoserve').__version__}, torch {import_module('torch').__version__}")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and a guess at what was meant."""
+    """argparse with errors of one line, a guess at what was meant, and `examples` (what follows the program's
+    name) at the end of --help."""
+
+    def __init__(self, *, examples: tuple[str, ...], **options):
+        super().__init__(**options)
+        self.examples = [f"{self.prog} {words}" for words in examples]
+        self.add_argument("--version", action=Version, nargs=0, help="of duoserve and of torch")
+
+    def format_help(self) -> str:           # (argparse would fill its `epilog` like prose)
+        return "\n  ".join([f"{super().format_help()}\nexamples:", *self.examples]) + "\n"
 
     def shared(self, *flags: str) -> None:
         """Add flags from `SHARED`; "--model -m" has a short form, too."""

@@ -16,7 +16,8 @@ from .errors import UserError, parse_amount, parse_rate
 from .policies import load_policy
 from .predictor import check_exists
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.float16}
 KINDS = {Integral: "a whole number", Real: "a number", str: "str", Path: "Path", bool: "bool"}
 MOST_THREADS = 1024
 LARGEST = 1e30                              # beyond any sense, within a float32

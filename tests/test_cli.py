@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -17,8 +19,13 @@ from models import a_line, build, logits_of, program, ROOT, write_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import duoserve
 import generate
+import train_predictor
+from duoserve import checkpoint
+from duoserve.bench import __main__ as bench
 from duoserve.errors import Parser
+from duoserve.options import EngineOptions
 from duoserve.packed import PackedModel
 from duoserve.policies import POLICIES
 from duoserve.predictor import Predictor
@@ -61,6 +68,15 @@ def test_without_json_the_continuation_is_alone_on_standard_output(ask):
     assert "6 tokens" in closing and "length" in closing and text not in err
 
 
+def test_on_a_terminal_the_prompt_comes_before_its_continuation(ask, monkeypatch):
+    """But not where it is answered: a message, or what is asked for as JSON."""
+    run = ("--prompt", "the quick"), ("--prompt", "the quick", "--chat"), ("--prompt", "the quick", "--json")
+    text, said, _ = (ask(*arguments)[1] for arguments in run)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert [ask(*arguments)[1] for arguments in run[:2]] == ["the quick" + text, said]
+    assert json.loads(ask(*run[2])[1])["text"] + "\n" == text
+
+
 @pytest.mark.parametrize("options, words", [
     (("--simulate-link", "1MB/s", "--cache-experts", 4),
      r"busy (8|9|10)\d* % of the time: more --gpu-memory is what would help"),
@@ -91,6 +107,19 @@ def test_the_same_command_gives_the_same_text(ask):
     assert ask("--prompt", "the quick")[1] == once == ask("--prompt", "the quick", "--seed", 0)[1]
     assert ask("--prompt", "the quick", "--temperature", 0.8, "--top-p", 0.95)[1] == once       # the defaults
     assert any(ask("--prompt", "the quick", "--seed", seed)[1] != once for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"], ["bench", "run"]])
+def test_version(command, cli):
+    shown = f"duoserve {duoserve.__version__}, torch {torch.__version__}\n"
+    assert cli(*command, "--version") == (0, shown, "")
+
+
+@pytest.mark.parametrize("name, also", [("float32", ("fp32", torch.float32)), ("bfloat16", ("bf16",)),
+                                        ("float16", ("fp16", "half", torch.half))])
+def test_a_dtype_by_other_names(name, also):
+    for other in (name, *also):
+        assert EngineOptions(device="cpu", dtype=other).dtype == getattr(torch, name)
 
 
 def test_a_prompt_from_a_file(ask, tmp_path):
@@ -187,6 +216,7 @@ MENDS = [
     (["--prompt", "fox " * 400], "--context"), (["--prompt", "fox " * 9, "--context", "8"], "--context"),
     (["--prompt", "a", "--model", "mistralai/Mixtral-8x7B-v0.1"], "nothing is downloaded"),
     (["--prompt", "a", "--timeline", "/no/such/dir/t.svg"], "/no/such/dir"),
+    (["--prompt", "a", "--dtype", "float"], "--dtype float: choose one of float32, ", ", bf16, fp16, half"),
     (["--prompt", "a", "--simulate-link", "25"], "25GB/s"),
     (["--prompt", "a", "--simulate-link", "25Gb/s"], "8 of them a byte: write 3.12GB/s"),
     (["--prompt", "a", "--simulate-link", "1Gbps"], "write 125MB/s"),
@@ -263,8 +293,8 @@ def test_a_model_directory_that_is_none(cli, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "half")
     (tmp_path / "half" / "layer-001.safetensors").unlink()
     for name in ("empty", "config only", "half"):
-        for program in (("generate", "--prompt", "a"), ("train", tmp_path), ("bench", "schedule", tmp_path)):
-            status, out, err = cli(*program, "--model", tmp_path / name)
+        for command in (("generate", "--prompt", "a"), ("train", tmp_path), ("bench", "schedule", tmp_path)):
+            status, out, err = cli(*command, "--model", tmp_path / name)
             assert (status, out) == (2, "")
             a_line(err, tmp_path / name)
     assert not list((ROOT / "weights").glob("empty*"))
@@ -422,8 +452,8 @@ def test_bad_traces(cli, tiny, traces, tmp_path):
             else:
                 meta = {"another model's": {"model": "0123456789abcdef"}, "another version": {"version": "7"}}
                 spoil(victim, **meta[change])
-        for program in (("train", directory), ("bench", "schedule", directory)):
-            status, out, err = cli(*program, "--model", tiny)
+        for command in (("train", directory), ("bench", "schedule", directory)):
+            status, out, err = cli(*command, "--model", tiny)
             assert (status, out) == (2, ""), change
             a_line(err, directory if change in ("missing", "empty") else victim)
     assert not (tiny / "predictor.safetensors").exists()
@@ -475,7 +505,11 @@ def test_bench_schedule(cli, tiny, traces, predictor):
 def test_bench_schedule_prints_a_table(cli, tiny, traces):
     status, out, err = cli("bench", "schedule", traces, "--model", tiny, "--predictor", "none",
                            "--cache-experts", 6, "--policies", "duo", "lru", "--expert-transfer-ms", 2)
-    assert status == 0 and [line.split()[0] for line in out.splitlines()[-2:]] == ["duo", "lru"]
+    table, legend = out.split("\n\n")
+    _, headings, *rows = table.splitlines()
+    assert status == 0 and [row.split()[0] for row in rows] == ["duo", "lru"]
+    explained = {name for line in legend.splitlines() for name in re.split("  +", line)[0].split(", ")}
+    assert explained == {*headings.split()} - {"policy", "slots", "tok/s"}
 
 
 def test_bench_schedule_says_whose_experts_the_figures_are_for(cli, tiny, traces):
@@ -544,25 +578,75 @@ def test_bench_quality(cli, tiny, tmp_path):
     one_by_one = json.loads(cli(*run, "--decode", "--json")[1])     # as new tokens: only rounded otherwise
     assert one_by_one == {**got, "bits_per_byte": pytest.approx(bits / len(text.encode()), rel=1e-4),
                           "perplexity": pytest.approx(2 ** (bits / len(ids)), rel=1e-4)}
-    half = json.loads(cli(*run, "--decode", "--dtype", "bfloat16", "--json")[1])
+    half = json.loads(cli(*run, "--decode", "--dtype", "bf16", "--json")[1])
     assert 0 < abs(half["bits_per_byte"] - got["bits_per_byte"]) < 2e-3 * got["bits_per_byte"]
 
 
 @pytest.mark.parametrize("command", [["generate"], ["train"], ["checkpoint"], ["bench"],
                                      *(["bench", name] for name in ("schedule", "run", "gpu", "quality"))])
 def test_help_explains_everything(command, cli, monkeypatch):
-    """Each option with its default, each of bench's commands in a line."""
+    """Each option with its default, each of bench's commands in a line, and two examples at the end."""
     shown = []
     monkeypatch.setattr(Parser, "print_help", lambda self, file=None: shown.append(self))
     assert cli(*command, "--help") == (0, "", "")
     for action in shown[0]._actions:
-        if action.option_strings and action.dest not in ("help", "prompt", "prompt_file"):
+        if action.option_strings and action.dest not in ("help", "version", "prompt", "prompt_file"):
             assert action.help and "default" in action.help, action
     if command == ["bench"]:
         lines = [line.strip() for line in shown[0].format_help().splitlines()]
         for name in ("schedule", "run", "gpu", "quality"):
             assert any(re.fullmatch(rf"{name} {{2,}}\w.{{20,}}", line) for line in lines)
     assert "%" not in re.sub(r" %|\d%", "", shown[0].format_help())
+    examples = shown[0].format_help().splitlines()[-2:]
+    for example in examples:
+        check_parses(example.strip())
+        assert example.startswith(f"  {shown[0].prog} ")
+    assert shown[0].format_help().splitlines()[-3] == "examples:" and len(set(examples)) == 2
+
+
+# What is written down
+
+
+PARSERS = {"generate.py": generate.make_parser, "train_predictor.py": train_predictor.make_parser,
+           "duoserve.checkpoint": checkpoint.make_parser, "duoserve.bench": bench.make_parser,
+           "weights/make_demo.py": runpy.run_path(ROOT / "weights" / "make_demo.py")["make_parser"]}
+
+
+def check_parses(command: str) -> None:
+    """The program itself understands it; for pytest, and for --help, there is nothing to check."""
+    program, *words = shlex.split(command.removeprefix("python ").removeprefix("-m "), comments=True)
+    if program != "pytest" and "--help" not in words:
+        PARSERS[program]().parse_args(words)
+
+
+def commands(readme: str) -> list[str]:
+    """The Python programs called in its blocks, fenced or indented, and in its spans of code."""
+    parts = (ROOT / readme).read_text().replace("\\\n", "").split("```")
+    lines = [line for block in parts[1::2] for line in block.splitlines()]
+    for prose in parts[::2]:
+        lines += re.findall("^ {4}(.*)", prose, re.M)
+        lines += [span.replace("\n", " ") for span in re.findall("`([^`]+)`", prose)]
+    calls = [re.fullmatch(r"(?:\w+=\S+ )?(python .*)", call) for line in lines for call in line.split(" && ")]
+    return [call[1] for call in calls if call]
+
+
+@pytest.mark.parametrize("readme, least", [("README.md", 10), ("duoserve/bench/README.md", 5),
+                                           ("weights/README.md", 2)])
+def test_commands_in_a_readme_are_understood(readme, least):
+    assert len(commands(readme)) >= least
+    for command in commands(readme):
+        check_parses(command)
+
+
+def test_what_the_readme_does_without_a_gpu_works(cli, tmp_path, monkeypatch):
+    """But for the length of the answers, and with the policy that it shows."""
+    code, = re.findall(r"```python\n# my_policy.py.*?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "my_policy.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    runs = [command for command in commands("README.md") if re.search(r"generate.py --prompt \S", command)]
+    for command in runs:
+        assert cli("generate", *shlex.split(command)[2:], "--device", "cpu", "-n", 3)[0] == 0, command
+    assert runs
 
 
 @pytest.mark.parametrize("data, word", [

@@ -326,7 +326,7 @@ def make_traces(engine: Engine, tokens: np.ndarray, folder: Path, sequences: int
     engine.source.recorder = None
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path, help="a folder of .txt or .md files, or the 16-bit model's\n"
@@ -357,7 +357,11 @@ def main() -> None:
                         help="save and measure this often")
     parser.add_argument("--compile", action="store_true", help="fuse the experts' activation (needs Triton)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     device, hf = torch.device(args.device), args.hf or args.out.with_name(args.out.name + "-hf")
     hf.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

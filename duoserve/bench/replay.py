@@ -28,6 +28,14 @@ from ..trace import Trace, read_traces
 from .flags import check_policies, table
 
 
+LEGEND = """
+TTFT, TPOT     ms to the first token, and for each after it
+floor, /floor  TPOT if every layer took the longer of computing and its needed transfers; TPOT over that
+needed, moved  experts a token used that had to cross the link; all that crossed it, wrong guesses too
+/Belady        needed, over what the eviction that knows the future would need
+link           how much of decode it was busy"""
+
+
 @dataclass
 class Costs:
     """Milliseconds. A prefill's attention and experts grow with their tokens unless they are given."""
@@ -300,8 +308,8 @@ def slots_in(gpu_memory: str, model: ModelShapes, context: int, wanted: list[int
 
 def print_schedule(result: dict) -> None:
     print("attention {attention_ms:g} ms, expert {expert_ms:g} ms, transfer {expert_transfer_ms:.3g} ms, "
-          "{chunks} chunks an expert, {predict_ms:g} ms where the trained predictor runs; times in ms, "
-          "transfers a token".format(**result["costs"]))
+          "{chunks} chunks an expert, {predict_ms:g} ms where the trained predictor runs"
+          .format(**result["costs"]))
     rows = []
     for r in result["rows"]:
         ideal = result["belady_transfers_per_token"][str(r["cache_experts"])]
@@ -313,3 +321,4 @@ def print_schedule(result: dict) -> None:
                  ("/floor", 8, "{over:.3f}"), ("needed", 8, "{needed_transfers_per_token:.2f}"),
                  ("moved", 8, "{moved_transfers_per_token:.2f}"), ("/Belady", 9, "{ideal:.2f}"),
                  ("link", 6, "{link_busy:.0%}")], rows))
+    print(LEGEND)

@@ -378,9 +378,10 @@ def unpacked(*triple: Tensor) -> Tensor:
     return torch.cat([dequantize(*rows) for rows in zip(*(t.split(step) for t in triple))])
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="python -m duoserve.checkpoint",
-                    description="A Hugging Face Mixtral to four bits, and back.")
+                    description="A Hugging Face Mixtral to four bits, and back.",
+                    examples=("mixtral-hf weights/mixtral", "weights/demo demo-hf --to-hf"))
     add = parser.add_argument
     add("src", metavar="SRC", help="the directory to read")
     add("dst", metavar="DST", help="the directory to write: new, empty, or an interrupted conversion")
@@ -388,7 +389,11 @@ def main() -> None:
         help="columns that share a scale and a zero, at most (default 128)")
     add("--to-hf", action="store_true",
         help="from packed to Hugging Face's layout, in float32 (default: from that to packed)")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     dst = Path(args.dst)
     if args.to_hf:
         to_hf(args.src, dst)

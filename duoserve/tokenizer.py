@@ -2,6 +2,7 @@
 characters."""
 
 import re
+from codecs import getincrementaldecoder
 from pathlib import Path
 
 import sentencepiece
@@ -81,33 +82,16 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.sp, self.held = tokenizer.sp, b""
+        self.sp, self.characters = tokenizer.sp, getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         if not 0 <= token < self.sp.vocab_size() or self.sp.is_control(token):
             return ""                       # a model's vocabulary may be padded beyond its tokenizer's
+        piece = self.sp.id_to_piece(token)
         if self.sp.is_byte(token):
-            self.held += bytes([int(self.sp.id_to_piece(token)[1:-1], 16)])
-            return self._whole(final=False)
-        if self.sp.is_unknown(token):
-            return self.close() + "\ufffd"
-        return self.close() + self.sp.id_to_piece(token).replace(MARK, " ")
+            return self.characters.decode(bytes([int(piece[1:-1], 16)]))
+        return self.close() + ("\ufffd" if self.sp.is_unknown(token) else piece.replace(MARK, " "))
 
     def close(self) -> str:
         """What was held back, for better or worse."""
-        return self._whole(final=True)
-
-    def _whole(self, final: bool) -> str:
-        out = ""
-        while self.held:
-            try:
-                text, self.held = self.held.decode(), b""
-                return out + text
-            except UnicodeDecodeError as error:
-                out += self.held[:error.start].decode()
-                self.held = self.held[error.start:]
-                if error.reason == "unexpected end of data" and not final:
-                    break                   # the rest of a character may still come
-                out += "\ufffd"
-                self.held = self.held[error.end - error.start:]
-        return out
+        return self.characters.decode(b"", final=True)

@@ -32,12 +32,9 @@ class Tokenizer:
     def check(self, vocab_size: int) -> None:
         """`UserError` if text may become ids that the model does not have (one that has more is merely
         padded)."""
-        if len(self) > vocab_size:
-            raise UserError(f"{self.path}: has {len(self)} pieces, more than the model's vocab_size "
+        if (pieces := self.sp.vocab_size()) > vocab_size:
+            raise UserError(f"{self.path}: has {pieces} pieces, more than the model's vocab_size "
                             f"{vocab_size}: it is another model's; get the one that belongs to this")
-
-    def __len__(self) -> int:
-        return self.sp.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -58,7 +58,8 @@ def reading(path: Path):
 
 
 class Header:
-    """A safetensors file's header, checked: `tensors[name] = (dtype, shape, start, end)`, in bytes."""
+    """A safetensors file's header, checked: `tensors[name] = (dtype, shape, start, end)`, in bytes, and
+    `crc[name]`, if there is a table of them (see `TensorWriter`)."""
 
     def __init__(self, path: Path):
         self.path = path = Path(path)
@@ -86,8 +87,8 @@ class Header:
                 if end > size:
                     raise UserError(f"{path}: truncated: {name} ends at byte {end} of {size}; get it again")
                 self.tensors[name] = dtype, shape, start, end
-            if not isinstance(self.metadata, dict):
-                raise ValueError("__metadata__ is no object")
+            table = str(self.metadata.get("crc32", "")).split()
+            self.crc = dict(zip(self.tensors, table)) if len(table) == len(self.tensors) else {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: its safetensors header is damaged ({error!r}); "
                             "get or make it again") from None

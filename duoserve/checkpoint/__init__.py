@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..files import Header, TensorWriter, atomic, reading
-from ..packed import MANIFEST, PackedModel, check_directory, fingerprint, tensor_files
-from ..quant import ExpertLayout, dequantize, group_size as group_of
+from ..packed import MANIFEST, ModelShapes, PackedModel, check_directory, fingerprint, place, tensor_files
+from ..quant import ExpertLayout, dequantize
 from ..tokenizer import Tokenizer
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 
@@ -177,23 +177,13 @@ def copy_config(raw: dict, tokenizer: Path, dst: Path, **changes) -> None:
         file.write(source.read())
 
 
-def packed_tensors(source: HuggingFaceSource, largest: int) -> dict[str, Tensors]:
-    """Packed file -> the tensors in it, in order: what `PackedModel` expects."""
-    block, files = ExpertLayout.of(source.config, largest).nbytes, {}
-    for file, parts in hugging_face(source.config).items():
-        files[file] = tensors = {}
-        for part, shapes in parts.items():
-            shape = next(iter(shapes.values()))
-            if part.endswith(".weight"):
-                tensors[part] = source.dtype(*shapes), shape
-            elif part.startswith("experts."):
-                tensors[part.rsplit(".", 1)[0]] = torch.uint8, (block,)
-            else:
-                rows = sum(rows for rows, _ in shapes.values())
-                groups = shape[1] // group_of(shape[1], largest, f"{file}: {part}")
-                tensors |= {f"{part}.q": (torch.uint8, (rows, shape[1] // 2)),
-                            f"{part}.scale": (torch.float16, (rows, groups)),
-                            f"{part}.zero": (torch.float16, (rows, groups))}
+def packed_tensors(source: HuggingFaceSource, model: ModelShapes) -> dict[str, Tensors]:
+    """Packed file -> the tensors in it, in order."""
+    parts, kinds = hugging_face(source.config), {"u8": torch.uint8, "f16": torch.float16}
+    files: dict[str, Tensors] = {file: {} for file in parts}
+    for name, (kind, shape) in model.all_shapes().items():
+        file, inside = place(name)
+        files[file][inside] = kinds[kind] if kind in kinds else source.dtype(*parts[file][inside]), shape
     return files
 
 
@@ -216,12 +206,11 @@ def check_destination(dst: Path, files: dict[str, Tensors], stamp: dict[str, str
 
 def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
     """Whether a packed file is whole: its tensors, its size and the CRCs are what they should be."""
-    found, table = header.tensors, str(header.metadata.get("crc32")).split()
-    if {name: entry[:2] for name, entry in found.items()} != tensors or len(table) != len(tensors):
+    if {name: entry[:2] for name, entry in header.tensors.items()} != tensors or not header.crc:
         return False
-    if header.size != max(end for *_, end in found.values()):
+    if header.size != max(end for *_, end in header.tensors.values()):
         return False
-    for name, crc in zip(found, table):
+    for name, crc in header.crc.items():
         data = header.read(name).view(-1).view(torch.uint8).numpy()
         progress.add(len(data))
         if crc != f"{zlib.crc32(data):08x}":
@@ -276,8 +265,8 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
         raise UserError(f"group size {group_size}: it can be 128, 64 or 32")
     source, dst = open_source(src), Path(dst)
     group_size = min(group_size, source.largest_group)              # wider would merge the source's scales
-    parts, files = hugging_face(source.config), packed_tensors(source, group_size)
-    layout = ExpertLayout.of(source.config, group_size)
+    model = ModelShapes(source.config, group_size)
+    parts, files = hugging_face(source.config), packed_tensors(source, model)
     stamp = {"source": f"{source.fingerprint}-{group_size}"}
     size = {file: total_bytes(tensors) for file, tensors in files.items()}
     headers = check_destination(dst, files, stamp)
@@ -293,7 +282,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
     (dst / MANIFEST).unlink(missing_ok=True)
     with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing", progress)) as bar:
         for file in todo:
-            write_packed(dst / file, source, parts[file], files[file], layout, stamp, bar)
+            write_packed(dst / file, source, parts[file], files[file], model.layout, stamp, bar)
     copy_config(source.raw, source.tokenizer, dst)
     write_json(dst / MANIFEST, {"format": "duoserve", "version": 1, "group_size": group_size,
                                 "fingerprint": fingerprint(dst, list(files)), "source": source.fingerprint})

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .files import TensorWriter, atomic
+from .files import write_tensors
 from .history import History
 
 HIDDEN = 96
@@ -82,12 +82,8 @@ class Predictor:
 
     def save(self, path: Path) -> None:
         tensors = dict(zip((*WEIGHTS, "affinity"), map(torch.from_numpy, (*self.weights, self.affinity))))
-        with atomic(Path(path)) as file:
-            shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            writer = TensorWriter(file, shapes, {"model": self.model, "version": VERSION})
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-            writer.close()
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(Path(path), shapes, {"model": self.model, "version": VERSION}, tensors.items())
 
     @classmethod
     def read(cls, path: Path, model: str, layers: int, experts: int) -> "Predictor":

@@ -33,7 +33,7 @@ def write_instruct(path: Path, version: int) -> Path:
     write_hf(path / "hf", seed=7)
     control = ("[INST]", "[/INST]") if version == 3 else ()
     (path / "hf" / "tokenizer.model").write_bytes(tokenizer_model(*control))
-    convert(path / "hf", path / "packed", progress=False)
+    convert(path / "hf", path / "packed")
     return path / "packed"
 
 

@@ -18,6 +18,7 @@ import zlib
 from contextlib import closing, contextmanager, suppress
 from math import prod
 from pathlib import Path
+from typing import Iterator
 
 from ..errors import Parser, UserError, format_bytes, import_requirements
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..config import MixtralConfig
-from ..files import Header, TensorWriter, atomic, reading
+from ..files import Header, atomic, reading, write_tensors
 from ..packed import MANIFEST, ModelShapes, PackedModel, check_directory, fingerprint, place, tensor_files
 from ..quant import ExpertLayout, dequantize
 from ..tokenizer import Tokenizer
@@ -45,9 +46,9 @@ class Progress:
     It counts bytes, unless `write` says how to write down something else.
     """
 
-    def __init__(self, total: int, label: str, shown: bool = True, write=format_bytes):
+    def __init__(self, total: int, label: str, write=format_bytes):
         self.total, self.label, self.done, self.start, self.write = total, label, 0, time.monotonic(), write
-        self.shown, self.next, self.lock = shown and sys.stderr.isatty(), self.start + 2, threading.Lock()
+        self.shown, self.next, self.lock = sys.stderr.isatty(), self.start + 2, threading.Lock()
 
     def add(self, n: int) -> None:
         with self.lock:                                             # loading adds from several threads
@@ -224,31 +225,26 @@ def triples(views: dict[str, Tensor], matrix: str, shapes: Shapes):
     return zip(shapes, *(views[f"{matrix}.{field}"].split(rows) for field in FIELDS))
 
 
-def write_packed(path: Path, source: HuggingFaceSource, parts: dict[str, Shapes], tensors: Tensors,
-                 layout: ExpertLayout, stamp: dict[str, str], progress: Progress) -> None:
-    """One packed file: `parts` as in `hugging_face`, `tensors` as in `packed_tensors`."""
+def packed(source: HuggingFaceSource, parts: dict[str, Shapes], shapes: Tensors,
+           layout: ExpertLayout) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one packed file, each valid until the next is asked for; `parts` as in `hugging_face`,
+    `shapes` as in `packed_tensors`."""
     block = torch.zeros(layout.nbytes, dtype=torch.uint8)           # each expert in turn; padding stays zero
     views = layout.views(block)
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in shapes.items():
         if name.startswith("attention."):
             views[name.removeprefix("attention.")] = torch.empty(shape, dtype=dtype)
-    with atomic(path) as file:
-        writer = TensorWriter(file, tensors, stamp)
-        for part, shapes in parts.items():
-            unit, matrix = part.rsplit(".", 1)
-            if matrix == "weight":
-                ready = {part: source.plain(*shapes)}
-            else:
-                for name, *into in triples(views, matrix, shapes):
-                    source.pack(name, *into)
-                if unit == "attention":
-                    ready = {f"{part}.{field}": views[f"{matrix}.{field}"] for field in FIELDS}
-                else:                       # an expert is ready with its second matrix
-                    ready = {unit: block} if matrix == "w2" else {}
-            for name, tensor in ready.items():
-                writer.write(name, tensor)
-                progress.add(tensor.nbytes)
-        writer.close()
+    for part, wanted in parts.items():
+        unit, matrix = part.rsplit(".", 1)
+        if matrix == "weight":
+            yield part, source.plain(*wanted)
+            continue
+        for name, *into in triples(views, matrix, wanted):
+            source.pack(name, *into)
+        if unit == "attention":
+            yield from ((f"{part}.{field}", views[f"{matrix}.{field}"]) for field in FIELDS)
+        elif matrix == "w2":                # an expert is ready with its second matrix
+            yield unit, block
 
 
 def total_bytes(tensors: Tensors) -> int:
@@ -256,7 +252,7 @@ def total_bytes(tensors: Tensors) -> int:
 
 
 @os_errors()
-def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: bool = True) -> bool:
+def convert(src: str | Path, dst: str | Path, group_size: int = 128) -> bool:
     """Pack the model in `src` into `dst`, or go on with that: files there are checked, and kept if whole.
 
     -> False if there was nothing left to do.
@@ -271,7 +267,7 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
     size = {file: total_bytes(tensors) for file, tensors in files.items()}
     headers = check_destination(dst, files, stamp)
     remove_leftovers(dst)
-    with closing(Progress(sum(size[file] for file in headers), f"{dst}: checking", progress)) as bar:
+    with closing(Progress(sum(size[file] for file in headers), f"{dst}: checking")) as bar:
         todo = [file for file in files if file not in headers or not intact(headers[file], files[file], bar)]
     if not todo:
         with suppress(UserError):
@@ -280,9 +276,10 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
             return False
     check_space(dst, sum(size[file] for file in todo))
     (dst / MANIFEST).unlink(missing_ok=True)
-    with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing", progress)) as bar:
+    with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing")) as bar:
         for file in todo:
-            write_packed(dst / file, source, parts[file], files[file], model.layout, stamp, bar)
+            tensors = packed(source, parts[file], files[file], model.layout)
+            write_tensors(dst / file, files[file], stamp, tensors, bar.add)
     copy_config(source.raw, source.tokenizer, dst)
     write_json(dst / MANIFEST, {"format": "duoserve", "version": 1, "group_size": group_size,
                                 "fingerprint": fingerprint(dst, list(files)), "source": source.fingerprint})
@@ -303,7 +300,7 @@ def ensure_packed(directory: str | Path, weights_dir: str | Path) -> Path:
 
 
 @os_errors()
-def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
+def to_hf(src: str | Path, dst: str | Path) -> None:
     """Unpack `src` into a Hugging Face directory in float32, a shard a layer; `dst` appears when complete."""
     model, dst = PackedModel(src), Path(dst).resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -317,11 +314,11 @@ def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
         remove_leftovers(dst.parent, dst.name)
         check_space(dst.parent, total)
         made.mkdir()
-        with closing(Progress(total, f"{dst}: unpacking", progress)) as bar:
+        with closing(Progress(total, f"{dst}: unpacking")) as bar:
             for i, parts in enumerate(files):
-                shard = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-                write_unpacked(made / shard, model, i - 1, parts, bar)
-                where |= dict.fromkeys(float_tensors(parts), shard)
+                shard, shapes = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors", float_tensors(parts)
+                write_tensors(made / shard, shapes, {"format": "pt"}, unpacked(model, i - 1, parts), bar.add)
+                where |= dict.fromkeys(shapes, shard)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_json(made / "model.safetensors.index.json", index)
         raw = json.loads((model.directory / "config.json").read_bytes())
@@ -336,32 +333,25 @@ def float_tensors(parts: dict[str, Shapes]) -> Tensors:
     return {name: (torch.float32, shape) for shapes in parts.values() for name, shape in shapes.items()}
 
 
-def write_unpacked(path: Path, model: PackedModel, layer: int, parts: dict[str, Shapes],
-                   progress: Progress) -> None:
-    """One shard in fp32; layer -1 is what lies outside the layers."""
+def unpacked(model: PackedModel, layer: int, parts: dict[str, Shapes]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one shard, in fp32; layer -1 is what lies outside the layers."""
     prefix = f"layers.{layer}." if layer >= 0 else ""
     block = np.empty(model.layout.nbytes, np.uint8)                 # each expert in turn
     views = model.layout.views(torch.from_numpy(block))
     for name, tensor in model.resident(f"{prefix}attention.").items():
         views[name.removeprefix(f"{prefix}attention.")] = tensor
-    with atomic(path) as file:
-        writer = TensorWriter(file, float_tensors(parts), {"format": "pt"})
-        for part, shapes in parts.items():
-            unit, matrix = part.rsplit(".", 1)
-            if matrix == "w13":
-                model.read_expert(layer, int(unit.removeprefix("experts.")), block)
-            if matrix == "weight":
-                (name,), (plain,) = shapes, model.resident(prefix + part).values()
-                plains = [(name, plain.float())]
-            else:
-                plains = ((name, unpacked(*triple)) for name, *triple in triples(views, matrix, shapes))
-            for name, plain in plains:
-                writer.write(name, plain)
-                progress.add(plain.nbytes)
-        writer.close()
+    for part, shapes in parts.items():
+        unit, matrix = part.rsplit(".", 1)
+        if matrix == "w13":
+            model.read_expert(layer, int(unit.removeprefix("experts.")), block)
+        if matrix == "weight":
+            (name,), (plain,) = shapes, model.resident(prefix + part).values()
+            yield name, plain.float()
+        else:
+            yield from ((name, unpack(*triple)) for name, *triple in triples(views, matrix, shapes))
 
 
-def unpacked(*triple: Tensor) -> Tensor:
+def unpack(*triple: Tensor) -> Tensor:
     """`dequantize` by blocks of rows, so that its temporaries are small."""
     step = max(1, BLOCK // (2 * triple[0].shape[1]))
     return torch.cat([dequantize(*rows) for rows in zip(*(t.split(step) for t in triple))])

@@ -143,20 +143,11 @@ def remove_leftovers(directory: Path, name: str = "*") -> None:
     """Delete what `atomic` and `to_hf` left of `name` when their processes were killed."""
     for path in directory.glob(f".{name}.*.part"):
         pid = re.search(r"\.(\d{1,9})\.part$", path.name)
-        if not pid or int(pid[1]) != os.getpid() and is_alive(int(pid[1])):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)                   # alive, and somebody else's
-    return True
+        if pid and (int(pid[1]) == os.getpid() or not Path("/proc", pid[1]).exists()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_space(path: Path, need: int) -> None:
@@ -199,17 +190,15 @@ def check_destination(dst: Path, files: dict[str, Tensors], stamp: dict[str, str
     for file in sorted(found & set(files)):
         with suppress(UserError):           # what is damaged will be made again
             headers[file] = Header(dst / file)
-    for file, header in headers.items():
-        if not stamp.items() <= header.metadata.items():
+        if file in headers and not stamp.items() <= headers[file].metadata.items():
             raise UserError(f"{dst / file}: is of another model or group size; name another directory")
     return headers
 
 
 def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
     """Whether a packed file is whole: its tensors, its size and the CRCs are what they should be."""
-    if {name: entry[:2] for name, entry in header.tensors.items()} != tensors or not header.crc:
-        return False
-    if header.size != max(end for *_, end in header.tensors.values()):
+    found = {name: entry[:2] for name, entry in header.tensors.items()}
+    if found != tensors or not header.crc or header.size != max(end for *_, end in header.tensors.values()):
         return False
     for name, crc in header.crc.items():
         data = header.read(name).view(-1).view(torch.uint8).numpy()

@@ -18,8 +18,8 @@ from models import a_line, contents, write_hf
 from safetensors.torch import load_file, save_file
 
 from duoserve import checkpoint
-from duoserve.checkpoint import Progress, convert, ensure_packed, to_hf
-from duoserve.errors import UserError, format_bytes
+from duoserve.checkpoint import convert, ensure_packed, to_hf
+from duoserve.errors import Progress, UserError, format_bytes
 from duoserve.files import Header
 from duoserve.packed import PackedModel
 from duoserve.quant import dequantize, group_size

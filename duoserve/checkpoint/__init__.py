@@ -12,15 +12,13 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
 import zlib
 from contextlib import closing, contextmanager, suppress
 from math import prod
 from pathlib import Path
 from typing import Iterator
 
-from ..errors import Parser, UserError, format_bytes, import_requirements
+from ..errors import Parser, Progress, UserError, format_bytes, import_requirements
 
 import_requirements()
 import numpy as np
@@ -38,32 +36,6 @@ FIELDS = ("q", "scale", "zero")
 
 Shapes = dict[str, tuple[int, ...]]                                 # Hugging Face's name -> shape
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]            # packed name -> dtype and shape
-
-
-class Progress:
-    """One line on standard error, written anew, if that is a terminal and the work takes over two seconds.
-
-    It counts bytes, unless `write` says how to write down something else.
-    """
-
-    def __init__(self, total: int, label: str, write=format_bytes):
-        self.total, self.label, self.done, self.start, self.write = total, label, 0, time.monotonic(), write
-        self.shown, self.next, self.lock = sys.stderr.isatty(), self.start + 2, threading.Lock()
-
-    def add(self, n: int) -> None:
-        with self.lock:                                             # loading adds from several threads
-            self.done, now = self.done + n, time.monotonic()
-            if self.shown and now >= self.next and self.done:
-                rate = self.done / (now - self.start)
-                minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
-                done, total, rate = map(self.write, (self.done, self.total, rate))
-                print(f"\r{self.label}: {done} of {total}, {rate}/s, {minutes}:{seconds:02d} left\033[K",
-                      end="", file=sys.stderr, flush=True)
-                self.next = now + 0.2
-
-    def close(self) -> None:
-        if self.next > self.start + 2:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager

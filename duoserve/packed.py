@@ -158,8 +158,7 @@ class PackedModel(ModelShapes):
                         "get the file again or ")
 
     def tokenizer(self) -> Tokenizer:
-        c = self.config
-        return Tokenizer(self.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
+        return Tokenizer(self.directory / "tokenizer.model", self.config)
 
     def resident(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host,

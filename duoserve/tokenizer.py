@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from .config import MixtralConfig
 from .errors import UserError
 
 MARK = "\u2581"                             # sentencepiece's visible space
@@ -14,9 +15,12 @@ TEMPLATED = re.compile(r"\s*(?:<s>)?\s*\[INST\] ?((?:(?!\[/?INST\]).)*?) ?\[/INS
 
 
 class Tokenizer:
-    """A `tokenizer.model`. `encode` puts BOS in front; text is never parsed for control tokens."""
+    """A `tokenizer.model`. `encode` puts BOS in front; text is never parsed for control tokens.
 
-    def __init__(self, path: Path, bos: int, eos: tuple[int, ...]):
+    `UserError` if text may become ids that the model does not have (one that has more is merely padded).
+    """
+
+    def __init__(self, path: Path, config: MixtralConfig):
         if not path.exists():
             hint = path.with_name("tokenizer.json").exists() and \
                 " (its tokenizer.json cannot be used; the model's page has the sentencepiece file beside it)"
@@ -25,16 +29,12 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines
             raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.bos, self.eos = path, bos, set(eos)
-        self.end = list(eos[:1])            # what stands after an answer in a conversation
+        if (pieces := self.sp.vocab_size()) > config.vocab_size:
+            raise UserError(f"{path}: has {pieces} pieces, more than the model's vocab_size "
+                            f"{config.vocab_size}: it is another model's; get the one that belongs to this")
+        self.bos, self.eos = config.bos_token_id, set(config.eos_token_ids)
+        self.end = list(config.eos_token_ids[:1])                   # what stands after an answer in a chat
         self.inst = [self.sp.piece_to_id(piece) for piece in ("[INST]", "[/INST]")]
-
-    def check(self, vocab_size: int) -> None:
-        """`UserError` if text may become ids that the model does not have (one that has more is merely
-        padded)."""
-        if (pieces := self.sp.vocab_size()) > vocab_size:
-            raise UserError(f"{self.path}: has {pieces} pieces, more than the model's vocab_size "
-                            f"{vocab_size}: it is another model's; get the one that belongs to this")
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -107,7 +107,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)
         raise UserError(f"{directory}: no tokenizer.model; {only}copy the model's sentencepiece file there")
     path = directory / tokenizers[0]
-    Tokenizer(path, config.bos_token_id, config.eos_token_ids).check(config.vocab_size)
+    Tokenizer(path, config)                 # (as a check)
     return kind(directory, raw, config, path, hugging_face(config))
 
 

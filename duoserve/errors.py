@@ -125,9 +125,7 @@ def format_bytes(n: float) -> str:
 def rounded_up(n: int) -> str:
     """Bytes rounded up to three digits, as `parse_size` reads them."""
     step = 10 ** max(0, len(str(n)) - 3)
-    n = -(-n // step) * step
-    power = min((len(str(n)) - 1) // 3, 4)
-    return f"{n / 1000**power:g}{('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return format_bytes(-(-n // step) * step).replace(" ", "")
 
 
 def count(n: float) -> str:

@@ -117,12 +117,11 @@ def check_exists(path: str | Path) -> None:
 
 
 class Forecast:
-    """What a scheduler asks. Without a predictor the lookahead, and the last token's routing, stand in for
-    one."""
+    """What a scheduler asks. Without a `predictor` the lookahead, and the last token's routing, stand in for
+    one; what is far off is then hardly known."""
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
-        self.trained = predictor is not None                        # else what is far off is hardly known
 
     def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
         """[layers, experts], when `state` layers of this token are routed: for the layer that comes next

@@ -3,18 +3,16 @@
 import json
 import sys
 import time
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-from duoserve.errors import DEMO, Parser, UserError, count, import_requirements, run_main
+from duoserve.errors import DEMO, Parser, UserError, import_requirements, run_main
 
 import_requirements()
 import numpy as np
 
 from duoserve.bench.flags import table
 from duoserve.bench.replay import Costs, row
-from duoserve.checkpoint import Progress
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor
 from duoserve.trace import Trace, read_traces
@@ -74,7 +72,7 @@ def main() -> int:
     if not args.out and out.exists():
         print(f"note: replaces {out} (--out FILE writes elsewhere)", file=sys.stderr)
     affinity = measure_affinity(seen, k)
-    predictor = Predictor(train(seen, k, partial(Progress, write=count)), affinity, model.fingerprint)
+    predictor = Predictor(train(seen, k), affinity, model.fingerprint)
     predictor.save(out)
     recall, visits = recalls(test, seen, predictor, k)
     replayed = test[:REPLAYED]

@@ -7,8 +7,9 @@ from pathlib import Path
 from .errors import UserError
 
 LEAST = {"vocab_size": 2, "hidden_size": 2, "intermediate_size": 1, "num_hidden_layers": 1,
-         "num_attention_heads": 1, "num_key_value_heads": 1, "num_local_experts": 1, "num_experts_per_tok": 1,
-         "max_position_embeddings": 1, "bos_token_id": 0}       # sensible values, in the order they are read
+         "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "num_local_experts": 1,
+         "num_experts_per_tok": 1, "max_position_embeddings": 1, "rms_norm_eps": 0.0, "rope_theta": 1e-9,
+         "sliding_window": 1, "bos_token_id": 0}                    # sensible values; a float's are floats
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,11 @@ class MixtralConfig:
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
-            text = path.read_text(encoding="utf-8")
+            raw = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; a model directory needs its config.json") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
-        try:
-            raw = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: is not JSON ({error})") from None
         return cls.from_dict(raw, str(path))
@@ -57,15 +56,11 @@ class MixtralConfig:
     @classmethod
     def from_dict(cls, raw: dict, name: str = "config.json") -> "MixtralConfig":
         """Check a parsed `config.json`: whatever we do not implement is refused by name."""
-        def number(key, value, least=1, kind=int):
-            most = 1024 if key in ("num_hidden_layers", "num_local_experts") else 2**31 - 1
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most \
-                    or value != kind(value):
+        def number(key, value, least):
+            kind, most = type(least), 1024 if key in ("num_hidden_layers", "num_local_experts") else 2**31 - 1
+            if type(value) not in (int, float) or not least <= value <= most or value != kind(value):
                 raise UserError(f"{name}: {key} is {value!r}, which is not a sensible {kind.__name__}")
             return kind(value)
-
-        def given(key, default):            # null is as good as absent
-            return default if raw.get(key) is None else raw[key]
 
         def refuse(*rules):
             for wrong, why in rules:
@@ -73,32 +68,30 @@ class MixtralConfig:
                     raise UserError(f"{name}: {why}")
 
         refuse((not isinstance(raw, dict), "holds no JSON object"))
-        kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
-        rope = given("rope_scaling", given("rope_parameters", {}))      # the older spelling wins
+        given = {key: value for key, value in raw.items() if value is not None}         # null: left out
+        kind, activation = given.get("model_type"), given.get("hidden_act", "silu")
+        tied, eos = given.get("tie_word_embeddings", False), given.get("eos_token_id", 2)
+        rope = given.get("rope_scaling", given.get("rope_parameters", {}))      # the older spelling wins
         refuse((kind != "mixtral", f"model_type is {kind!r}; duoserve runs 'mixtral' and nothing else"),
                (activation != "silu", f"hidden_act {activation!r} is not implemented (only 'silu')"),
+               (not isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, neither true nor false"),
                (not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) != 1,
                 "rope_parameters must be an object, with partial_rotary_factor 1"))
         scaling = rope.get("rope_type", rope.get("type", "default"))
-        tied = given("tie_word_embeddings", False)
-        refuse((scaling != "default", f"RoPE scaling {scaling!r} is not implemented (only 'default')"),
-               (not isinstance(tied, bool), f"tie_word_embeddings is {tied!r}, neither true nor false"))
-        values = {"tie_word_embeddings": tied}
+        refuse((scaling != "default", f"RoPE scaling {scaling!r} is not implemented (only 'default')"))
+        if rope.get("rope_theta") is not None:
+            given["rope_theta"] = rope["rope_theta"]
+        values = {}
         for key, least in LEAST.items():
-            many = key == "num_key_value_heads" and key in raw          # null: as many as query heads
-            default = values["num_attention_heads"] if many else getattr(cls, key)
-            values[key] = number(key, given(key, default), least)
-        values["rms_norm_eps"] = number("rms_norm_eps", given("rms_norm_eps", cls.rms_norm_eps), 0, float)
-        theta = given("rope_theta", cls.rope_theta) if rope.get("rope_theta") is None else rope["rope_theta"]
-        values["rope_theta"] = number("rope_theta", theta, 1e-9, float)
-        if raw.get("sliding_window") is not None:
-            values["sliding_window"] = number("sliding_window", raw["sliding_window"])
-        eos = given("eos_token_id", 2)
-        eos = eos if isinstance(eos, list) else [eos]
-        values["eos_token_ids"] = tuple(number("eos_token_id", token, 0) for token in eos)
-        values["head_dim"] = number("head_dim", given(
-            "head_dim", values["hidden_size"] // values["num_attention_heads"]), 2)
-        c = cls(**values)
+            default = getattr(cls, key)
+            if key == "head_dim":
+                default = values["hidden_size"] // values["num_attention_heads"]
+            elif key == "num_key_value_heads" and key in raw:       # null: as many as query heads
+                default = values["num_attention_heads"]
+            if (value := given.get(key, default)) is not None:      # (no sliding_window is None)
+                values[key] = number(key, value, least)
+        stops = tuple(number("eos_token_id", token, 0) for token in (eos if isinstance(eos, list) else [eos]))
+        c = cls(**values, tie_word_embeddings=tied, eos_token_ids=stops)
         refuse((c.num_attention_heads % c.num_key_value_heads, f"num_attention_heads {c.num_attention_heads} "
                 f"is not a multiple of num_key_value_heads {c.num_key_value_heads}"),
                (c.num_experts_per_tok > c.num_local_experts, f"num_experts_per_tok {c.num_experts_per_tok} "

@@ -156,7 +156,6 @@ class Engine:
                             f"{format_bytes(free)} are free on {device}; ask for less (--gpu-memory, "
                             "--cache-experts or --context)")
         self.tokenizer = packed.tokenizer()
-        self.tokenizer.check(c.vocab_size)
         self.predictor = self._load_predictor()
         if store is None:
             store = self._fill_store(total, progress)

@@ -1,9 +1,12 @@
-"""What all command lines share: flags, sizes as people write them, and errors of one line."""
+"""What all command lines share: flags, sizes as people write them, a display of progress, and errors of one
+line."""
 
 import argparse
 import difflib
 import re
 import sys
+import threading
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -141,14 +144,38 @@ def format_bytes(n: float) -> str:
 def rounded_up(n: int) -> str:
     """Bytes rounded up to three digits, as `parse_size` reads them."""
     step = 10 ** max(0, len(str(n)) - 3)
-    n = -(-n // step) * step
-    power = min((len(str(n)) - 1) // 3, 4)
-    return f"{n / 1000**power:g}{('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return format_bytes(-(-n // step) * step).replace(" ", "")
 
 
 def count(n: float) -> str:
     """A number of things, or of things a second, as a person reads it."""
     return f"{n:.2g}" if n < 10 else f"{n:,.0f}"
+
+
+class Progress:
+    """One line on standard error, written anew, if that is a terminal and the work takes over two seconds.
+
+    It counts bytes, unless `write` says how to write down something else.
+    """
+
+    def __init__(self, total: int, label: str, write=format_bytes):
+        self.total, self.label, self.done, self.start, self.write = total, label, 0, time.monotonic(), write
+        self.shown, self.next, self.lock = sys.stderr.isatty(), self.start + 2, threading.Lock()
+
+    def add(self, n: int) -> None:
+        with self.lock:                                             # loading adds from several threads
+            self.done, now = self.done + n, time.monotonic()
+            if self.shown and now >= self.next and self.done:
+                rate = self.done / (now - self.start)
+                minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
+                done, total, rate = map(self.write, (self.done, self.total, rate))
+                print(f"\r{self.label}: {done} of {total}, {rate}/s, {minutes}:{seconds:02d} left\033[K",
+                      end="", file=sys.stderr, flush=True)
+                self.next = now + 0.2
+
+    def close(self) -> None:
+        if self.next > self.start + 2:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> None:

@@ -11,6 +11,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
+from typing import Iterable
 
 import torch
 
@@ -58,7 +59,8 @@ def reading(path: Path):
 
 
 class Header:
-    """A safetensors file's header, checked: `tensors[name] = (dtype, shape, start, end)`, in bytes."""
+    """A safetensors file's header, checked: `tensors[name] = (dtype, shape, start, end)`, in bytes, and
+    `crc[name]`, if there is a table of them (see `write_tensors`)."""
 
     def __init__(self, path: Path):
         self.path = path = Path(path)
@@ -86,8 +88,8 @@ class Header:
                 if end > size:
                     raise UserError(f"{path}: truncated: {name} ends at byte {end} of {size}; get it again")
                 self.tensors[name] = dtype, shape, start, end
-            if not isinstance(self.metadata, dict):
-                raise ValueError("__metadata__ is no object")
+            table = str(self.metadata.get("crc32", "")).split()
+            self.crc = dict(zip(self.tensors, table)) if len(table) == len(self.tensors) else {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: its safetensors header is damaged ({error!r}); "
                             "get or make it again") from None
@@ -114,40 +116,34 @@ def read_into(file, start: int, buffer: memoryview, path: Path, crc: int | None 
     return crc
 
 
-class TensorWriter:
-    """Writes a safetensors file tensor by tensor, so that only the current one need be in memory.
+def write_tensors(path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+                  metadata: dict[str, str], tensors: Iterable[tuple[str, torch.Tensor]],
+                  progress=lambda nbytes: None) -> None:
+    """Write a safetensors file whose header also holds each tensor's CRC-32. The `tensors` come one at a
+    time, as announced in `shapes`, so that only the current one need be in memory.
 
-    The header comes first in the file but holds the CRCs, known last; so it is written twice, equally long.
+    The header comes first in the file but its CRCs are known last; so it is written twice, equally long.
     """
+    entries, crc, start = {}, {}, 0
+    for name, (dtype, shape) in shapes.items():
+        end = start + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, end)}
+        start = end
 
-    def __init__(self, file, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-                 metadata: dict[str, str]):
-        self.file, self.metadata, self.crc, self.entries, offset = file, metadata, {}, {}, 0
-        for name, (dtype, shape) in tensors.items():
-            nbytes = prod(shape) * dtype.itemsize
-            self.entries[name] = {"dtype": CODES[dtype], "shape": list(shape),
-                                  "data_offsets": [offset, offset + nbytes]}
-            offset += nbytes
-        self.waiting = list(tensors)
-        self._header()
-
-    def _header(self) -> None:
-        table = " ".join(f"{self.crc.get(name, 0):08x}" for name in self.entries)
-        text = json.dumps({"__metadata__": self.metadata | {"crc32": table}} | self.entries).encode()
+    def write_header() -> None:
+        table = " ".join(f"{crc.get(name, 0):08x}" for name in entries)
+        text = json.dumps({"__metadata__": metadata | {"crc32": table}} | entries).encode()
         text += b" " * (-(len(text) + 8) % ALIGN)
-        self.file.seek(0)
-        self.file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(0)
+        file.write(len(text).to_bytes(8, "little") + text)
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor, in the order announced."""
-        entry, announced = self.entries[name], self.waiting.pop(0)
-        if (announced, entry["dtype"], entry["shape"]) != (name, CODES[tensor.dtype], list(tensor.shape)):
-            raise ValueError(f"{name}: not the tensor that was announced")
-        data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
-        self.crc[name] = zlib.crc32(data)
-        self.file.write(data)
-
-    def close(self) -> None:
-        if self.waiting:
-            raise ValueError(f"{self.waiting[0]} was announced and not written")
-        self._header()
+    with atomic(path) as file:
+        write_header()
+        for (name, tensor), announced in zip(tensors, shapes.items(), strict=True):
+            if (name, (tensor.dtype, tuple(tensor.shape))) != announced:
+                raise ValueError(f"{name}: not the tensor that was announced")
+            data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+            crc[name] = zlib.crc32(data)
+            file.write(data)
+            progress(data.nbytes)
+        write_header()

@@ -48,27 +48,31 @@ def tensor_files(config: MixtralConfig) -> list[str]:
     return ["outer.safetensors"] + [f"layer-{i:03d}.safetensors" for i in range(config.num_hidden_layers)]
 
 
-def resident_shapes(config: MixtralConfig, group_of) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (kind, shape) of all that stays on the device; kind is '16' (16 bits, as they came), 'u8' or
-    'f16'.
+def place(name: str) -> tuple[str, str]:
+    """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003."""
+    if not name.startswith("layers."):
+        return "outer.safetensors", name
+    _, i, inside = name.split(".", 2)
+    return f"layer-{int(i):03d}.safetensors", inside
 
-    Names are those of `Mixtral`'s state_dict; `group_of(columns, name)` gives a packed matrix's group size.
-    """
-    c = config
+
+def resident_shapes(c: MixtralConfig, largest_group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (kind, shape) of all that stays on the device, by `Mixtral`'s names, in the files' order; kind
+    is '16' (16 bits, as they came), 'u8' or 'f16'."""
     shapes = {"embed.weight": ("16", (c.vocab_size, c.hidden_size)), "norm.weight": ("16", (c.hidden_size,))}
     if not c.tie_word_embeddings:
         shapes["head.weight"] = "16", (c.vocab_size, c.hidden_size)
     q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    for i in range(c.num_hidden_layers):
-        for name in ("attention_norm", "ffn_norm"):
-            shapes[f"layers.{i}.{name}.weight"] = "16", (c.hidden_size,)
-        shapes[f"layers.{i}.router.weight"] = "16", (c.num_local_experts, c.hidden_size)
+    for layer in (f"layers.{i}" for i in range(c.num_hidden_layers)):
+        shapes[f"{layer}.attention_norm.weight"] = "16", (c.hidden_size,)
         for matrix, rows, columns in (("qkv", q_rows + 2 * kv_rows, c.hidden_size),
                                       ("o", c.hidden_size, q_rows)):
-            name = f"layers.{i}.attention.{matrix}"
-            groups = columns // group_of(columns, name)
+            name = f"{layer}.attention.{matrix}"
+            groups = columns // group_size(columns, largest_group, name)
             shapes |= {f"{name}.q": ("u8", (rows, columns // 2)), f"{name}.scale": ("f16", (rows, groups)),
                        f"{name}.zero": ("f16", (rows, groups))}
+        shapes[f"{layer}.ffn_norm.weight"] = "16", (c.hidden_size,)
+        shapes[f"{layer}.router.weight"] = "16", (c.num_local_experts, c.hidden_size)
     return shapes
 
 
@@ -78,13 +82,18 @@ class ModelShapes:
     def __init__(self, config: MixtralConfig, largest_group: int = 128):
         self.config, self.largest_group = config, largest_group
         self.layout = ExpertLayout.of(config, largest_group)
-        self.shapes = resident_shapes(config, lambda columns, name: group_size(columns, largest_group, name))
+        self.shapes = resident_shapes(config, largest_group)
         self.nbytes = self.resident_bytes() + len(config.expert_keys) * self.layout.nbytes
 
     def resident_bytes(self, size: int = 2) -> int:
         """Of all but the experts, with `size` bytes for what came in 16 bits."""
         each = {"16": size, "u8": 1, "f16": 2}
         return sum(prod(shape) * each[kind] for kind, shape in self.shapes.values())
+
+    def all_shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """`shapes`, and those of the experts' blocks."""
+        block = "u8", (self.layout.nbytes,)
+        return self.shapes | {f"layers.{i}.experts.{e}": block for i, e in self.config.expert_keys}
 
 
 def check_directory(directory: Path) -> None:
@@ -117,54 +126,39 @@ class PackedModel(ModelShapes):
         if version != 1 or largest_group not in (32, 64, 128):
             raise unfit(path, f"version {version}, group size {largest_group}: not made by this duoserve")
         super().__init__(MixtralConfig.read(directory), largest_group)
+        self.headers: dict[str, Header] = {}
         for file in tensor_files(self.config):
             if not (directory / file).exists():
                 raise unfit(directory / file, "no such file", "copy it from where the others came from, or ")
-        self.headers = {name: Header(directory / name) for name in tensor_files(self.config)}
-        made = fingerprint(directory, tensor_files(self.config))
+            self.headers[file] = header = Header(directory / file)
+            if not header.crc:
+                raise unfit(header.path, "holds no CRC table")
+        made = fingerprint(directory, list(self.headers))
         if made != self.fingerprint:
             raise unfit(path, f"fingerprint {self.fingerprint} does not match the files, which make {made}: "
                               "a file was changed or comes from another model")
-        self.crc = {}
-        for name, header in self.headers.items():
-            table = str(header.metadata.get("crc32", "")).split()
-            if len(table) != len(header.tensors):
-                raise unfit(header.path, "holds no CRC table")
-            self.crc |= {(name, tensor): crc for tensor, crc in zip(header.tensors, table)}
-        for name, (kind, shape) in self.shapes.items():
-            self.locate(name, shape, KINDS[kind])
-        for i, e in self.config.expert_keys:
-            self.locate(f"layers.{i}.experts.{e}", (self.layout.nbytes,), KINDS["u8"])
-        tensors = [tensor for header in self.headers.values() for tensor in header.tensors.values()]
-        self.nbytes = sum(end - start for _, _, start, end in tensors)
+        for name, (kind, shape) in self.all_shapes().items():
+            header, inside = self.locate(name)
+            dtype, found, *_ = header.tensors.get(inside, (None, None))
+            if found != shape:
+                is_there = "is missing" if found is None else f"has shape {list(found)}"
+                raise unfit(header.path, f"{inside} {is_there}, expected {list(shape)}")
+            if dtype not in KINDS[kind]:
+                raise unfit(header.path, f"{inside} is {dtype}")
 
-    def locate(self, name: str, shape=None, dtypes=()) -> tuple[Header, str]:
-        """A tensor's file and its name there: `layers.3.router.weight` is `router.weight` in layer-003.
-
-        `UserError` if it is not there, or not of the shape and one of the types that are given.
-        """
-        file, inside = "outer.safetensors", name
-        if name.startswith("layers."):
-            _, i, inside = name.split(".", 2)
-            file = f"layer-{int(i):03d}.safetensors"
-        header = self.headers[file]
-        dtype, found, *_ = header.tensors.get(inside, (None, None))
-        if found is None or (shape is not None and found != shape):
-            is_there = "is missing" if found is None else f"has shape {list(found)}"
-            raise unfit(header.path, f"{inside} {is_there}, expected {list(shape or ())}")
-        if dtypes and dtype not in dtypes:
-            raise unfit(header.path, f"{inside} is {dtype}")
-        return header, inside
+    def locate(self, name: str) -> tuple[Header, str]:
+        """The header of a tensor's file, and its name there."""
+        file, inside = place(name)
+        return self.headers[file], inside
 
     def check(self, header: Header, inside: str, crc: int) -> None:
         """`UserError` unless a tensor's CRC-32 is the one that was written down."""
-        if f"{crc:08x}" != self.crc[header.path.name, inside]:
+        if f"{crc:08x}" != header.crc[inside]:
             raise unfit(header.path, f"{inside.replace('.', ' ')} is corrupted (its CRC-32 does not match)",
                         "get the file again or ")
 
     def tokenizer(self) -> Tokenizer:
-        c = self.config
-        return Tokenizer(self.directory / "tokenizer.model", c.bos_token_id, c.eos_token_ids)
+        return Tokenizer(self.directory / "tokenizer.model", self.config)
 
     def resident(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host,

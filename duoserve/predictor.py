@@ -22,14 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .files import TensorWriter, atomic
+from .files import write_tensors
 from .history import History
 
 HIDDEN = 96
 HINTS = 3                                   # of each expert: margin of its logit, recent use, share of tokens
-WEIGHTS = ("votes", "w1", "b1", "w2", "b2")
+TENSORS = "votes", "w1", "b1", "w2", "b2", "affinity"
 DISCOUNT = 0.75                             # what an expert in a slot is worth if its use is a token away
 VERSION = "2"                               # of the file: 1 had nets for each layer by itself
+AGAIN = "train it again with train_predictor.py"
 
 
 def margin(logits: np.ndarray, top_k: int) -> np.ndarray:
@@ -81,13 +82,9 @@ class Predictor:
         return share
 
     def save(self, path: Path) -> None:
-        tensors = dict(zip((*WEIGHTS, "affinity"), map(torch.from_numpy, (*self.weights, self.affinity))))
-        with atomic(Path(path)) as file:
-            shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-            writer = TensorWriter(file, shapes, {"model": self.model, "version": VERSION})
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-            writer.close()
+        tensors = dict(zip(TENSORS, map(torch.from_numpy, (*self.weights, self.affinity))))
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(Path(path), shapes, {"model": self.model, "version": VERSION}, tensors.items())
 
     @classmethod
     def read(cls, path: Path, model: str, layers: int, experts: int) -> "Predictor":
@@ -98,13 +95,10 @@ class Predictor:
                 meta = file.metadata() or {}
                 if meta.get("version", VERSION) != VERSION:
                     raise UserError(f"{path}: predictor version {meta['version']}, this reads version "
-                                    f"{VERSION}; train it again with train_predictor.py, or say "
-                                    "--predictor none")
-                weights = tuple(map(file.get_tensor, WEIGHTS))
-                affinity = file.get_tensor("affinity")
+                                    f"{VERSION}; {AGAIN}, or say --predictor none")
+                *weights, affinity = map(file.get_tensor, TENSORS)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a predictor, or damaged ({error}); "
-                            "train it again with train_predictor.py") from None
+            raise UserError(f"{path}: not a predictor, or damaged ({error}); {AGAIN}") from None
         if meta.get("model") != model:
             raise UserError(f"{path}: a predictor of model {meta.get('model')}, not of this one ({model}); "
                             "train one on this model's traces with train_predictor.py")
@@ -112,9 +106,8 @@ class Predictor:
         shapes = ((states, HINTS, layers), (wide, HIDDEN), (states, HIDDEN), (states, HIDDEN, wide),
                   (states, wide), (layers, experts, experts))
         if tuple(w.shape for w in (*weights, affinity)) != shapes:
-            raise UserError(f"{path}: its shapes do not fit this model; train it again with "
-                            "train_predictor.py")
-        return cls(weights, affinity, model)
+            raise UserError(f"{path}: its shapes do not fit this model; {AGAIN}")
+        return cls(tuple(weights), affinity, model)
 
 
 def check_exists(path: str | Path) -> None:
@@ -124,12 +117,11 @@ def check_exists(path: str | Path) -> None:
 
 
 class Forecast:
-    """What a scheduler asks. Without a predictor the lookahead, and the last token's routing, stand in for
-    one."""
+    """What a scheduler asks. Without a `predictor` the lookahead, and the last token's routing, stand in for
+    one; what is far off is then hardly known."""
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
-        self.trained = predictor is not None                        # else what is far off is hardly known
 
     def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
         """[layers, experts], when `state` layers of this token are routed: for the layer that comes next

@@ -214,7 +214,7 @@ class DecodeScheduler(ExpertScheduler):
             self.update_values()
             best = sorted(range(self.experts_a_layer), key=lambda e: -self.chance[e])
             wanted = [(layer, e) for e in best if self.chance[e] >= LIKELY]
-        beyond = BEYOND if self.forecast.trained and cache.link_use() < BUSY else 0
+        beyond = BEYOND if self.forecast.predictor and cache.link_use() < BUSY else 0
         more = max(len(cache.slots) - len(cache.slot_of), beyond)
         if more:
             if self.value is None:

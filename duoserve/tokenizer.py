@@ -2,10 +2,12 @@
 characters."""
 
 import re
+from codecs import getincrementaldecoder
 from pathlib import Path
 
 import sentencepiece
 
+from .config import MixtralConfig
 from .errors import UserError
 
 MARK = "\u2581"                             # sentencepiece's visible space
@@ -13,9 +15,12 @@ TEMPLATED = re.compile(r"\s*(?:<s>)?\s*\[INST\] ?((?:(?!\[/?INST\]).)*?) ?\[/INS
 
 
 class Tokenizer:
-    """A `tokenizer.model`. `encode` puts BOS in front; text is never parsed for control tokens."""
+    """A `tokenizer.model`. `encode` puts BOS in front; text is never parsed for control tokens.
 
-    def __init__(self, path: Path, bos: int, eos: tuple[int, ...]):
+    `UserError` if text may become ids that the model does not have (one that has more is merely padded).
+    """
+
+    def __init__(self, path: Path, config: MixtralConfig):
         if not path.exists():
             hint = path.with_name("tokenizer.json").exists() and \
                 " (its tokenizer.json cannot be used; the model's page has the sentencepiece file beside it)"
@@ -24,19 +29,12 @@ class Tokenizer:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines
             raise UserError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.bos, self.eos = path, bos, set(eos)
-        self.end = list(eos[:1])            # what stands after an answer in a conversation
+        if (pieces := self.sp.vocab_size()) > config.vocab_size:
+            raise UserError(f"{path}: has {pieces} pieces, more than the model's vocab_size "
+                            f"{config.vocab_size}: it is another model's; get the one that belongs to this")
+        self.bos, self.eos = config.bos_token_id, set(config.eos_token_ids)
+        self.end = list(config.eos_token_ids[:1])                   # what stands after an answer in a chat
         self.inst = [self.sp.piece_to_id(piece) for piece in ("[INST]", "[/INST]")]
-
-    def check(self, vocab_size: int) -> None:
-        """`UserError` if text may become ids that the model does not have (one that has more is merely
-        padded)."""
-        if len(self) > vocab_size:
-            raise UserError(f"{self.path}: has {len(self)} pieces, more than the model's vocab_size "
-                            f"{vocab_size}: it is another model's; get the one that belongs to this")
-
-    def __len__(self) -> int:
-        return self.sp.vocab_size()
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -81,33 +79,16 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.sp, self.held = tokenizer.sp, b""
+        self.sp, self.characters = tokenizer.sp, getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         if not 0 <= token < self.sp.vocab_size() or self.sp.is_control(token):
             return ""                       # a model's vocabulary may be padded beyond its tokenizer's
+        piece = self.sp.id_to_piece(token)
         if self.sp.is_byte(token):
-            self.held += bytes([int(self.sp.id_to_piece(token)[1:-1], 16)])
-            return self._whole(final=False)
-        if self.sp.is_unknown(token):
-            return self.close() + "\ufffd"
-        return self.close() + self.sp.id_to_piece(token).replace(MARK, " ")
+            return self.characters.decode(bytes([int(piece[1:-1], 16)]))
+        return self.close() + ("\ufffd" if self.sp.is_unknown(token) else piece.replace(MARK, " "))
 
     def close(self) -> str:
         """What was held back, for better or worse."""
-        return self._whole(final=True)
-
-    def _whole(self, final: bool) -> str:
-        out = ""
-        while self.held:
-            try:
-                text, self.held = self.held.decode(), b""
-                return out + text
-            except UnicodeDecodeError as error:
-                out += self.held[:error.start].decode()
-                self.held = self.held[error.start:]
-                if error.reason == "unexpected end of data" and not final:
-                    break                   # the rest of a character may still come
-                out += "\ufffd"
-                self.held = self.held[error.end - error.start:]
-        return out
+        return self.characters.decode(b"", final=True)

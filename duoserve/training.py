@@ -6,6 +6,7 @@ Little data is enough: the MLP's first half is the same in all states, a hint's 
 experts of a layer, and the less data there is, the more the MLP is regularised.
 """
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import Progress, count
 from .history import RECENT
 from .predictor import DISCOUNT, HIDDEN, HINTS, Predictor, margin, worth
 from .trace import Trace
@@ -115,7 +117,7 @@ def coming(z: Tensor) -> Tensor:
     return z[state, :, state % layers].transpose(0, 1)
 
 
-def fit(samples: Samples, step=lambda: None, seed: int = 0) -> tuple[Weights, Weights]:
+def fit(samples: Samples, progress=lambda steps: None) -> tuple[Weights, Weights]:
     """-> the net's weights, and plain ones: no MLP, and for the next layer the lookahead's vote alone."""
     known, (_, layers, experts) = samples.known(), samples.ahead.shape
     states, wide = layers + 1, layers * experts
@@ -123,7 +125,7 @@ def fit(samples: Samples, step=lambda: None, seed: int = 0) -> tuple[Weights, We
     mean, std = samples.after.mean(0), samples.after.std(0).clamp(min=1e-3)
     scale = std.mean(-1)                    # one for all of a layer's experts
     mean, std = mean[0].flatten(), std[0].flatten()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     w1 = torch.randn(wide, HIDDEN, generator=generator) / wide ** 0.5
     b1, w2, b2 = torch.zeros(states, HIDDEN), torch.zeros(states, HIDDEN, wide), torch.zeros(states, wide)
     votes = torch.zeros(2, states, HINTS, layers)                   # the net's, and the plain ones
@@ -155,7 +157,7 @@ def fit(samples: Samples, step=lambda: None, seed: int = 0) -> tuple[Weights, We
         loss.backward()
         optimizer.step()
         schedule.step()
-        step()
+        progress(1)
     with torch.no_grad():
         return tuple(tuple(w.clone() for w in weights) for weights in folded())
 
@@ -177,8 +179,8 @@ def predicted_logits(weights: Weights, samples: Samples) -> Tensor:
     return torch.cat([coming(logits(weights, samples.at(pick)[0]))[:, :-1] for pick in parts])
 
 
-def train(traces: list[Trace], top_k: int, progress=None) -> tuple[np.ndarray, ...]:
-    """-> `Predictor.weights`. `progress(total, label)` makes a progress display; it counts steps.
+def train(traces: list[Trace], top_k: int) -> tuple[np.ndarray, ...]:
+    """-> `Predictor.weights`.
 
     A net that has seen little can be worse than the lookahead alone, and cross-entropy does not show it. So a
     net trained on three quarters of the sequences is blended with the plain weights, by the shares that find
@@ -186,14 +188,12 @@ def train(traces: list[Trace], top_k: int, progress=None) -> tuple[np.ndarray, .
     """
     held, rest = traces[::HELD], [trace for i, trace in enumerate(traces) if i % HELD] or traces
     held, rest, everything = (Samples.of(part, top_k) for part in (held, rest, traces))
-    bar = progress(steps(len(rest.now)) + steps(len(everything.now)), "training steps") if progress else None
-    step = (lambda: bar.add(1)) if bar else lambda: None
-    parts = fit(rest, step)
-    found = {share: recall(blend(*parts, share, share), held, top_k) for share in SHARES}
-    best = [max(SHARES, key=lambda share: found[share][i].mean()) for i in range(2)]
-    weights = blend(*fit(everything, step), *best)
-    if bar:
-        bar.close()
+    total = steps(len(rest.now)) + steps(len(everything.now))
+    with closing(Progress(total, "training steps", count)) as bar:
+        parts = fit(rest, bar.add)
+        found = {share: recall(blend(*parts, share, share), held, top_k) for share in SHARES}
+        best = [max(SHARES, key=lambda share: found[share][i].mean()) for i in range(2)]
+        weights = blend(*fit(everything, bar.add), *best)
     return tuple(w.contiguous().numpy() for w in weights)
 
 

@@ -139,7 +139,7 @@ def packed(path: Path, *, group_size: int = 128, **arguments) -> Path:
     """`write_hf` into path/hf, converted into path/packed, which is returned."""
     from duoserve.checkpoint import convert
     write_hf(path / "hf", **arguments)
-    convert(path / "hf", path / "packed", group_size=group_size, progress=False)
+    convert(path / "hf", path / "packed", group_size=group_size)
     return path / "packed"
 
 

@@ -13,6 +13,7 @@ from models import (a_line, InterruptAt, LateLane, load, LONG, packed, program, 
 
 from duoserve import engine as engine_module
 from duoserve.checkpoint import convert
+from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.policies import POLICIES
 from duoserve.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ def write_instruct(path: Path, version: int) -> Path:
     write_hf(path / "hf", seed=7)
     control = ("[INST]", "[/INST]") if version == 3 else ()
     (path / "hf" / "tokenizer.model").write_bytes(tokenizer_model(*control))
-    convert(path / "hf", path / "packed", progress=False)
+    convert(path / "hf", path / "packed")
     return path / "packed"
 
 
@@ -46,7 +47,7 @@ def instruct(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(instruct):
-    return Tokenizer(instruct[0] / "tokenizer.model", 1, (2,))
+    return Tokenizer(instruct[0] / "tokenizer.model", MixtralConfig())
 
 
 # The template

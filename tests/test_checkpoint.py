@@ -18,8 +18,8 @@ from models import a_line, contents, write_hf
 from safetensors.torch import load_file, save_file
 
 from duoserve import checkpoint
-from duoserve.checkpoint import Progress, convert, ensure_packed, to_hf
-from duoserve.errors import UserError, format_bytes
+from duoserve.checkpoint import convert, ensure_packed, to_hf
+from duoserve.errors import Progress, UserError, format_bytes
 from duoserve.files import Header
 from duoserve.packed import PackedModel
 from duoserve.quant import dequantize, group_size
@@ -349,14 +349,14 @@ def test_the_command_line_says_it_in_one_line(made, tmp_path, cli):
 # Nothing half done
 
 def test_an_interrupted_conversion_goes_on_where_it_was(made, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", checkpoint.write_packed
+    out, real = tmp_path / "out", checkpoint.write_tensors
 
     def interrupt(path, *rest):
         if path.name == "layer-001.safetensors":
             raise KeyboardInterrupt
         real(path, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_packed", interrupt)
+    monkeypatch.setattr(checkpoint, "write_tensors", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(made / "hf", out)
     monkeypatch.undo()
@@ -391,7 +391,7 @@ def start(made, out):
 
     def run():
         checkpoint.HuggingFaceSource.pack = slowly
-        convert(made / "hf", out, progress=False)
+        convert(made / "hf", out)
     real = checkpoint.HuggingFaceSource.pack
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ import generate
 import train_predictor
 from duoserve import checkpoint
 from duoserve.bench import __main__ as bench
+from duoserve.config import MixtralConfig
 from duoserve.errors import Parser
 from duoserve.options import EngineOptions
 from duoserve.packed import PackedModel
@@ -342,7 +344,8 @@ def test_a_trace_of_an_answer_that_ended_by_itself(cli, tiny, tmp_path):
     answer = json.loads(cli(*run, "--prompt", "the quick", "--max-new-tokens", 6)[1])
     with pytest.MonkeyPatch.context() as patch:
         init, eos = Tokenizer.__init__, (answer["token_ids"][3],)
-        patch.setattr(Tokenizer, "__init__", lambda self, path, bos, _: init(self, path, bos, eos))
+        patch.setattr(Tokenizer, "__init__", lambda self, path, config: init(
+            self, path, replace(config, eos_token_ids=eos)))
         stopped = json.loads(cli(*run, "--prompt", "the quick", "--trace-dir", tmp_path / "t")[1])
     assert stopped["finish_reason"] == "stop" and 0 < stopped["new_tokens"] <= 3
     tensors = load_file(next((tmp_path / "t").iterdir()))
@@ -559,7 +562,7 @@ def test_bench_quality(cli, tiny, tmp_path):
     status, out, err = cli(*run, "--json")
     got = json.loads(out)
     model, source = build(tiny)
-    ids = Tokenizer(tiny / "tokenizer.model", 1, (2,)).sp.encode(text)
+    ids = Tokenizer(tiny / "tokenizer.model", MixtralConfig()).sp.encode(text)
     bits = 0.0
     for start in range(0, len(ids), 32):
         window = ids[start:start + 32]

@@ -21,6 +21,7 @@ from duoserve.cache import GPUExpertCache
 from duoserve.model import key_sizes
 from duoserve.options import SamplingParams
 from duoserve.sampling import sample
+from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.link import LinkError, SimulatedLane, WallClock
 from duoserve.policies import POLICIES
@@ -466,7 +467,7 @@ def test_the_pieces_are_the_text(tiny):
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny):
-    return Tokenizer(tiny / "tokenizer.model", 1, (2,))
+    return Tokenizer(tiny / "tokenizer.model", MixtralConfig())
 
 
 def bytes_of(tokenizer, data: bytes) -> list[int]:

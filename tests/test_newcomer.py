@@ -193,10 +193,10 @@ def test_bench_schedule_obeys_memory_and_slots_together(cli, tiny, traces):
 @pytest.mark.parametrize("command", ("schedule", "run"))
 def test_the_bench_shows_that_it_goes_on(command, cli, tiny, traces, monkeypatch):
     """On a terminal, when it takes long; it counts all of the work, and the line is gone at the end."""
-    from duoserve import checkpoint
+    from duoserve import errors
     shown, ticks = io.StringIO(), itertools.count()
     shown.isatty = lambda: True
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: 3.0 * next(ticks)))
+    monkeypatch.setattr(errors, "time", SimpleNamespace(monotonic=lambda: 3.0 * next(ticks)))
     what = ("rows", (traces, "--cache-experts", 2, 6)) if command == "schedule" else \
         ("answers", ("--rounds", 2, "--max-new-tokens", 2, "--device", "cpu"))
     run = ("bench", command, *what[1], "--model", tiny, "--predictor", "none", "--policies", "duo", "lru")

@@ -25,7 +25,7 @@ from duoserve import Engine, checkpoint, files
 from duoserve.checkpoint import convert, ensure_packed, open_source, to_hf
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.files import Header, TensorWriter
+from duoserve.files import Header, write_tensors
 from duoserve.packed import PackedModel, fingerprint, tensor_files
 from duoserve.predictor import Predictor
 from duoserve.trace import Trace
@@ -409,8 +409,8 @@ def killed_at(moment: int, job, *arguments) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(lambda event, arguments: step() if event in ("os.rename", "os.remove", "os.mkdir") or
                          event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) else None)
-        write = TensorWriter.write
-        TensorWriter.write = lambda self, *rest: (write(self, *rest), self.file.flush(), step())
+        checkpoint.write_tensors = lambda path, shapes, stamp, tensors, *rest: write_tensors(
+            path, shapes, stamp, (step() or tensor for tensor in tensors), *rest)
         job(*arguments)
     except BaseException:
         os._exit(1)

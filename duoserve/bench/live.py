@@ -3,9 +3,8 @@
 import statistics
 from contextlib import closing
 
-from ..checkpoint import Progress
 from ..engine import Engine
-from ..errors import UserError, count
+from ..errors import Progress, UserError, count
 from ..policies import POLICIES
 from .flags import check_policies, table
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint import Progress, ensure_packed
+from ..checkpoint import ensure_packed
 from ..engine import Engine
-from ..errors import WEIGHTS, UserError, count, format_bytes
+from ..errors import WEIGHTS, Progress, UserError, count, format_bytes
 from ..memory import LOGIT_ROWS
 from ..options import EngineOptions
 from ..packed import PackedModel

@@ -12,14 +12,13 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
 import zlib
 from contextlib import closing, contextmanager, suppress
 from math import prod
 from pathlib import Path
+from typing import Iterator
 
-from ..errors import Parser, UserError, format_bytes, import_requirements
+from ..errors import Parser, Progress, UserError, format_bytes, import_requirements
 
 import_requirements()
 import numpy as np
@@ -27,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ..config import MixtralConfig
-from ..files import Header, TensorWriter, atomic, reading
-from ..packed import MANIFEST, PackedModel, check_directory, fingerprint, tensor_files
-from ..quant import ExpertLayout, dequantize, group_size as group_of
+from ..files import Header, atomic, reading, write_tensors
+from ..packed import MANIFEST, ModelShapes, PackedModel, check_directory, fingerprint, place, tensor_files
+from ..quant import ExpertLayout, dequantize
 from ..tokenizer import Tokenizer
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 
@@ -37,32 +36,6 @@ FIELDS = ("q", "scale", "zero")
 
 Shapes = dict[str, tuple[int, ...]]                                 # Hugging Face's name -> shape
 Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]            # packed name -> dtype and shape
-
-
-class Progress:
-    """One line on standard error, written anew, if that is a terminal and the work takes over two seconds.
-
-    It counts bytes, unless `write` says how to write down something else.
-    """
-
-    def __init__(self, total: int, label: str, shown: bool = True, write=format_bytes):
-        self.total, self.label, self.done, self.start, self.write = total, label, 0, time.monotonic(), write
-        self.shown, self.next, self.lock = shown and sys.stderr.isatty(), self.start + 2, threading.Lock()
-
-    def add(self, n: int) -> None:
-        with self.lock:                                             # loading adds from several threads
-            self.done, now = self.done + n, time.monotonic()
-            if self.shown and now >= self.next and self.done:
-                rate = self.done / (now - self.start)
-                minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
-                done, total, rate = map(self.write, (self.done, self.total, rate))
-                print(f"\r{self.label}: {done} of {total}, {rate}/s, {minutes}:{seconds:02d} left\033[K",
-                      end="", file=sys.stderr, flush=True)
-                self.next = now + 0.2
-
-    def close(self) -> None:
-        if self.next > self.start + 2:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -134,7 +107,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)
         raise UserError(f"{directory}: no tokenizer.model; {only}copy the model's sentencepiece file there")
     path = directory / tokenizers[0]
-    Tokenizer(path, config.bos_token_id, config.eos_token_ids).check(config.vocab_size)
+    Tokenizer(path, config)                 # (as a check)
     return kind(directory, raw, config, path, hugging_face(config))
 
 
@@ -142,20 +115,11 @@ def remove_leftovers(directory: Path, name: str = "*") -> None:
     """Delete what `atomic` and `to_hf` left of `name` when their processes were killed."""
     for path in directory.glob(f".{name}.*.part"):
         pid = re.search(r"\.(\d{1,9})\.part$", path.name)
-        if not pid or int(pid[1]) != os.getpid() and is_alive(int(pid[1])):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)                   # alive, and somebody else's
-    return True
+        if pid and (int(pid[1]) == os.getpid() or not Path("/proc", pid[1]).exists()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_space(path: Path, need: int) -> None:
@@ -177,23 +141,13 @@ def copy_config(raw: dict, tokenizer: Path, dst: Path, **changes) -> None:
         file.write(source.read())
 
 
-def packed_tensors(source: HuggingFaceSource, largest: int) -> dict[str, Tensors]:
-    """Packed file -> the tensors in it, in order: what `PackedModel` expects."""
-    block, files = ExpertLayout.of(source.config, largest).nbytes, {}
-    for file, parts in hugging_face(source.config).items():
-        files[file] = tensors = {}
-        for part, shapes in parts.items():
-            shape = next(iter(shapes.values()))
-            if part.endswith(".weight"):
-                tensors[part] = source.dtype(*shapes), shape
-            elif part.startswith("experts."):
-                tensors[part.rsplit(".", 1)[0]] = torch.uint8, (block,)
-            else:
-                rows = sum(rows for rows, _ in shapes.values())
-                groups = shape[1] // group_of(shape[1], largest, f"{file}: {part}")
-                tensors |= {f"{part}.q": (torch.uint8, (rows, shape[1] // 2)),
-                            f"{part}.scale": (torch.float16, (rows, groups)),
-                            f"{part}.zero": (torch.float16, (rows, groups))}
+def packed_tensors(source: HuggingFaceSource, model: ModelShapes) -> dict[str, Tensors]:
+    """Packed file -> the tensors in it, in order."""
+    parts, kinds = hugging_face(source.config), {"u8": torch.uint8, "f16": torch.float16}
+    files: dict[str, Tensors] = {file: {} for file in parts}
+    for name, (kind, shape) in model.all_shapes().items():
+        file, inside = place(name)
+        files[file][inside] = kinds[kind] if kind in kinds else source.dtype(*parts[file][inside]), shape
     return files
 
 
@@ -208,20 +162,17 @@ def check_destination(dst: Path, files: dict[str, Tensors], stamp: dict[str, str
     for file in sorted(found & set(files)):
         with suppress(UserError):           # what is damaged will be made again
             headers[file] = Header(dst / file)
-    for file, header in headers.items():
-        if not stamp.items() <= header.metadata.items():
+        if file in headers and not stamp.items() <= headers[file].metadata.items():
             raise UserError(f"{dst / file}: is of another model or group size; name another directory")
     return headers
 
 
 def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
     """Whether a packed file is whole: its tensors, its size and the CRCs are what they should be."""
-    found, table = header.tensors, str(header.metadata.get("crc32")).split()
-    if {name: entry[:2] for name, entry in found.items()} != tensors or len(table) != len(tensors):
+    found = {name: entry[:2] for name, entry in header.tensors.items()}
+    if found != tensors or not header.crc or header.size != max(end for *_, end in header.tensors.values()):
         return False
-    if header.size != max(end for *_, end in found.values()):
-        return False
-    for name, crc in zip(found, table):
+    for name, crc in header.crc.items():
         data = header.read(name).view(-1).view(torch.uint8).numpy()
         progress.add(len(data))
         if crc != f"{zlib.crc32(data):08x}":
@@ -235,31 +186,26 @@ def triples(views: dict[str, Tensor], matrix: str, shapes: Shapes):
     return zip(shapes, *(views[f"{matrix}.{field}"].split(rows) for field in FIELDS))
 
 
-def write_packed(path: Path, source: HuggingFaceSource, parts: dict[str, Shapes], tensors: Tensors,
-                 layout: ExpertLayout, stamp: dict[str, str], progress: Progress) -> None:
-    """One packed file: `parts` as in `hugging_face`, `tensors` as in `packed_tensors`."""
+def packed(source: HuggingFaceSource, parts: dict[str, Shapes], shapes: Tensors,
+           layout: ExpertLayout) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one packed file, each valid until the next is asked for; `parts` as in `hugging_face`,
+    `shapes` as in `packed_tensors`."""
     block = torch.zeros(layout.nbytes, dtype=torch.uint8)           # each expert in turn; padding stays zero
     views = layout.views(block)
-    for name, (dtype, shape) in tensors.items():
+    for name, (dtype, shape) in shapes.items():
         if name.startswith("attention."):
             views[name.removeprefix("attention.")] = torch.empty(shape, dtype=dtype)
-    with atomic(path) as file:
-        writer = TensorWriter(file, tensors, stamp)
-        for part, shapes in parts.items():
-            unit, matrix = part.rsplit(".", 1)
-            if matrix == "weight":
-                ready = {part: source.plain(*shapes)}
-            else:
-                for name, *into in triples(views, matrix, shapes):
-                    source.pack(name, *into)
-                if unit == "attention":
-                    ready = {f"{part}.{field}": views[f"{matrix}.{field}"] for field in FIELDS}
-                else:                       # an expert is ready with its second matrix
-                    ready = {unit: block} if matrix == "w2" else {}
-            for name, tensor in ready.items():
-                writer.write(name, tensor)
-                progress.add(tensor.nbytes)
-        writer.close()
+    for part, wanted in parts.items():
+        unit, matrix = part.rsplit(".", 1)
+        if matrix == "weight":
+            yield part, source.plain(*wanted)
+            continue
+        for name, *into in triples(views, matrix, wanted):
+            source.pack(name, *into)
+        if unit == "attention":
+            yield from ((f"{part}.{field}", views[f"{matrix}.{field}"]) for field in FIELDS)
+        elif matrix == "w2":                # an expert is ready with its second matrix
+            yield unit, block
 
 
 def total_bytes(tensors: Tensors) -> int:
@@ -267,7 +213,7 @@ def total_bytes(tensors: Tensors) -> int:
 
 
 @os_errors()
-def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: bool = True) -> bool:
+def convert(src: str | Path, dst: str | Path, group_size: int = 128) -> bool:
     """Pack the model in `src` into `dst`, or go on with that: files there are checked, and kept if whole.
 
     -> False if there was nothing left to do.
@@ -276,13 +222,13 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
         raise UserError(f"group size {group_size}: it can be 128, 64 or 32")
     source, dst = open_source(src), Path(dst)
     group_size = min(group_size, source.largest_group)              # wider would merge the source's scales
-    parts, files = hugging_face(source.config), packed_tensors(source, group_size)
-    layout = ExpertLayout.of(source.config, group_size)
+    model = ModelShapes(source.config, group_size)
+    parts, files = hugging_face(source.config), packed_tensors(source, model)
     stamp = {"source": f"{source.fingerprint}-{group_size}"}
     size = {file: total_bytes(tensors) for file, tensors in files.items()}
     headers = check_destination(dst, files, stamp)
     remove_leftovers(dst)
-    with closing(Progress(sum(size[file] for file in headers), f"{dst}: checking", progress)) as bar:
+    with closing(Progress(sum(size[file] for file in headers), f"{dst}: checking")) as bar:
         todo = [file for file in files if file not in headers or not intact(headers[file], files[file], bar)]
     if not todo:
         with suppress(UserError):
@@ -291,9 +237,10 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128, progress: b
             return False
     check_space(dst, sum(size[file] for file in todo))
     (dst / MANIFEST).unlink(missing_ok=True)
-    with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing", progress)) as bar:
+    with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing")) as bar:
         for file in todo:
-            write_packed(dst / file, source, parts[file], files[file], layout, stamp, bar)
+            tensors = packed(source, parts[file], files[file], model.layout)
+            write_tensors(dst / file, files[file], stamp, tensors, bar.add)
     copy_config(source.raw, source.tokenizer, dst)
     write_json(dst / MANIFEST, {"format": "duoserve", "version": 1, "group_size": group_size,
                                 "fingerprint": fingerprint(dst, list(files)), "source": source.fingerprint})
@@ -314,7 +261,7 @@ def ensure_packed(directory: str | Path, weights_dir: str | Path) -> Path:
 
 
 @os_errors()
-def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
+def to_hf(src: str | Path, dst: str | Path) -> None:
     """Unpack `src` into a Hugging Face directory in float32, a shard a layer; `dst` appears when complete."""
     model, dst = PackedModel(src), Path(dst).resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
@@ -328,11 +275,11 @@ def to_hf(src: str | Path, dst: str | Path, progress: bool = True) -> None:
         remove_leftovers(dst.parent, dst.name)
         check_space(dst.parent, total)
         made.mkdir()
-        with closing(Progress(total, f"{dst}: unpacking", progress)) as bar:
+        with closing(Progress(total, f"{dst}: unpacking")) as bar:
             for i, parts in enumerate(files):
-                shard = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-                write_unpacked(made / shard, model, i - 1, parts, bar)
-                where |= dict.fromkeys(float_tensors(parts), shard)
+                shard, shapes = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors", float_tensors(parts)
+                write_tensors(made / shard, shapes, {"format": "pt"}, unpacked(model, i - 1, parts), bar.add)
+                where |= dict.fromkeys(shapes, shard)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_json(made / "model.safetensors.index.json", index)
         raw = json.loads((model.directory / "config.json").read_bytes())
@@ -347,32 +294,25 @@ def float_tensors(parts: dict[str, Shapes]) -> Tensors:
     return {name: (torch.float32, shape) for shapes in parts.values() for name, shape in shapes.items()}
 
 
-def write_unpacked(path: Path, model: PackedModel, layer: int, parts: dict[str, Shapes],
-                   progress: Progress) -> None:
-    """One shard in fp32; layer -1 is what lies outside the layers."""
+def unpacked(model: PackedModel, layer: int, parts: dict[str, Shapes]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one shard, in fp32; layer -1 is what lies outside the layers."""
     prefix = f"layers.{layer}." if layer >= 0 else ""
     block = np.empty(model.layout.nbytes, np.uint8)                 # each expert in turn
     views = model.layout.views(torch.from_numpy(block))
     for name, tensor in model.resident(f"{prefix}attention.").items():
         views[name.removeprefix(f"{prefix}attention.")] = tensor
-    with atomic(path) as file:
-        writer = TensorWriter(file, float_tensors(parts), {"format": "pt"})
-        for part, shapes in parts.items():
-            unit, matrix = part.rsplit(".", 1)
-            if matrix == "w13":
-                model.read_expert(layer, int(unit.removeprefix("experts.")), block)
-            if matrix == "weight":
-                (name,), (plain,) = shapes, model.resident(prefix + part).values()
-                plains = [(name, plain.float())]
-            else:
-                plains = ((name, unpacked(*triple)) for name, *triple in triples(views, matrix, shapes))
-            for name, plain in plains:
-                writer.write(name, plain)
-                progress.add(plain.nbytes)
-        writer.close()
+    for part, shapes in parts.items():
+        unit, matrix = part.rsplit(".", 1)
+        if matrix == "w13":
+            model.read_expert(layer, int(unit.removeprefix("experts.")), block)
+        if matrix == "weight":
+            (name,), (plain,) = shapes, model.resident(prefix + part).values()
+            yield name, plain.float()
+        else:
+            yield from ((name, unpack(*triple)) for name, *triple in triples(views, matrix, shapes))
 
 
-def unpacked(*triple: Tensor) -> Tensor:
+def unpack(*triple: Tensor) -> Tensor:
     """`dequantize` by blocks of rows, so that its temporaries are small."""
     step = max(1, BLOCK // (2 * triple[0].shape[1]))
     return torch.cat([dequantize(*rows) for rows in zip(*(t.split(step) for t in triple))])

@@ -19,6 +19,9 @@ from .errors import UserError
 from .files import ALIGN
 
 UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows
+# A product's dot is some thirty operations on nine tensors: beyond 30 and 8 the compiler would store what
+# comes between.
+IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
 
 
 def group_size(columns: int, largest: int = 128, name: str = "matrix") -> int:
@@ -59,7 +62,7 @@ def parts(rows: int, columns: int) -> list[slice]:
 
 
 @cache
-def compiled(function):
+def compiled(function, **more):
     """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a
     prompt.
 
@@ -68,7 +71,7 @@ def compiled(function):
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False, options={
-        "deterministic": True, "triton.autotune_pointwise": False, "assert_indirect_indexing": False})
+        "deterministic": True, "triton.autotune_pointwise": False, "assert_indirect_indexing": False, **more})
 
 
 # One row meets a packed matrix in one pass over its bytes. Scale and zero meet each group's dot product and
@@ -100,12 +103,17 @@ def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | N
 
     With `at [B]` q, scale and zero hold several matrices: the one for each row. (x may then be one for all.)
     """
-    x = x.float().unflatten(-1, (scale.shape[-1], -1))              # [B, groups, G]
+    return product(*whole_numbers(x, scale.shape[-1]), q, scale, zero, at)
+
+
+def whole_numbers(x: Tensor, groups: int) -> tuple[Tensor, list[Tensor]]:
+    """x [B, columns] -> p [B, groups, G], the sums of its groups in two halves, and what one is worth."""
+    x = x.float().unflatten(-1, (groups, -1))
     e = exponent(x.abs().amax(-1))
     p = (x * power(13 - e)[..., None]).round()
     total = p.sum(-1)                               # in two halves of 11 bits each, as an fp16 zero has: its
     high = (total * 2**-10).round() * 2**10         # products with them are exact
-    return product(p, [high, total - high, power(e - 13)], q, scale, zero, at)
+    return p, [high, total - high, power(e - 13)]
 
 
 def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None) -> Tensor:
@@ -119,20 +127,16 @@ def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = 
 def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
             at: Tensor | None) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
-    parts = laid_out(x, torch.int32 if q.is_cuda else torch.uint8)
-    return (fused_dots if torch.compiler.is_compiling() else run_dots)(parts, sums, q, scale, zero, at)
+    run = fused_dots if torch.compiler.is_compiling() else dots
+    return run(laid_out(x), sums, q.view(torch.int32), scale, zero, at)
 
 
-def laid_out(x: Tensor, unit: torch.dtype) -> list[Tensor]:
-    """x [B, groups, G] -> for each nibble of a byte, or of a word of four, what it meets: [B, groups, units].
+def laid_out(x: Tensor) -> list[Tensor]:
+    """x [B, groups, G] -> for each nibble of a word of four bytes what it meets: [B, groups, words].
 
     So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it
-    is 16^k times too large, and x is made as much smaller. (A word's last moves one down, out of the sign
-    bit.)
+    is 16^k times too large, and x is made as much smaller. (The last moves one down, out of the sign bit.)
     """
-    if unit == torch.uint8:
-        low, high = x.unflatten(-1, (2, -1)).unbind(-2)
-        return [low, high * 2**-4]
     place = torch.arange(0, -32, -4, dtype=torch.int32, device=x.device).clamp(min=-24)
     parts = x.unflatten(-1, (2, -1, 4)).permute(0, 1, 4, 2, 3).flatten(2, 3)    # [B, groups, nibble, words]
     return list((parts * power(place)[:, None]).unbind(2))
@@ -140,13 +144,13 @@ def laid_out(x: Tensor, unit: torch.dtype) -> list[Tensor]:
 
 def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
          at: Tensor | None) -> Tensor:
-    """`product` of what was laid out, in fp32: [B, N]. q is in bytes or words."""
+    """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
-    at_once = 1 if len(parts) == 2 else 4           # (four rows read x once)
-    w = q.view(len(q), at_once, -1, *parts[0].shape[1:])            # [B, 4, N / 4, groups, units]
+    at_once = 4 if q.is_cuda else 1                 # (four rows read x once)
+    w = q.view(len(q), at_once, -1, *parts[0].shape[1:])            # [B, 4, N / 4, groups, words]
     parts = [part[:, None] for part in parts]
-    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1)
-                     for rows in w.unbind(1)], 1)
+    dot = [reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w.unbind(1)]
+    dot = torch.cat(dot, 1) if len(dot) > 1 else dot[0]
     scale, zero = scale.float(), zero.float()       # [B, N, groups], like dot
     sums = [s[:, None] for s in sums]
     if len(sums) == 1:
@@ -160,9 +164,7 @@ def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero
 
 
 def nibbles(w: Tensor) -> list[Tensor]:
-    """Bytes or words -> their nibbles, each in its place but a word's last."""
-    if w.dtype == torch.uint8:
-        return [w & 15, w & 240]
+    """Words -> their eight nibbles, each in its place but the last."""
     return [w & 15 << 4 * k for k in range(7)] + [w >> 4 & 15 << 24]
 
 
@@ -171,20 +173,14 @@ def fused_dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor
                at: Tensor | None) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
-    return run_dots(parts, sums, q, scale, zero, at, compiled(dots))
+    if at is not None:
+        q, scale, zero = map(any_number, (q, scale, zero))
+    return compiled(dots, **IN_ONE_PASS)(parts, sums, q, scale, zero, at)
 
 
 @fused_dots.register_fake
 def _(parts, sums, q, scale, zero, at):
     return parts[0].new_empty(len(parts[0] if at is None else at), scale.shape[-2])
-
-
-def run_dots(parts, sums, q, scale, zero, at, dots=dots):
-    if len(parts) == 8:
-        q = q.view(torch.int32)
-    if at is not None:
-        q, scale, zero = map(any_number, (q, scale, zero))
-    return dots(parts, sums, q, scale, zero, at)
 
 
 def any_number(several: Tensor) -> Tensor:

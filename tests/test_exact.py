@@ -1,4 +1,4 @@
-"""One row times a packed matrix in 16 bits: the same bits by bytes and by words, eager and compiled, in any
+"""One row times a packed matrix in 16 bits: the same bits as in whole numbers, eager and compiled, in any
 order."""
 
 import shutil
@@ -7,21 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from duoserve import quant
-from duoserve.quant import (PackedLinear, compiled, dequantize, exact_gemv, laid_out, silu_table, pack,
-                            unpack)
+from duoserve.quant import PackedLinear, compiled, dequantize, exact_gemv, silu_table, pack, unpack
 from duoserve.quantize import quantize
 from models import load
 from products import BF16, CASES, FP16, an_expert, matrices, of_several, rows, same
 
-BYTES, WORDS = torch.uint8, torch.int32     # what the CPU meets x with, and what CUDA does
 needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                                     reason="torch.compile needs a C++ compiler")
-
-
-@pytest.fixture
-def by(monkeypatch):
-    return lambda unit: monkeypatch.setattr(quant, "laid_out", lambda x, _: laid_out(x, unit))
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")
@@ -49,15 +41,13 @@ def reference(x, q, scale, zero):
 
 
 @pytest.mark.parametrize("group, dtype", CASES)
-def test_bytes_and_words_against_whole_numbers(group, dtype, by):
+def test_against_whole_numbers(group, dtype):
     compared = 0
     for weights, w in matrices(8, 7 * group, group).items():
         for name, x in rows(7 * group, group, dtype).items():
             expected = reference(x, *w)
-            by(BYTES)
             y = exact_gemv(x, *w)
-            by(WORDS)
-            assert y.dtype == torch.float32 and same(y, exact_gemv(x, *w)), (weights, name)
+            assert y.dtype == torch.float32
             assert expected is None or same(y, expected), (weights, name)
             compared += expected is not None
     assert compared > 70
@@ -65,12 +55,10 @@ def test_bytes_and_words_against_whole_numbers(group, dtype, by):
 
 @needs_compiler
 @pytest.mark.parametrize("group, dtype, groups", [(128, FP16, 7), (64, BF16, 1), (32, BF16, 7)])
-def test_compiled_as_eager(group, dtype, groups, by):
-    for unit in (BYTES, WORDS):
-        by(unit)
-        for weights, w in matrices(8, groups * group, group).items():
-            for name, x in rows(groups * group, group, dtype).items():
-                assert same(compiled(exact_gemv)(x, *w), exact_gemv(x, *w)), (unit, weights, name)
+def test_compiled_as_eager(group, dtype, groups):
+    for weights, w in matrices(8, groups * group, group).items():
+        for name, x in rows(groups * group, group, dtype).items():
+            assert same(compiled(exact_gemv)(x, *w), exact_gemv(x, *w)), (weights, name)
 
 
 @pytest.mark.parametrize("group, dtype", CASES)
@@ -98,13 +86,11 @@ def test_a_processor_that_flushes_what_is_subnormal_to_zero(dtype):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_what_is_not_finite_makes_all_of_it_nan(value, dtype, by):
-    for unit in (BYTES, WORDS):
-        by(unit)
-        for w in matrices(8, 256, 64).values():
-            for x in rows(256, 64, dtype).values():
-                x[0, 100] = value
-                assert exact_gemv(x, *w).isnan().all()
+def test_what_is_not_finite_makes_all_of_it_nan(value, dtype):
+    for w in matrices(8, 256, 64).values():
+        for x in rows(256, 64, dtype).values():
+            x[0, 100] = value
+            assert exact_gemv(x, *w).isnan().all()
 
 
 @pytest.mark.parametrize("columns, group", [(4096, 128), (4096, 64), (4096, 32), (14336, 128)])
@@ -129,25 +115,22 @@ def test_silu_of_every_number_of_16_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_an_expert_of_one_row(dtype, by):
-    """By bytes, by words, and step by step; close to what several rows make of it."""
+def test_an_expert_of_one_row(dtype):
+    """As step by step; close to what several rows make of it."""
     expert, x = an_expert(64), torch.randn(1, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
     gate, up = reference(x, expert.w13.q, expert.w13.scale, expert.w13.zero).chunk(2, -1)
     h = torch.nn.functional.silu(gate.to(dtype).double()).float() * up
     expected = reference(h, expert.w2.q, expert.w2.scale, expert.w2.zero).to(dtype)
-    for unit in (BYTES, WORDS):
-        by(unit)
-        y = expert(x)
-        assert y.dtype == dtype and same(y, expected)
+    y = expert(x)
+    assert y.dtype == dtype and same(y, expected)
     several = expert(x.repeat(2, 1))[0].float()
     assert (y[0].float() - several).norm() <= (0.01 if dtype == BF16 else 2e-3) * several.norm()
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_a_compiled_expert(dtype, by):
+def test_a_compiled_expert(dtype):
     """As a decode step runs it, whole and one of several; and as a prompt does, matrix by matrix."""
-    by(WORDS if dtype == BF16 else BYTES)
     eager, fused = an_expert(32), an_expert(32, compile=True)
     inputs = [*rows(256, 32, dtype).values(), torch.full((1, 256), torch.nan, dtype=dtype)]
     for x in inputs:

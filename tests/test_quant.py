@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duoserve.errors import UserError
-from duoserve.quant import PackedLinear, dequantize, group_size, gemv, laid_out, pack, unpack
+from duoserve.quant import PackedLinear, dequantize, group_size, gemv, pack, unpack
 from duoserve.quantize import quantize
 
 GROUPS = (128, 64, 32)
@@ -99,15 +99,13 @@ def test_columns_that_no_group_divides_are_refused_by_name():
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype, tolerance",
                          [(torch.float32, 2e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance, monkeypatch):
+def test_one_row_and_many_rows_are_the_same_product(group, dtype, tolerance):
     w, x = quantize(gaussian(80, 256), group), gaussian(5, 256, seed=3).to(dtype)
     exact = x.double() @ dequantize(*w).double().T
     linear = PackedLinear(256, 80)
     linear.q, linear.scale, linear.zero = w
-    for unit in (torch.uint8, torch.int32):             # what the CPU meets x with, and CUDA
-        monkeypatch.setattr("duoserve.quant.laid_out", lambda x, _: laid_out(x, unit))
-        for y in (linear(x), torch.cat([linear(row[None]) for row in x])):
-            assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
+    for y in (linear(x), torch.cat([linear(row[None]) for row in x])):
+        assert y.dtype == dtype and (y.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 def test_packed_linear_takes_any_leading_shape_and_splits_large_matrices(monkeypatch):
@@ -140,16 +138,14 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                     reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("unit", [torch.uint8, torch.int32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_one_row_product_does_not_unpack_the_matrix(unit, dtype, monkeypatch):
+def test_compiled_one_row_product_does_not_unpack_the_matrix(dtype):
     from torch._inductor.utils import run_and_get_code
     rows, columns = 512, 1024
     w, x = quantize(gaussian(rows, columns), 128, iterations=1), gaussian(1, columns, seed=5).to(dtype)
-    monkeypatch.setattr("duoserve.quant.laid_out", lambda x, _: laid_out(x, unit))
     torch._dynamo.reset()                   # so that the product behind the wall is compiled here too
     y, code = run_and_get_code(torch.compile(gemv, dynamic=False), x, *w)
     assert len(code) == 2 and torch.allclose(y, gemv(x, *w), rtol=1e-4, atol=1e-3)
     buffers = [eval(shape) for shape in re.findall(r"empty_strided\w*\((\([\d, ]*\))", "".join(code))]
     assert buffers, "the generated code allocates nothing: is it read rightly?"
-    assert max(torch.Size(shape).numel() for shape in buffers) < rows * columns / 16, buffers
+    assert max(torch.Size(shape).numel() for shape in buffers) < rows * columns / 64, buffers

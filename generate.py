@@ -19,7 +19,7 @@ def make_parser() -> Parser:
                         help="the text to continue; on a terminal it is shown in front of what comes")
     prompt.add_argument("--prompt-file", "-f", metavar="F", help="it from a file, or - for standard input")
     parser.shared("--model -m", "--device", "--dtype", "--gpu-memory", "--host-memory", "--predictor",
-                  "--threads -t", "--simulate-link", "--json")
+                  "--host-threads", "--threads -t", "--simulate-link", "--simulate-host", "--json")
     add("--chat", action="store_true",
         help="the prompt is a message to an instruct model: the [INST] template (default: text to continue)")
     add("--interactive", action="store_true",

@@ -5,14 +5,14 @@ two ways, `demand` (needed now: sent whole, at once) and `plan` (guesses in orde
 as the lane has room), and answers one question, `victim`: which slot to give up for a newcomer.
 """
 
-import math
 from contextlib import suppress
 from dataclasses import dataclass
 
 from .errors import UserError
 from .link import Key, LinkError, Transfer
 
-LAUNCHED = -1                               # in place of a slot: the device has found the expert by itself
+# In place of a slot: the device has found the expert by itself; the host has computed it.
+LAUNCHED, HOST = -1, -2
 
 
 @dataclass(slots=True, eq=False)
@@ -32,12 +32,13 @@ class Slot:
 
 @dataclass
 class Counts:
-    """What happened since `serve`: every access is a hit, a used prefetch, or a miss."""
+    """What happened since `serve`: every access is a hit, a used prefetch, a miss, or the host's."""
 
     hits: int = 0
     misses: int = 0
     prefetched: int = 0                     # guesses whose first chunk moved
     prefetched_used: int = 0
+    host_experts: int = 0
     in_time: int = 0                        # of hits and used prefetches: was there when it was routed to
     wasted: float = 0.0                     # guesses evicted or dropped before a use, in experts' bytes
     bytes_moved: int = 0
@@ -56,18 +57,18 @@ class GPUExpertCache:
         # computing by itself, of a layer that is enqueued and whose routing the host has not read.
         self.needed: set[Key] = set()
         self.launched: set[Key] = set()
-        self.scheduler = None
+        self.scheduler, self.host = None, None
         self.blocked: Transfer | None = None                        # a guess that found no slot to take
         self.sent = 0                       # transfers fully enqueued so far
         self.counts = Counts()
         self.log: list[Transfer] | None = None                      # what moved, for the timeline
         lane.fed_by(self.pump)
 
-    def serve(self, scheduler) -> None:
+    def serve(self, scheduler, host=None) -> None:
         """Another phase, or another request: what is here already is there for free, and counting starts
-        again."""
-        self.scheduler, self.counts = scheduler, Counts()
-        self.since, self.before = self.lane.now(), (self.lane.busy, self.lane.carried)
+        again. A `host` may compute what is missing."""
+        self.scheduler, self.host, self.counts = scheduler, host, Counts()
+        self.since = self.lane.now()
         for slot in self.slots:
             if slot.transfer is not None:
                 slot.transfer.counted = True
@@ -76,10 +77,13 @@ class GPUExpertCache:
                 transfer.asked = self.since
 
     def transfer_s(self) -> float:
-        """Seconds of the link that an expert takes, as measured since `serve`; infinity before anything has
-        arrived."""
-        busy, carried = self.lane.busy - self.before[0], self.lane.carried - self.before[1]
-        return busy * self.expert_bytes / carried if carried else math.inf
+        """Seconds of the link that an expert takes."""
+        return self.lane.seconds_of(self.expert_bytes)
+
+    def missing_s(self, key: Key) -> float:
+        """Seconds of the link that the rest of an expert takes."""
+        slot = self.slot_of.get(key)
+        return self.lane.seconds_of(self.expert_bytes - (slot.transfer.sent if slot else 0))
 
     def link_use(self) -> float:
         """The share of the time since `serve` that the link takes for what was used: with 1 it has none to
@@ -92,15 +96,19 @@ class GPUExpertCache:
         slot = self.slot_of.get(key)
         return slot is not None and slot.transfer.sent == slot.transfer.size
 
+    def here(self, key: Key) -> bool:
+        """All of it has arrived, as far as the host has seen."""
+        slot = self.slot_of.get(key)
+        return slot is not None and slot.whole and self.lane.arrived(slot.transfer)
+
     def launch(self, layer: int, experts: int) -> list[int]:
         """A layer is about to be enqueued, its routing unknown: the slots of its experts, LAUNCHED for what
         is not there."""
         row = [LAUNCHED] * experts
         for e in range(experts):
-            slot = self.slot_of.get((layer, e))
-            if slot is not None and slot.whole and self.lane.arrived(slot.transfer):
-                self.launched.add(slot.key)
-                row[e] = slot.index
+            if self.here((layer, e)):
+                self.launched.add((layer, e))
+                row[e] = self.slot_of[layer, e].index
         return row
 
     def require(self, keys: list[Key]) -> None:
@@ -197,6 +205,16 @@ class GPUExpertCache:
             self.lane.used([slot.index])
         self.reconsider()
 
+    def leave(self, keys: list[Key]) -> None:
+        """The host computes these: what has begun to move of them stops."""
+        for key in keys:
+            self.needed.discard(key)
+            guess = next((transfer for transfer in self.queue if transfer.key == key), None)
+            if guess is not None:
+                self.queue.remove(guess)
+                self._drop(guess)
+        self.counts.host_experts += len(keys)
+
     def drop(self, key: Key) -> None:
         """Empty an expert's slot, unless it is pinned."""
         slot = self.slot_of.get(key)
@@ -224,6 +242,8 @@ class GPUExpertCache:
         self.needed.clear()
         self.launched.clear()
         self.lane.abandon()
+        if self.host is not None:
+            self.host.abandon()
         for slot in self.slots:
             slot.pinned = False
             if not slot.whole or self.slot_of.get(slot.key) is not slot:

@@ -22,8 +22,9 @@ from .cache import Counts, GPUExpertCache
 from .errors import UserError, format_bytes, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .history import History
+from .host import Host, HostError, SimulatedHost, compiled_experts, on_threads
 from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
-from .machine import can_compile, enough_memory, set_threads
+from .machine import can_compile, enough_memory, set_threads, usable_cpus
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Mixtral, padded
 from .options import EngineOptions, SamplingParams, as_ids, check_context
@@ -35,6 +36,10 @@ from .sampling import sample
 from .step import DecodeStep
 from .store import ExpertStore, choose_kept, most_used
 from .tokenizer import TextStream
+
+
+HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
+HOST_HELPS = 4                              # an expert may take so many times as long there as on the link
 
 
 @dataclass
@@ -54,6 +59,8 @@ class Stats:
     bytes_moved: int
     peak_device_bytes: int
     link_busy_fraction: float
+    host_experts: int                       # accesses computed on the host: neither hits nor misses
+    host_busy_fraction: float
     bytes_from_disk: int                    # of those moved (with --host-memory)
     prompt_tokens_kept: int                 # not prefilled: their keys and values were there
 
@@ -130,6 +137,7 @@ class Engine:
         self.result: Generation | None = None
         self.kv_written = 0                 # positions of the KV cache that hold anything
         self.load_s = 0.0
+        self.host: Host | SimulatedHost | None = None
         set_threads(options.threads, packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
@@ -162,7 +170,9 @@ class Engine:
         self.store = store
         with enough_memory():
             self._load(compiled)
+            self.host = self._make_host(compiled)
             self.fill_slots()
+            self._await_host()
         self.load_s = time.perf_counter() - began
 
     def _load_predictor(self) -> Predictor | None:
@@ -237,6 +247,56 @@ class Engine:
         rate = self.options.simulate_link or 0
         return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
 
+    def _make_host(self, compiled: bool) -> Host | SimulatedHost | None:
+        """What computes missing experts beside the link, if anything may. (It is not ready yet.)"""
+        options, c, packed, store, dtype = self.options, self.config, self.packed, self.store, self.dtype
+        layout = packed.layout
+        cuda, asked = self.device.type == "cuda", options.host_threads != "auto"
+        threads = options.host_threads if asked else usable_cpus() - 1
+        if not store.blocks or not threads or not (cuda or asked or options.simulate_host):
+            return None
+        if cuda and (not compiled or dtype == torch.float32):
+            if asked:
+                print("note: --host-threads: the host has a GPU's bits in compiled code and a 16-bit dtype "
+                      "alone; it computes nothing", file=sys.stderr)
+            return None
+        keys, x = list(store.blocks), torch.zeros(1, c.hidden_size, dtype=dtype, device="cpu")
+
+        def prepare():                      # (it knows the store, but not the engine: that must be let go)
+            if cuda:
+                compute, counts = compiled_experts(layout, store.blocks, dtype), {threads, -(-threads // 2)}
+            else:
+                linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
+                slots = ExpertSlots(c, layout, store.stacked, linear, compiled)
+                index, counts = {key: i for i, key in enumerate(keys)}, {torch.get_num_threads()}
+                compute = lambda key, x, out: out.copy_(slots[index[key]](x)[0])
+            return compute, on_threads(compute, keys, x, counts)
+
+        host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare)
+        host.pump = self.cache.pump
+        if not options.simulate_host:
+            return host
+        return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, host)
+
+    def _await_host(self) -> None:
+        """Until the host is ready, but not for long; the link is kept at work, as what an expert takes on the
+        host is measured meanwhile. (It takes a minute to compile for the first time.)"""
+        until, pause = time.perf_counter() + HOST_WAIT, 0 if self.device.type == "cuda" else HOST_WAIT
+        while self.host is not None and not self.host.ready.wait(pause):
+            if time.perf_counter() > until:
+                print("note: the host's own code is being compiled, once: a minute or so; until then it "
+                      "computes no experts", file=sys.stderr)
+                break
+            self.cache.empty()
+            self.fill_slots()
+
+    def _decoding_host(self) -> Host | SimulatedHost | None:
+        """The host, if it is ready and worth its while on this machine, or if it was asked for."""
+        host, asked = self.host, self.options.host_threads != "auto" or self.options.simulate_host
+        if host is None or not host.ready.is_set() or not host.helps():
+            return None
+        return host if asked or host.seconds() <= HOST_HELPS * self.cache.transfer_s() else None
+
     def _warm_up(self, expert) -> None:
         """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling,
         and a step."""
@@ -291,7 +351,8 @@ class Engine:
         self.kv_written = kept
         forecast = Forecast(history, self.predictor, c.num_experts_per_tok)
         sequence.schedulers = schedulers(self.policy, self.cache, history, forecast, len(prompt) - kept)
-        self.cache.lane.busy = 0.0
+        for worker in filter(None, (self.cache.lane, self.host)):
+            worker.busy = 0.0
         self.cache.serve(sequence.schedulers[0])
         sequence.prefill = self.cache.counts
         return sequence
@@ -310,6 +371,9 @@ class Engine:
             if isinstance(error, LinkError):
                 raise UserError(f"an expert could not be copied to {self.device} ({error}); the request is "
                                 "dropped, the engine can be used again") from error
+            if isinstance(error, HostError):
+                raise UserError(f"the host could not compute an expert ({error}); the request is dropped, "
+                                "the engine can be used again; --host-threads 0 does without") from error
             raise
 
     def _prefill(self, tokens: Tensor, start: int) -> Tensor:
@@ -339,7 +403,7 @@ class Engine:
                 hidden = self._prefill(tokens[:1] if decode else tokens, 0)
                 out = [self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)]
                 if decode:
-                    self.cache.serve(self.sequence.schedulers[1])
+                    self.cache.serve(self.sequence.schedulers[1], self._decoding_host())
                     out += (self._decode(tokens[i:i + 1], i).cpu().clone()[None] for i in range(1, len(ids)))
                 return torch.cat(out)
             finally:
@@ -381,12 +445,12 @@ class Engine:
             try:
                 logits = self.model.head(self._prefill(tokens[sequence.kept:], sequence.kept)[-1:])[0].float()
                 sequence.position = n
-                self.cache.serve(sequence.schedulers[1])             # what prefill left is decode's
+                self.cache.serve(sequence.schedulers[1], self._decoding_host())     # what prefill left is its
                 sequence.decode = self.cache.counts
                 while True:
                     token = sample(logits, params, generator).view(1)
                     lane = self.cache.lane
-                    token_id = int(lane.read(lane.fetch(token.float()))[0])         # (exact below 2^24)
+                    token_id = int(lane.read(lane.fetch(token.float())))            # (exact below 2^24)
                     now = time.perf_counter()
                     sequence.first = sequence.first or now
                     if token_id < 0:
@@ -426,6 +490,8 @@ class Engine:
             prefetched=d.prefetched, prefetched_used=d.prefetched_used, in_time=d.in_time,
             bytes_moved=s.prefill.bytes_moved + s.decode.bytes_moved, peak_device_bytes=self.peak_bytes(),
             link_busy_fraction=min(1.0, self.cache.lane.busy / max(end - s.arrived, 1e-9)),
+            host_experts=d.host_experts,
+            host_busy_fraction=min(1.0, (self.host.busy if self.host else 0.0) / max(end - s.arrived, 1e-9)),
             bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
 
     def peak_bytes(self) -> int:

@@ -28,7 +28,11 @@ SHARED = {                                  # flags that several programs have, 
                     "help": "what duo predicts with (default: the model's own, if it has one)"},
     "--threads": {"type": int, "metavar": "N", "help": "that compute on the CPU (default: one for a small "
                   "model, else one a core; or what OMP_NUM_THREADS says)"},
+    "--host-threads": {"default": "auto", "metavar": "N|auto", "help": "that compute missing experts beside "
+                       "a GPU; 0 never (default: all but one, if that helps here; on the CPU 0)"},
     "--simulate-link": {"metavar": "SIZE/s", "help": "simulate a link of this speed: 25GB/s (default: no)"},
+    "--simulate-host": {"metavar": "SIZE/s", "help": "and, on a CPU, a host that computes missing experts "
+                        "at this speed (default: no)"},
     "--json": {"action": "store_true", "help": "one JSON object on standard output (default: text)"},
 }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import LAUNCHED, GPUExpertCache
+from .cache import HOST, LAUNCHED, GPUExpertCache
 from .config import MixtralConfig
 from .history import Routing
 from .model import Expert
@@ -84,7 +84,7 @@ class StreamedExperts:
 
     def begin_layer(self, layer: int) -> None:
         if layer == 0:
-            self.scheduler.begin_step(self.lane.read(self.fetched.pop(0)) if self.decoding else None)
+            self.scheduler.begin_step(self.lane.read(self.fetched.pop(0)).tolist() if self.decoding else None)
         self.mark()
         self.scheduler.begin_layer(layer)
 
@@ -99,32 +99,41 @@ class StreamedExperts:
         self._span("expert", layer)
 
     def fetch(self, layer: int, numbers: Tensor) -> None:
-        """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`."""
+        """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`, and in decode
+        behind them the bytes of what its experts are to be given."""
         self.fetched.append(self.lane.fetch(numbers))
         self._span("attention", layer)
 
     def read(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None) -> Routing:
         """The oldest routing on its way. Without `rows` those of a single token, from its numbers."""
         E, K = self.config.num_local_experts, self.config.num_experts_per_tok
+        n = E + 2 * K + E * min(2, self.config.num_hidden_layers - layer)
         if self.recorder is not None:
-            logits, *lookahead = rows or numbers[E + 2 * K:].split(E)
+            logits, *lookahead = rows or numbers[E + 2 * K:n].split(E)
             self._record("router", layer, logits)
             for ahead in lookahead:
                 self._record("lookahead", layer + 1, ahead)
-        return Routing.unpack(self.lane.read(self.fetched.pop(0)), E, K)
+        read = self.lane.read(self.fetched.pop(0))
+        if self.cache.host is not None:
+            self.cache.host.take(read[n:])
+        return Routing.unpack(read[:n].tolist(), E, K)
 
     def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None]) -> Routing:
         self.fetch(layer, numbers)
         return self.read(layer, numbers, rows)
 
     def ready(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
-        """(expert, slot) of every expert with a token, as the scheduler has it ready."""
+        """(expert, place) of every expert with a token, as the scheduler has it ready."""
         with closing(self.scheduler.experts(layer, routing)) as ready:
-            for e, slot in ready:
+            for e, place in ready:
                 self.mark()
-                yield e, slot
-                if slot != LAUNCHED:
+                yield e, place
+                if place not in (LAUNCHED, HOST):
                     self._span(f"expert {e}", layer)
+
+    def answer(self, layer: int, expert: int) -> Tensor:
+        """[D], on the host: what came of an expert that it has computed."""
+        return self.cache.host.answer((layer, expert))
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
         """The same, as experts to compute with."""

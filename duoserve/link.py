@@ -24,6 +24,7 @@ Key = tuple[int, int]                       # (layer, expert)
 AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
 HOST_TO_DEVICE = 1                          # cudaMemcpyKind
 IN_FLIGHT = 2                               # chunks of speculation
+PACE = 0.1                                  # weight of the newest copy in the link's running mean
 PCIE = 25e9                                 # bytes a second: what a GPU's link is taken to move, at least
 
 
@@ -116,7 +117,7 @@ class SimulatedLane:
         self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
         self.now = clock.now
         self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # of the latest chunks: when they are done
-        self.busy, self.carried = 0.0, 0                            # seconds so far, and bytes in them
+        self.busy = 0.0                     # seconds so far
 
     def fed_by(self, pump: Callable[[], None]) -> None:
         """`pump` sends what is due: called whenever the host waits."""
@@ -139,13 +140,21 @@ class SimulatedLane:
         if self.copy:
             self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         start = max(transfer.asked, self.ends[-1])
-        end = start + (nbytes / self.rate if self.rate else 0.0)
+        end = start + self.seconds_of(nbytes)
         self.ends.append(end)
-        self.busy, self.carried = self.busy + end - start, self.carried + nbytes
+        self.busy += end - start
         transfer.spans.append((start, end))
         if transfer.sent + nbytes == transfer.size:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
+
+    def free_at(self) -> float:
+        """When all that is enqueued has been sent."""
+        return max(self.now(), self.ends[-1])
+
+    def seconds_of(self, nbytes: int) -> float:
+        """How long the link takes for so many."""
+        return nbytes / self.rate if self.rate else 0.0
 
     def arrived(self, transfer: Transfer) -> bool:
         """Is all of it there, as far as the host has seen?"""
@@ -163,10 +172,10 @@ class SimulatedLane:
         """Begin to copy a few numbers from the device to the host: what `read` takes."""
         return values
 
-    def read(self, fetched: torch.Tensor) -> list[float]:
-        """The numbers; the lane is fed meanwhile."""
+    def read(self, fetched: torch.Tensor) -> torch.Tensor:
+        """The numbers, on the host, until others are fetched; the lane is fed meanwhile."""
         self.clock.pump()
-        return fetched.tolist()
+        return fetched
 
     def mark(self) -> float:
         """This moment of the computation; `seconds` says when it was, on the lane's clock."""
@@ -211,7 +220,8 @@ class CudaLane:
         self.events: list = []              # with a time, to be used again
         self.ring: list = []                # if needed: two pinned buffers, each with its last copy's event
         self.buffers = defaultdict(list)    # size -> free pinned buffers, for numbers on their way
-        self.busy, self.carried = 0.0, 0
+        self.busy = 0.0
+        self.pace, self.free = 1 / PCIE, 0.0                        # seconds a byte, lately; when all is sent
         self.origin = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(self.device)
         self.origin.record()
@@ -260,7 +270,9 @@ class CudaLane:
             self.flying.popleft()
             begin = self.epoch + self.origin.elapsed_time(start) / 1e3
             seconds = start.elapsed_time(end) / 1e3
-            self.busy, self.carried = self.busy + seconds, self.carried + nbytes
+            self.busy += seconds
+            self.pace += PACE * (seconds / nbytes - self.pace)
+            self.free = self.now() + self.seconds_of(sum(entry[3] for entry in self.flying))
             transfer.spans.append((begin, begin + seconds))
             self.events += [start] if transfer.arrived else [start, end]    # (the other is the transfer's)
 
@@ -278,9 +290,16 @@ class CudaLane:
             raise LinkError(str(error)) from error
         end.record(self.stream)
         self.flying.append((start, end, transfer, nbytes))
+        self.free = self.free_at() + self.seconds_of(nbytes)
         if transfer.sent + nbytes == transfer.size:
             transfer.loaded = end           # before it counts as whole: an interruption may come in between
         transfer.sent += nbytes
+
+    def free_at(self) -> float:
+        return max(self.now(), self.free)
+
+    def seconds_of(self, nbytes: int) -> float:
+        return nbytes * self.pace
 
     def timed_event(self) -> torch.cuda.Event:
         return self.events.pop() if self.events else torch.cuda.Event(enable_timing=True)
@@ -307,12 +326,13 @@ class CudaLane:
         copied.record(self.compute)
         return buffer, copied
 
-    def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> list[float]:
+    def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> torch.Tensor:
         buffer, copied = fetched
         while not copied.query():
             self.pump()
+            time.sleep(0)                   # (whoever else wants the interpreter has it)
         self.buffers[len(buffer)].append(fetched)
-        return buffer.tolist()
+        return buffer
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)

@@ -20,6 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
           "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.float16}
 KINDS = {Integral: "a whole number", Real: "a number", str: "str", Path: "Path", bool: "bool"}
 MOST_THREADS = 1024
+SPEED = "not a speed; write it like 25GB/s"
 LARGEST = 1e30                              # beyond any sense, within a float32
 
 
@@ -43,10 +44,11 @@ class EngineOptions:
     `host_memory`: likewise, for the experts used most, the others being read from the disk (None: all are
     kept); `context`: prompt and new tokens (None: the model's, 4096 at most); `predictor`: a file, 'none', or
     None for the model's own; `compile`: None for yes on CUDA alone; `threads`: of torch in this process, for
-    what is computed on the CPU (None: as many as gain something); `simulate_link`: bytes a second, or
-    '25GB/s'.
+    what is computed on the CPU (None: as many as gain something); `host_threads`: those that compute missing
+    experts beside a GPU, or 'auto': all but one, if that helps; `simulate_link`, `simulate_host`: bytes a
+    second, or '25GB/s'.
 
-    Afterwards `device`, `dtype` and `simulate_link` are what torch and the lane understand.
+    Afterwards `device`, `dtype` and the speeds are what torch, lane and host understand.
     """
 
     device: torch.device | str | None = None
@@ -59,7 +61,9 @@ class EngineOptions:
     predictor: str | Path | None = None
     compile: bool | None = None
     threads: int | None = None
+    host_threads: int | str = "auto"
     simulate_link: float | str | None = None
+    simulate_host: float | str | None = None
 
     def __post_init__(self):
         for name, kinds, *allowed in (
@@ -67,8 +71,11 @@ class EngineOptions:
                 ("threads", Integral, 1, MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}"),
                 ("gpu_memory", (Integral, str)), ("host_memory", (Integral, str)), ("compile", bool),
                 ("predictor", (str, Path)), ("policy", (str, Path)),
-                ("simulate_link", (Real, str), 1e3, 1e15, "not a speed; write it like 25GB/s")):
+                ("simulate_link", (Real, str), 1e3, 1e15, SPEED),
+                ("simulate_host", (Real, str), 1e3, 1e15, SPEED)):
             check(self, name, kinds, *allowed)
+        if self.host_threads != "auto":
+            self.host_threads = whole_threads(self.host_threads)
         load_policy(self.policy)
         self.device = check_device(self.device)
         self.dtype = check_dtype(self.dtype, self.device)
@@ -77,8 +84,11 @@ class EngineOptions:
                 parse_amount(amount, 10**12, flag)
         if self.predictor not in (None, "none"):
             check_exists(self.predictor)
-        if isinstance(self.simulate_link, str):
-            self.simulate_link = parse_rate(self.simulate_link, "--simulate-link")
+        for name in ("simulate_link", "simulate_host"):
+            if isinstance(rate := getattr(self, name), str):
+                setattr(self, name, parse_rate(rate, f"--{name.replace('_', '-')}"))
+        if self.simulate_host and (self.device.type != "cpu" or not self.simulate_link):
+            raise UserError("--simulate-host: goes with --device cpu and --simulate-link")
 
     def budget(self, model_bytes: int) -> int | None:
         """Bytes of the device that may be used; None: no bound but the number of slots."""
@@ -106,6 +116,13 @@ class SamplingParams:
         check(self, "top_k", Integral, 1, LARGEST, "at least 1")
         check(self, "top_p", Real, sys.float_info.min, 1, "above 0, at most 1")
         check(self, "seed", Integral, 0, 2**64 - 1, "a number from 0 to 2^64 - 1")
+
+
+def whole_threads(threads: int | str) -> int:
+    text = str(threads)
+    if not text.isdecimal() or int(text) > MOST_THREADS:
+        raise UserError(f"--host-threads {threads}: auto, or a whole number up to {MOST_THREADS} (0: never)")
+    return int(text)
 
 
 def check_device(device: torch.device | str | None) -> torch.device:

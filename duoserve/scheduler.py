@@ -6,12 +6,12 @@ and learns which only when it reads the router: it fetches what is missing first
 time (DuoServe-MoE, arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 """
 
-from itertools import islice
+from itertools import islice, product
 from typing import Iterator
 
 import numpy as np
 
-from .cache import GPUExpertCache, Slot
+from .cache import HOST, GPUExpertCache, Slot
 from .errors import UserError
 from .history import History, Routing
 from .link import Key
@@ -24,6 +24,7 @@ BEYOND = 4                                  # guesses that decode makes beyond t
 MARGIN = 2                                  # each worth this many times what it evicts (it costs host time)
 BUSY = 0.97                                 # share of its time in use at which the link has none to spare
 THOUGHT = 3e-4                              # seconds; a shorter transfer is over before it is predicted
+LINK_WORTH = 0.6                            # of a second of the link: it brings guesses if it need not fetch
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
@@ -33,6 +34,8 @@ class ExpertScheduler:
     One is made for each phase of a request: `tokens` are those of its prompt. It is given to the cache
     (`GPUExpertCache.serve`) before it is used.
     """
+
+    link_worth = 0.0
 
     def __init__(self, cache: GPUExpertCache, history: History, forecast: Forecast, tokens: int):
         self.cache, self.history, self.forecast, self.tokens = cache, history, forecast, tokens
@@ -55,20 +58,28 @@ class ExpertScheduler:
         self.cache.pump()
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
-        """Yields (expert, slot) of each expert with a token as it is ready; pinned until resumed or closed.
-        The slot is LAUNCHED where the device has been told to compute it already."""
+        """Yields (expert, place) of each expert with a token as it is ready. The place is a slot, pinned
+        until resumed or closed; LAUNCHED where the device has been told to compute it already; or HOST, where
+        the host has computed it."""
         self.history.observe(layer, routing)
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         cache.require(remaining)
         self.on_routing(layer, routing)
+        on_host = self.for_host(remaining) if cache.host is not None else []
+        if on_host:
+            cache.leave(on_host)
+            cache.host.submit(on_host)
+            remaining = [key for key in remaining if key not in on_host]
         planned = False
         try:
-            while remaining:
+            while True:
                 for key in self.to_demand(remaining):               # as many as fit, before any guess
                     cache.demand(key)
                 if not planned:
                     self.plan_prefetch(layer, routing)
                     planned = True
+                if not remaining:
+                    break
                 # The lane delivers in the order of asking, so the oldest transfer is the next to be ready.
                 ready = list(filter(cache.resident, remaining))
                 if not ready:
@@ -81,11 +92,39 @@ class ExpertScheduler:
                 finally:
                     cache.release(key)
                 remaining.remove(key)
-                self.uses += 1
-                self.last_used[key] = self.uses
-                self.on_expert_done(key)
+                self._done(key)
+            for key in on_host:             # (last: what the device can be told is told meanwhile)
+                cache.host.wait(key)
+                yield key[1], HOST
+                self._done(key)
         finally:
             cache.needed.difference_update(remaining)
+
+    def _done(self, key: Key) -> None:
+        self.uses += 1
+        self.last_used[key] = self.uses
+        self.on_expert_done(key)
+
+    def for_host(self, keys: list[Key]) -> list[Key]:
+        """Which of the experts that a layer needs the host computes. Of all ways to divide what is missing
+        between link and host: the one that is soonest done, link time being worth something in itself."""
+        cache, lane, host = self.cache, self.cache.lane, self.cache.host
+        absent = [key for key in keys if not cache.resident(key)]
+        if not any(map(host.has, absent)) or cache.transfer_s() <= THOUGHT:
+            return []
+        now, each = lane.now(), host.seconds()
+        link_free, host_free = lane.free_at() - now, host.free_at() - now
+        left = {key: cache.missing_s(key) for key in absent}
+        there = all(cache.here(key) for key in keys if key not in left)
+
+        def cost(chosen: list[Key]) -> float:
+            on_link = [left[key] for key in absent if key not in chosen]
+            link_done = link_free + sum(on_link) if on_link or not there else 0.0
+            host_done = host_free + len(chosen) * each if chosen else 0.0
+            return max(link_done, host_done) + self.link_worth * sum(on_link)
+
+        ways = product(*(([], [key]) if host.has(key) else ([],) for key in absent))
+        return min((sum(way, []) for way in ways), key=cost)
 
     def on_routing(self, layer: int, routing: Routing) -> None:
         """A layer's routing is known, and nothing has been demanded yet."""
@@ -177,6 +216,8 @@ class PrefillScheduler(ExpertScheduler):
 class DecodeScheduler(ExpertScheduler):
     """Fetches what is missing, then what the forecast says of the next layer, then, if the link has time to
     spare, of those after it; evicts what is likeliest to lie idle longest."""
+
+    link_worth = LINK_WORTH
 
     def __init__(self, *of_request):
         super().__init__(*of_request)

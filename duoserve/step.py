@@ -19,7 +19,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .cache import LAUNCHED
+from .cache import HOST, LAUNCHED
 from .model import Mixtral, combine_experts, key_sizes, padded, rope_table
 from .quant import compiled
 
@@ -42,8 +42,12 @@ class DecodeStep:
         self.h, self.x, self.expert_out = new(1, D), new(1, D), new(1, K, D)
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
         self.lookahead = new(E, dtype=torch.float32)                                # of layer 0
-        # What the host reads of a layer (the last has no lookahead), and what it tells it: its slots.
-        self.numbers = [new(n * E + 2 * K, dtype=torch.float32) for n in [3] * (layers - 1) + [2]]
+        # What the host reads of a layer: numbers (the last has no lookahead), and behind them x, whose
+        # experts it may compute; and what it tells the device: the layer's slots.
+        sizes = [n * E + 2 * K for n in [3] * (layers - 1) + [2]]
+        self.report = [new(n + D * kv.itemsize // 4, dtype=torch.float32) for n in sizes]
+        self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
+                        for n, report in zip(sizes, self.report)]
         self.table = [new(E, dtype=torch.long) for _ in range(layers)]
         self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
         self.capturing = compile and device.type == "cuda"
@@ -110,7 +114,7 @@ class DecodeStep:
         if not self.capturing:
             source.begin_layer(i)
             run()
-            source.fetch(i, self.numbers[i])
+            source.fetch(i, self.report[i])
             return False
         row = source.launch(i)
         if row != self.known[i]:            # (the old row's copy is over: what came after it is read)
@@ -119,7 +123,7 @@ class DecodeStep:
             self.table[i].copy_(self.rows[i], non_blocking=True)
             self.known[i] = row
         run()
-        source.fetch(i, self.numbers[i])
+        source.fetch(i, self.report[i])
         if any(slot != LAUNCHED for slot in row):
             source.mark()
             self.present()
@@ -131,11 +135,14 @@ class DecodeStep:
         for i in range(first, end):
             if self.capturing:
                 source.begin_layer(i)
-            routing = source.read(i, self.numbers[i])
+            routing = source.read(i, self.report[i])
             with closing(source.ready(i, routing)) as ready:
-                for e, slot in ready:
-                    if slot != LAUNCHED:
-                        self.compute(slot, routing.ids.index(e))
+                for e, place in ready:
+                    rank = routing.ids.index(e)
+                    if place == HOST:
+                        self.expert_out[0, rank].copy_(source.answer(i, e), non_blocking=True)
+                    elif place != LAUNCHED:
+                        self.compute(place, rank)
             source.end_layer(i)
         return end
 
@@ -158,7 +165,7 @@ class DecodeStep:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
         self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position, self.table[i],
-                       self.h, self.x, self.weights, self.numbers[i], self.chosen)
+                       self.h, self.x, self.weights, *self.numbers[i], self.chosen)
 
     def _present(self) -> None:
         self.slots.run(self.chosen, self.x, self.expert_out[0])
@@ -171,10 +178,12 @@ class DecodeStep:
         self.logits.copy_(self.model.head(h)[0])
 
 
-def run_layer(layer, following, expert_out, rope, k, v, position, table, h, x, weights, numbers, chosen):
+def run_layer(layer, following, expert_out, rope, k, v, position, table, h, x, weights, numbers, x_read,
+              chosen):
     """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values
-    and the last five are written."""
+    and the last six are written."""
     h_in = combine_experts(h, weights, expert_out)
     *out, ids = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
     for buffer, value in zip((h, x, weights, numbers, chosen), (*out, table[ids[0]].clamp(min=0))):
         buffer.copy_(value)
+    x_read.copy_(out[1])

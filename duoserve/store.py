@@ -74,7 +74,8 @@ class ExpertStore:
             raise UserError(f"{model.directory}: {format_bytes(total)} of host memory for its experts cannot "
                             f"be had ({error.strerror}); ask for less with --host-memory") from None
         self.bytes = np.frombuffer(self.memory, np.uint8, total).reshape(len(kept), stride)[:, :self.nbytes]
-        self.blocks = dict(zip(sorted(kept), torch.from_numpy(self.bytes).unbind()))
+        self.stacked = torch.from_numpy(self.bytes)
+        self.blocks = dict(zip(sorted(kept), self.stacked.unbind()))
 
         def load(key):
             model.read_expert(*key, self.blocks[key].numpy())

@@ -27,7 +27,7 @@ def test_every_policy_at_two_sizes_and_then_all_resident(gpu, hasty, tmp_path):
     first, *rows, resident = result["rows"]
     assert first["link_GB_s"] == 1.0
     host = [r for r in rows if r["policy"] == "host"]               # microseconds of its parts, once a size
-    assert len(host) == 2 and all(r["think_us"] > 0 and r["enqueue_layers_us"] > 0 for r in host)
+    assert len(host) == 2 and all(r["plan_us"] > 0 and r["enqueue_layers_us"] > 0 for r in host)
     rows = [r for r in rows if r not in host]
     assert [r["policy"] for r in rows] == [*POLICIES] * 2 and resident["policy"] == "resident"
     assert rows[0]["cache_experts"] < rows[-1]["cache_experts"] < resident["cache_experts"] == 48

@@ -90,7 +90,8 @@ class Arrival:
 
 def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
     lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0, False)
-    lane.origin, lane.epoch, lane.busy, lane.carried, transfer.loaded = Arrival(), 0.0, 0.0, 0, ends[1]
+    lane.origin, lane.epoch, lane.busy, lane.pace, transfer.loaded = Arrival(), 0.0, 0.0, 0.0, ends[1]
+    lane.now = lambda: 0.0
     lane.flying, lane.events = deque((Arrival(), end, transfer, 1) for end in ends), []
     for end, arrived in zip(ends, (False, True)):
         end.done = True

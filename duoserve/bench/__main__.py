@@ -30,6 +30,7 @@ COMMANDS = {                                # name: what it calls, what it is, t
 MILLISECONDS = (                            # the defaults are those of `replay.Costs`
     ("--attention-ms", "A", "to compute a layer without its experts (default %(default)s)"),
     ("--expert-ms", "B", "to compute an expert (default %(default)s)"),
+    ("--host-expert-ms", "H", "that the host takes for an expert (default: it computes none)"),
     ("--predict-ms", "X", "that the trained predictor adds to a layer visit (default %(default)s)"),
     ("--prefill-attention-ms", "A", "for a prompt (default: --attention-ms x (1 + tokens / 128))"),
     ("--prefill-expert-ms", "B", "for a prompt (default: --expert-ms x (1 + its tokens / 128))"))
@@ -44,7 +45,8 @@ def schedule_flags(parser: Parser) -> None:
     add("--model", default=DEMO, metavar="DIR", help="a packed directory (default: weights/demo)")
     add("--model-config", metavar="FILE",
         help="a config.json instead of --model; without traces the routing is made up (default: none)")
-    add("--policies", nargs="+", metavar="P", help=f"default: all ({', '.join([*POLICIES, 'oracle'])})")
+    add("--policies", nargs="+", metavar="P", help=f"default: all ({', '.join([*POLICIES, 'oracle'])}; with "
+        "--host-expert-ms also host-only, which sends every miss there)")
     add("--cache-experts", nargs="+", metavar="N",
         help="slots for experts (default: for 10, 25, 40, 50 and 60 %% of them)")
     add("--gpu-memory", metavar="SIZE|PERCENT",
@@ -69,8 +71,8 @@ def schedule_flags(parser: Parser) -> None:
 
 def run_flags(parser: Parser) -> None:
     add = parser.add_argument
-    parser.shared("--model", "--predictor", "--gpu-memory", "--host-memory", "--device", "--threads",
-                  "--simulate-link", "--json")
+    parser.shared("--model", "--predictor", "--gpu-memory", "--host-memory", "--device", "--host-threads",
+                  "--threads", "--simulate-link", "--simulate-host", "--json")
     add("--policies", nargs="+", metavar="P", help=f"default: all ({', '.join(POLICIES)})")
     add("--cache-experts", nargs="+", metavar="N",
         help="slots for experts (default: as many as fit; on a CPU a quarter)")
@@ -83,7 +85,7 @@ def run_flags(parser: Parser) -> None:
 
 def gpu_flags(parser: Parser) -> None:
     add, share = parser.add_argument, number(float, 0, 1)
-    parser.shared("--device", "--simulate-link", "--json")
+    parser.shared("--device", "--host-threads", "--simulate-link", "--simulate-host", "--json")
     add("--shape", default="mixtral-8x7b", choices=gpu.SHAPES, metavar="NAME",
         help="mixtral-8x7b, mixtral-8x22b or tiny, which runs anywhere (default %(default)s)")
     add("--gpu-memory", nargs="+", metavar="SIZE|PERCENT",

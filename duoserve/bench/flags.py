@@ -32,7 +32,7 @@ def check_policies(policies: list[str], more: tuple[str, ...] = ()) -> None:
 def check_lists(args) -> None:
     """Make --cache-experts numbers, and undo what argparse does to `--policies lru tests/traces`: it takes
     the directory for one more policy."""
-    for words, known in ((args.policies, (*POLICIES, "oracle")), (args.cache_experts, ())):
+    for words, known in ((args.policies, (*POLICIES, "oracle", "host-only")), (args.cache_experts, ())):
         if len(words or ()) > 1 and not getattr(args, "traces", "none here") and words[-1] not in known:
             word = words[-1]
             if Path(word).is_dir() or "/" in word and not word.endswith(".py"):

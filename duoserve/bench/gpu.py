@@ -33,6 +33,7 @@ from ..config import MixtralConfig
 from ..engine import Engine
 from ..errors import UserError, parse_amount, parse_rate
 from ..experts import StreamedExperts
+from ..machine import usable_cpus
 from ..model import Layer
 from ..options import EngineOptions, check_device
 from ..packed import ModelShapes
@@ -41,7 +42,7 @@ from ..scheduler import DecodeScheduler
 from ..store import ExpertStore
 from ..training import measure_affinity, train
 from .flags import check_policies, table
-from .replay import synthetic_traces
+from .replay import Costs, Replay, step_floor, synthetic_traces
 
 LEARNED = 24                                # made-up sequences that duo's predictor is trained on
 SHAPES = {
@@ -154,12 +155,13 @@ class MadeUpEngine(Engine):
 class CountingExperts(StreamedExperts):
     """Decode's steps are counted, so that the made-up routers know where they are.
 
-    `needed` collects how many experts had to cross the link at each layer visit of decode: misses and used
-    prefetches; `used` counts the experts that got a token in prefill.
+    `needed` and `hosted` collect how many experts had to cross the link at each layer visit of decode (misses
+    and used prefetches), and how many the host computed; `used` counts those that got a token in prefill.
     """
 
     def start_anew(self) -> None:
-        self.step, self.needed, self.before, self.used, self.prefill_busy = -1, [], 0, 0, None
+        self.step, self.needed, self.hosted, self.used, self.prefill_busy = -1, [], [], 0, None
+        self.before = 0, 0
 
     def begin(self, scheduler, start, tokens, decoding) -> None:
         super().begin(scheduler, start, tokens, decoding)
@@ -168,7 +170,7 @@ class CountingExperts(StreamedExperts):
             self.here.fill_(self.step)
             if self.prefill_busy is None:   # what the lane had done when decode began
                 self.lane.poll()
-                self.prefill_busy, self.before = self.lane.busy, 0
+                self.prefill_busy, self.before = self.lane.busy, (0, 0)
 
     def read(self, layer, numbers, rows=None):
         routing = super().read(layer, numbers, rows)
@@ -178,9 +180,10 @@ class CountingExperts(StreamedExperts):
     def end_layer(self, layer) -> None:
         super().end_layer(layer)
         if self.decoding:
-            crossed = self.cache.counts.misses + self.cache.counts.prefetched_used
-            self.needed.append(crossed - self.before)
-            self.before = crossed
+            counts, before = self.cache.counts, self.before
+            self.before = counts.misses + counts.prefetched_used, counts.host_experts
+            self.needed.append(self.before[0] - before[0])
+            self.hosted.append(self.before[1] - before[1])
 
 
 def release(device: torch.device) -> None:
@@ -194,7 +197,8 @@ def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engi
     """An engine with made-up routing in decode; a later one takes over the first one's host memory."""
     release(model.device)
     options = EngineOptions(device=args.device, context=args.context, predictor="none", compile=args.compile,
-                            simulate_link=args.simulate_link, **memory)
+                            simulate_link=args.simulate_link, host_threads=args.host_threads,
+                            simulate_host=args.simulate_host, **memory)
     engine = MadeUpEngine(model, options, store=store)
     engine.source = CountingExperts(model.config, engine.source.slots, engine.cache)
     engine.source.here = engine.here
@@ -248,6 +252,10 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
         row["prefill_experts"][str(tokens)] = max(0, source.used - already)
         if last:
             decode_s, decode_busy = stats.tpot_s * steps, cache.lane.busy - source.prefill_busy
+            host = cache.host
+            row |= {"host_experts": stats.host_experts, "host_busy": host.busy / decode_s if host else 0.0,
+                    "host_ms": 1e3 * host.seconds() if host else 0.0, "link_ms": 1e3 * cache.transfer_s(),
+                    "hosted": source.hosted}
             row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,
                     "prefetched_used": stats.prefetched_used, "misses": stats.misses,
                     "needed_per_token": sum(source.needed) / steps,
@@ -296,6 +304,57 @@ def host_us(engine: Engine, policy: str, args, trace) -> dict:
             setattr(owner, method, function)
     layers = engine.config.num_hidden_layers * steps
     return {f"{name}_us": 1e6 * s / layers for name, s in seconds.items()}
+
+
+def host_speed(engine: Engine) -> dict:
+    """Milliseconds of an expert on the host, alone and while the link works, and GB/s of the link then;
+    microseconds until its thread has begun; beside it torch's own 4-bit product, on as many threads."""
+    host, cache, c, out = engine.host, engine.cache, engine.config, {}
+    keys, x = list(engine.store.blocks), torch.zeros(c.hidden_size, dtype=engine.dtype).view(torch.float32)
+    waits = []
+    for name in ("alone", "beside_link"):
+        took, (busy, moved) = [], (cache.lane.busy, cache.counts.bytes_moved)
+        for i in range(40):
+            if name != "alone" and cache.lane.free_at() - cache.lane.now() < 2e-3:
+                key = keys[(7 * i) % len(keys)]
+                cache.drop(key)             # (its slot is poisoned by nothing: nobody computes)
+                cache.demand(key)
+            key = keys[i % len(keys)]
+            host.take(x)
+            host.submit([key])
+            job = host.jobs[key]
+            host.wait(key)
+            took.append(job.ended - job.begun)
+            waits.append(job.begun - job.asked)
+            host.answer(key)
+        cache.lane.finish()
+        out[f"host_{name}_ms"] = 1e3 * statistics.median(took)
+        if name != "alone" and cache.lane.busy > busy:
+            out["link_beside_GB_s"] = (cache.counts.bytes_moved - moved) / (cache.lane.busy - busy) / 1e9
+    waits.sort()
+    out |= {"begins_us": 1e6 * statistics.median(waits), "begins_99_us": 1e6 * waits[len(waits) * 99 // 100]}
+    out["cores"] = usable_cpus()
+    thread = threading.Thread(target=host_int4, args=(c, host.state["threads"], out))
+    thread.start()
+    thread.join()
+    return out
+
+
+def host_int4(c: MixtralConfig, threads: int, out: dict) -> None:
+    torch.set_num_threads(threads)
+    shapes = (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
+    experts = [[(torch.randn(1, columns, dtype=torch.bfloat16),
+                 torch._convert_weight_to_int4pack_for_cpu(
+                     torch.randint(0, 16, (rows, columns), dtype=torch.int32), 2),
+                 torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16)) for rows, columns in shapes]
+               for _ in range(4)]
+    took = []
+    for i in range(24):
+        began = time.perf_counter()
+        for x, packed, scales in experts[i % 4]:
+            torch._weight_int4pack_mm_for_cpu(x, packed, 128, scales)
+        took.append(time.perf_counter() - began)
+    out |= {"host_threads": threads, "host_int4pack_ms": 1e3 * statistics.median(took)}
 
 
 @torch.inference_mode()
@@ -349,17 +408,28 @@ def kernel_us(pieces, device: torch.device) -> float:
                if event.device_type == DeviceType.CUDA) / len(pieces)
 
 
-def add_floors(rows: list[dict], layers: int, expert_ms: float, resident: dict | None) -> None:
+def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, resident: dict | None,
+               replayed) -> None:
     """What each row could have been: layer by layer the link's time for what had to cross it, or the compute
-    (taken as nothing, if it was not measured), whichever is longer."""
+    (taken as nothing, if it was not measured), whichever is longer; with a host as in `bench schedule`. And
+    what the replay says: `replayed(row, costs)`, milliseconds."""
+    layers, k = config.num_hidden_layers, config.num_experts_per_tok
     layer_ms = resident["tpot_ms"] / layers if resident else 0.0
     for row in rows:
         row["ttft_over_floor"] = {}
         for tokens, used in row["prefill_experts"].items():
             compute = resident["ttft_ms"][tokens] if resident else 0.0
             row["ttft_over_floor"][tokens] = row["ttft_ms"][tokens] / (max(compute, used * expert_ms) or 1)
-        needed = row.pop("needed")
-        floor = sum(max(layer_ms, n * expert_ms) for n in needed) / (len(needed) / layers)
+        needed, hosted = row.pop("needed"), row.pop("hosted")
+        costs = Costs(layer_ms * 0.6, layer_ms * 0.4 / k, row["link_ms"] or expert_ms, predict_ms=0.0,
+                      host_expert_ms=row["host_ms"] or None)
+        if row["host_ms"]:
+            steps = [slice(i, i + layers) for i in range(0, len(needed), layers)]
+            floor = statistics.mean(step_floor(costs, layers, k, sum(hosted[i]), sum(needed[i]))
+                                    for i in steps)
+        else:
+            floor = sum(max(layer_ms, n * expert_ms) for n in needed) / (len(needed) / layers)
+        row["replay_ms"] = replayed(row, costs) if resident else 0.0
         row["tpot_floor_ms"], row["tpot_over_floor"] = floor, row["tpot_ms"] / (floor or row["tpot_ms"])
 
 
@@ -391,7 +461,7 @@ def gpu(args) -> dict:
         rows.append(row)
         if args.append:
             with open(args.append, "a") as file:
-                shown = {key: v for key, v in row.items() if key not in ("tokens", "needed")}
+                shown = {key: v for key, v in row.items() if key not in ("tokens", "needed", "hosted")}
                 file.write(json.dumps(shown) + "\n")
         print("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
                         if isinstance(v, (str, int, float))), file=sys.stderr, flush=True)
@@ -420,14 +490,20 @@ def gpu(args) -> dict:
                                                args.predictor)
             for round_ in range(args.rounds):
                 said: dict[str, list[int]] = {}
-                for policy in args.policies:
-                    row = measure(engine, policy, args, traces, round_, args.start)
-                    keep(row | {"gpu_memory": size, "persistence": persistence, "lookahead_recall": recall})
+                host, alone = engine.host, [f"{args.policies[0]} alone"] if engine.host else []
+                for policy in [*args.policies, *alone]:
+                    engine.host = None if policy in alone else host
+                    row = measure(engine, policy.removesuffix(" alone"), args, traces, round_, args.start)
+                    engine.host = host
+                    keep(row | {"policy": policy, "gpu_memory": size, "persistence": persistence,
+                                "lookahead_recall": recall})
                     for other, tokens in said.items():
                         if any(a != b for a, b in zip(tokens, row["tokens"])):
                             raise UserError(f"{policy} and {other} gave different tokens: one is broken")
                     said[policy] = row["tokens"]
             keep({"policy": "host", "gpu_memory": size} | host_us(engine, args.policies[0], args, traces[0]))
+            if cuda and engine.host is not None and engine.host.helps():
+                keep({"policy": "host's experts", "gpu_memory": size} | host_speed(engine))
     if args.resident:
         engine = None
         engine = build(model, args, store, cache_experts=total)
@@ -439,8 +515,18 @@ def gpu(args) -> dict:
         keep(resident)
         if cuda:
             keep({"policy": "kernels"} | kernels(engine))
-    add_floors([row for row in rows if "needed" in row], config.num_hidden_layers,
-               rows[0]["expert_transfer_ms"], resident)
+    def replayed(row: dict, costs: Costs) -> float:
+        if "persistence" not in row:
+            return 0.0
+        traces, predictor = made_up(config, row["persistence"], row["lookahead_recall"], args.rounds,
+                                    args.new_tokens, args.predictor)
+        run = Replay(traces[row["round"] % len(traces)], config.num_experts_per_tok,
+                     row["policy"].removesuffix(" alone"), row["cache_experts"], costs, predictor, args.start)
+        run.run()
+        return 1e3 * run.decode_s / run.steps
+
+    add_floors([row for row in rows if "needed" in row], config, rows[0]["expert_transfer_ms"], resident,
+               replayed)
     for row in rows:
         row.pop("tokens", None)
     result = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if cuda else "cpu",
@@ -473,10 +559,11 @@ def print_gpu(result: dict, args) -> None:
             "ttft_over": over(lambda row: row["ttft_over_floor"][longest]),
             "tpot_over": over(lambda row: row["tpot_over_floor"]),
             "ratio": tpot / best.setdefault(setting, tpot),
-            "link": median(lambda row: row["decode_link_busy"]), "peak": f"{peak / 1e9:.2f}" if peak else ""}
+            "link": median(lambda row: row["decode_link_busy"]), "host": median(lambda row: row["host_busy"]),
+            "replay": median(lambda row: row["replay_ms"]), "peak": f"{peak / 1e9:.2f}" if peak else ""}
         lines.append(line | {f"ttft {n}": median(lambda row: row["ttft_ms"][str(n)]) for n in args.prompts})
     print(table([("policy", 15, "{policy}"), ("slots", 6, "{slots}"), ("again", 6, "{again}"),
                  ("ahead", 6, "{ahead}"), *((f"TTFT {n}", 10, f"{{ttft {n}:.1f}}") for n in args.prompts),
                  ("/floor", 8, "{ttft_over}"), ("TPOT", 9, "{tpot:.2f}"), ("least .. most", 18, "{range}"),
-                 ("/floor", 8, "{tpot_over}"), ("x first", 8, "{ratio:.2f}"), ("link", 6, "{link:.0%}"),
-                 ("peak GB", 9, "{peak}")], lines))
+                 ("/floor", 8, "{tpot_over}"), ("replay", 8, "{replay:.2f}"), ("x first", 8, "{ratio:.2f}"),
+                 ("link", 6, "{link:.0%}"), ("host", 6, "{host:.0%}"), ("peak GB", 9, "{peak}")], lines))

@@ -18,7 +18,8 @@ def run(args) -> dict:
     engine = Engine.from_pretrained(
         args.model, device=args.device, gpu_memory=args.gpu_memory, host_memory=args.host_memory,
         cache_experts=sizes[0], predictor=args.predictor, threads=args.threads,
-        simulate_link=args.simulate_link, progress=Progress)
+        host_threads=args.host_threads, simulate_link=args.simulate_link, simulate_host=args.simulate_host,
+        progress=Progress)
     stats: dict[str, list] = {policy: [] for policy in policies}    # of each round
     with closing(Progress(args.rounds * len(policies), "answers", write=count)) as bar:
         for _ in range(args.rounds):        # in turn within a round: a busy machine slows all policies alike
@@ -33,11 +34,12 @@ def run(args) -> dict:
     for policy, own in stats.items():
         median = lambda name: statistics.median(getattr(s, name) for s in own)
         ratio = statistics.median(s.tpot_s / t.tpot_s for s, t in zip(own, stats[first]))
-        last = {name: getattr(own[-1], name) for name in ("hits", "prefetched_used", "misses", "bytes_moved",
-                                                          "peak_device_bytes")}
+        last = {name: getattr(own[-1], name) for name in ("hits", "prefetched_used", "misses", "host_experts",
+                                                          "bytes_moved", "peak_device_bytes")}
         rows.append({"policy": policy, "cache_experts": own[-1].cache_experts, "ttft_s": median("ttft_s"),
                      "tpot_s": median("tpot_s"), f"tpot_vs_{first}": ratio, **last,
-                     "link_busy_fraction": median("link_busy_fraction")})
+                     "link_busy_fraction": median("link_busy_fraction"),
+                     "host_busy_fraction": median("host_busy_fraction")})
     if not args.json:
         lines = [row | {"ttft_ms": 1e3 * row["ttft_s"], "tpot_ms": 1e3 * row["tpot_s"],
                         "ratio": row[f"tpot_vs_{first}"]} for row in rows]
@@ -45,5 +47,6 @@ def run(args) -> dict:
                      ("TTFT ms", 10, "{ttft_ms:.1f}"), ("TPOT ms", 10, "{tpot_ms:.2f}"),
                      (f"x {first}", 14, "{ratio:.2f}"), ("hits", 7, "{hits}"),
                      ("used", 7, "{prefetched_used}"), ("misses", 8, "{misses}"),
-                     ("link", 6, "{link_busy_fraction:.0%}")], lines))
+                     ("host", 7, "{host_experts}"), ("link", 6, "{link_busy_fraction:.0%}"),
+                     ("host", 6, "{host_busy_fraction:.0%}")], lines))
     return {"rounds": args.rounds, "rows": rows}

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..cache import GPUExpertCache
+from ..cache import HOST, GPUExpertCache
 from ..checkpoint import Progress
 from ..config import MixtralConfig
 from ..errors import UserError, count, format_bytes, parse_amount, parse_rate
 from ..history import History, Routing
+from ..host import SimulatedHost
 from ..link import SimulatedLane, VirtualClock
 from ..memory import plan_memory
 from ..options import check_context
@@ -33,7 +34,11 @@ TTFT, TPOT     ms to the first token, and for each after it
 floor, /floor  TPOT if every layer took the longer of computing and its needed transfers; TPOT over that
 needed, moved  experts a token used that had to cross the link; all that crossed it, wrong guesses too
 /Belady        needed, over what the eviction that knows the future would need
-link           how much of decode it was busy"""
+link           how much of decode it was busy
+on-host, host  accesses that the host computed; how much of decode it was busy"""
+
+
+TOLD = "oracle", "host-only"                # ours, but for what it is told
 
 
 @dataclass
@@ -47,6 +52,7 @@ class Costs:
     predict_ms: float = 0.05
     prefill_attention_ms: float | None = None
     prefill_expert_ms: float | None = None
+    host_expert_ms: float | None = None     # None: the host computes nothing
 
     def prefill_attention(self, tokens: int) -> float:
         given = self.prefill_attention_ms
@@ -93,8 +99,12 @@ class Replay:
         self.cache = GPUExpertCache(slots, costs.chunks, lane)      # an expert is `chunks` bytes long
         self.predictor, history = predictor and Counted(predictor), History(self.layers, self.experts)
         self.forecast = (Oracle if policy == "oracle" else Forecast)(history, self.predictor, top_k)
-        self.prefill, self.decode = schedulers("duo" if policy == "oracle" else policy, self.cache, history,
+        self.prefill, self.decode = schedulers("duo" if policy in TOLD else policy, self.cache, history,
                                                self.forecast, trace.prompt)
+        each = costs.host_expert_ms
+        self.host = None if each is None else SimulatedHost(self.clock, each / 1e3)
+        if policy == "host-only":
+            self.decode.for_host = lambda keys: [key for key in keys if not self.cache.resident(key)]
         self.floor = 0.0
         if start == "warm":                 # as an engine does when it is loaded, before the clock counts
             self.cache.fill(most_used(self.prefill.keys, predictor and predictor.popularity()))
@@ -105,17 +115,17 @@ class Replay:
         self.begin(self.prefill)
         self.step(slice(0, prompt), None)
         self.ttft = self.clock.now() - self.began
-        self.begin(self.decode)
+        self.begin(self.decode, self.host)
         for t in range(prompt, tokens):
             self.step(slice(t, t + 1), self.trace.lookahead[t, 0].tolist())
         self.cache.plan([])
         self.decode_s, self.steps = self.clock.now() - self.began - self.ttft, tokens - prompt
         return self
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler, host=None) -> None:
         """Begin a phase."""
         self.scheduler, self.cache.lane.busy = scheduler, 0.0
-        self.cache.serve(scheduler)
+        self.cache.serve(scheduler, host)
 
     def step(self, rows: slice, lookahead: list[float] | None) -> None:
         """A forward pass over these rows of the trace; in decode with its `lookahead` of layer 0."""
@@ -124,6 +134,7 @@ class Replay:
         self.forecast.truth = self.top[last]
         runs = self.predictor and self.predictor.runs
         self.scheduler.begin_step(lookahead)
+        on_host, needed = counts.host_experts, counts.misses + counts.prefetched_used
         for layer in range(self.layers):
             before = counts.misses + counts.prefetched_used
             self.scheduler.begin_layer(layer)
@@ -133,19 +144,31 @@ class Replay:
                 ahead = self.trace.lookahead[last, layer + 1].tolist()
             routing = Routing(np.bincount(ids.ravel(), minlength=self.experts).tolist(), ids[-1].tolist(), [],
                               self.trace.logits[last, layer].tolist(), ahead)
-            for e, _ in self.scheduler.experts(layer, routing):
-                self._pass(costs.expert_ms if decoding else costs.prefill_expert(routing.counts[e]))
+            for e, place in self.scheduler.experts(layer, routing):
+                if place != HOST:
+                    self._pass(costs.expert_ms if decoding else costs.prefill_expert(routing.counts[e]))
             if self.predictor and self.predictor.runs > runs:       # since the last layer visit
                 self._pass(costs.predict_ms)
                 runs = self.predictor.runs
             self.scheduler.end_layer(layer)
-            if decoding:
-                needed = counts.misses + counts.prefetched_used - before
+            if decoding and self.host is None:
                 compute = costs.attention_ms + self.k * costs.expert_ms
-                self.floor += max(compute, needed * costs.expert_transfer_ms)
+                moved = counts.misses + counts.prefetched_used - before
+                self.floor += max(compute, moved * costs.expert_transfer_ms)
+        if decoding and self.host is not None:
+            self.floor += step_floor(costs, self.layers, self.k, counts.host_experts - on_host,
+                                     counts.misses + counts.prefetched_used - needed)
 
     def _pass(self, ms: float) -> None:
         self.clock.advance(ms / 1e3)
+
+
+def step_floor(costs: Costs, layers: int, top_k: int, on_host: int, moved: int) -> float:
+    """Milliseconds that a decode step takes at least, however link and host share what is missing."""
+    missing = on_host + moved
+    compute = layers * costs.attention_ms + (layers * top_k - on_host) * costs.expert_ms
+    return max(compute, min(max((missing - n) * costs.expert_transfer_ms, n * costs.host_expert_ms)
+                            for n in range(missing + 1)))
 
 
 def belady(traces: list[Trace], top_k: int, slots: int) -> float:
@@ -185,6 +208,8 @@ def row(traces: list[Trace], top_k: int, policy: str, slots: int, costs: Costs,
             "hits": hits, "prefetched_used": used, "misses": misses,
             "needed_transfers_per_token": (misses + used) / steps,
             "moved_transfers_per_token": total("bytes_moved") / costs.chunks / steps,
+            "host_experts": total("host_experts"),
+            "host_busy": sum(run.host.busy for run in runs if run.host) / decode_s if decode_s else 0.0,
             "link_busy": min(1.0, sum(run.cache.lane.busy for run in runs) / decode_s) if decode_s else 0.0,
             "floor_ms": sum(run.floor for run in runs) / steps}
 
@@ -222,8 +247,9 @@ def synthetic_traces(config: MixtralConfig, persistence: float, recall: float, s
 
 def schedule(args) -> dict:
     """`bench schedule`: -> the table as plain data."""
-    policies = args.policies or [*POLICIES, "oracle"]
-    check_policies(policies, ("oracle",))
+    told = TOLD if args.host_expert_ms is not None else TOLD[:1]
+    policies = args.policies or [*POLICIES, *told]
+    check_policies(policies, told)
     alone = args.model_config               # without a model
     model = ModelShapes(MixtralConfig.read(alone)) if alone else PackedModel(args.model)
     config, nbytes = model.config, model.layout.nbytes
@@ -314,11 +340,14 @@ def print_schedule(result: dict) -> None:
     for r in result["rows"]:
         ideal = result["belady_transfers_per_token"][str(r["cache_experts"])]
         tpot, floor, needed = r["tpot_ms"], r["floor_ms"], r["needed_transfers_per_token"]
+        all_uses = r["hits"] + r["prefetched_used"] + r["misses"] + r["host_experts"]
         rows.append(r | {"speed": 1e3 / tpot if tpot else math.inf, "over": tpot / floor if floor else 1,
-                         "ideal": needed / ideal if ideal else 1})
+                         "ideal": needed / ideal if ideal else 1,
+                         "on_host": r["host_experts"] / max(1, all_uses)})
     print(table([("policy", 15, "{policy}"), ("slots", 6, "{cache_experts}"), ("TTFT", 9, "{ttft_ms:.1f}"),
                  ("TPOT", 9, "{tpot_ms:.2f}"), ("tok/s", 7, "{speed:.1f}"), ("floor", 9, "{floor_ms:.2f}"),
                  ("/floor", 8, "{over:.3f}"), ("needed", 8, "{needed_transfers_per_token:.2f}"),
                  ("moved", 8, "{moved_transfers_per_token:.2f}"), ("/Belady", 9, "{ideal:.2f}"),
-                 ("link", 6, "{link_busy:.0%}")], rows))
+                 ("link", 6, "{link_busy:.0%}"), ("on-host", 8, "{on_host:.0%}"),
+                 ("host", 6, "{host_busy:.0%}")], rows))
     print(LEGEND)

@@ -1,0 +1,265 @@
+"""The host computes an expert where its bytes lie, in a thread of its own, while the link brings others.
+
+In a 16-bit dtype a row has the same bits wherever it is computed (`quant.py`), so a scheduler may let the
+clock decide which of a layer's missing experts cross the link and which are computed here. As with the lane,
+there are forms that nothing above this file can tell apart: a thread that computes, one whose answers come
+when a simulated host would be done, and, for the replay, times alone.
+"""
+
+import queue
+import statistics
+import sys
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from .link import Clock, Key
+from .quant import (IN_ONE_PASS, ExpertLayout, compiled, dots, exact_swiglu, laid_out, silu_table,
+                    whole_numbers)
+
+ANSWERS = 256                               # buffers for answers on their way to the device
+PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
+SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
+TRIALS = 6                                  # experts computed to see how long one takes
+FOLLOWING = 0.1                             # weight of the newest in a running mean
+# The generated code runs without holding the interpreter, on as many threads as its caller has set.
+HOST_CODE = {"cpp_wrapper": True, "cpp.dynamic_threads": True,
+             "cpp.enable_floating_point_contract_flag": "fast"}
+
+
+class HostError(Exception):
+    """An expert that the host could not compute."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One expert for the row `x` [1, D] of one request; `answer` [D] holds what came of it once it is
+    `done`."""
+
+    key: Key
+    x: Tensor
+    answer: Tensor
+    asked: float
+    done: threading.Event = field(default_factory=threading.Event)
+    dropped: bool = False                   # its request has ended
+    begun: float = 0.0
+    ended: float = 0.0
+    error: BaseException | None = None
+
+
+class SimulatedHost:
+    """A host that takes `each` seconds for an expert, one after the other, on a clock; if there is a
+    `worker` it computes them."""
+
+    def __init__(self, clock: Clock, each: float, worker: "Host | None" = None):
+        self.clock, self.each, self.worker = clock, each, worker
+        self.ready = worker and worker.ready
+        self.free, self.busy = 0.0, 0.0     # when it has done all; seconds so far
+        self.due: dict[Key, float] = {}
+        self.log: list | None = None        # (key, start, end) of what was computed, for the timeline
+
+    def helps(self) -> bool:
+        """Can it compute at all, as far as is known?"""
+        return self.worker is None or self.worker.helps()
+
+    def has(self, key: Key) -> bool:
+        """May it compute this expert?"""
+        return self.worker is None or self.worker.has(key)
+
+    def free_at(self) -> float:
+        return max(self.clock.now(), self.free)
+
+    def seconds(self) -> float:
+        """Of one expert."""
+        return self.each
+
+    def take(self, x: Tensor) -> None:
+        """The bytes of the row that the layer's experts are to be computed for; they may be used again after
+        `submit`."""
+        if self.worker:
+            self.worker.take(x)
+
+    def submit(self, keys: list[Key]) -> None:
+        """Begin to compute these experts of a layer, in this order."""
+        for key in keys:
+            start = self.free_at()
+            self.free = self.due[key] = start + self.each
+            self.busy += self.each
+            if self.log is not None:
+                self.log.append((key, start, self.free))
+        if self.worker:
+            self.worker.submit(keys)
+
+    def wait(self, key: Key) -> None:
+        """Until an expert is computed; the lane is fed meanwhile."""
+        if self.worker:
+            self.worker.wait(key)
+        self.clock.wait_until(self.due.pop(key))
+
+    def answer(self, key: Key) -> Tensor:
+        """What came of it, [D], for a while."""
+        return self.worker.answer(key)
+
+    def abandon(self) -> None:
+        self.due.clear()
+        self.free = 0.0
+        if self.worker:
+            self.worker.abandon()
+
+
+class Host:
+    """A thread that computes experts of these `keys`. `prepare()` is called there first, and gives
+    `compute(key, x [1, D], out [D])` and what `on_threads` found; until then the host is not `ready`."""
+
+    def __init__(self, width: int, dtype: torch.dtype, pin: bool, keys, prepare: Callable[[], tuple]):
+        sys.setswitchinterval(SWITCH)
+        self.keys, self.dtype = keys, dtype
+        self.jobs: dict[Key, Job] = {}
+        self.each, self.free, self.busy = 0.0, 0.0, 0.0
+        self.log: list | None = None
+        self.pump: Callable[[], None] = lambda: None                # what feeds the lane
+        self.now = time.perf_counter
+        self.rows = torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind()
+        self.used = 0
+        self.queue: queue.SimpleQueue = queue.SimpleQueue()
+        self.ready = threading.Event()
+        self.state: dict = {}               # `each` and `threads`, or the `error`
+        self.thread = threading.Thread(target=work, args=(self.queue, prepare, self.ready, self.state),
+                                       daemon=True, name="duoserve-host")
+        self.thread.start()
+        self.close = weakref.finalize(self, stop, self.queue, self.thread, self.ready)
+
+    def helps(self) -> bool:
+        return "each" in self.state
+
+    def has(self, key: Key) -> bool:
+        return key in self.keys
+
+    def free_at(self) -> float:
+        return max(self.now(), self.free)
+
+    def seconds(self) -> float:
+        self.each = self.each or self.state["each"]
+        return self.each
+
+    def take(self, x: Tensor) -> None:
+        self.x = x
+
+    def submit(self, keys: list[Key]) -> None:
+        x = self.x.view(self.dtype)[None].clone()
+        for key in keys:
+            self.free = self.free_at() + self.seconds()
+            self.used += 1
+            self.jobs[key] = Job(key, x, self.rows[self.used % ANSWERS], self.now())
+            self.queue.put(self.jobs[key])
+
+    def wait(self, key: Key) -> None:
+        job = self.jobs[key]
+        while not job.done.wait(PATIENCE):
+            self.pump()
+            if not self.thread.is_alive():
+                raise HostError("its thread has ended")
+        if job.error is not None:
+            raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
+        took = job.ended - job.begun
+        self.busy += took
+        self.each += FOLLOWING * (min(took, 3 * self.each) - self.each)             # (one outlier is none)
+        if all(other.done.is_set() for other in self.jobs.values()):
+            self.free = job.ended
+        if self.log is not None:
+            self.log.append((key, job.begun, job.ended))
+
+    def answer(self, key: Key) -> Tensor:
+        return self.jobs.pop(key).answer
+
+    def abandon(self) -> None:
+        """After a failure or an interruption: what is under way is for nobody."""
+        for job in self.jobs.values():
+            job.dropped = True
+        self.jobs.clear()
+        self.free = 0.0
+
+
+@torch.inference_mode()
+def work(jobs: queue.SimpleQueue, prepare, ready: threading.Event, state: dict) -> None:
+    """The thread's life. It knows nothing of the `Host`, which may be gone."""
+    try:
+        compute, costs = prepare()
+        state |= costs
+    except BaseException as error:          # (a compiler that fails, say)
+        state["error"] = error
+        return
+    finally:
+        ready.set()
+    while (job := jobs.get()) is not None:
+        if not job.dropped:
+            job.begun = time.perf_counter()
+            try:
+                compute(job.key, job.x, job.answer)
+            except BaseException as error:
+                job.error = error
+            job.ended = time.perf_counter()
+        job.done.set()
+        del job
+
+
+def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Event) -> None:
+    """The engine is gone, or the interpreter ends: nothing may be computed after that. (What is being
+    compiled is left alone.)"""
+    jobs.put(None)
+    if ready.is_set() and thread is not threading.current_thread():
+        thread.join(1)
+
+
+def meets(x: Tensor, groups: int) -> tuple[list[Tensor], list[Tensor]]:
+    """x [1, columns] -> what a matrix's words meet, and the groups' sums."""
+    p, sums = whole_numbers(x, groups)
+    return laid_out(p), sums
+
+
+def second_meets(y: Tensor, table: Tensor, dtype: torch.dtype, groups: int):
+    return meets(exact_swiglu(y, table, dtype), groups)
+
+
+def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:
+    """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory, in a 16-bit dtype: four calls
+    of compiled code, none of which holds the interpreter."""
+    table = silu_table(dtype, torch.device("cpu"))
+    first, second = compiled(meets, **HOST_CODE), compiled(second_meets, **HOST_CODE)
+    product = compiled(dots, **HOST_CODE, **IN_ONE_PASS)
+    matrices = {}
+    for key, block in blocks.items():
+        w = layout.views(block)
+        matrices[key] = [(w[f"{name}.q"].view(torch.int32), w[f"{name}.scale"], w[f"{name}.zero"], None)
+                         for name in ("w13", "w2")]
+
+    def compute(key: Key, x: Tensor, out: Tensor) -> None:
+        w13, w2 = matrices[key]
+        y = product(*first(x, w13[1].shape[-1]), *w13)
+        out.copy_(product(*second(y, table, dtype, w2[1].shape[-1]), *w2)[0])
+
+    return compute
+
+
+def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:
+    """Set how many threads this one computes with: the fastest of these counts. -> `threads`, and `each`: the
+    seconds of an expert."""
+    took, out = {}, torch.empty_like(x[0])
+    compute(keys[0], x, out)                # (compiles)
+    for n in counts:
+        torch.set_num_threads(n)
+        took[n] = statistics.median(seconds(compute, keys[i % len(keys)], x, out) for i in range(TRIALS))
+    best = min(took, key=took.get)
+    torch.set_num_threads(best)
+    return {"threads": best, "each": took[best]}
+
+
+def seconds(function, *arguments) -> float:
+    began = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - began

@@ -202,6 +202,8 @@ def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engi
     engine = MadeUpEngine(model, options, store=store)
     engine.source = CountingExperts(model.config, engine.source.slots, engine.cache)
     engine.source.here = engine.here
+    if engine.host is not None:             # (for the first time it takes a minute to compile)
+        engine.host.ready.wait()
     return engine
 
 

@@ -25,11 +25,11 @@ from .quant import (IN_ONE_PASS, ExpertLayout, compiled, dots, exact_swiglu, lai
 ANSWERS = 256                               # buffers for answers on their way to the device
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
-TRIALS = 6                                  # experts computed to see how long one takes
+TRIALS = 15                                 # experts computed to see how long one takes
 FOLLOWING = 0.1                             # weight of the newest in a running mean
-# The generated code runs without holding the interpreter, on as many threads as its caller has set.
-HOST_CODE = {"cpp_wrapper": True, "cpp.dynamic_threads": True,
-             "cpp.enable_floating_point_contract_flag": "fast"}
+# The generated code runs without holding the interpreter; on one thread, as what is done once a row is over
+# before others have woken, but for the product, on as many as its caller has set.
+HOST_CODE = {"cpp_wrapper": True, "cpp.threads": 1, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 class HostError(Exception):
@@ -231,7 +231,7 @@ def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: tor
     of compiled code, none of which holds the interpreter."""
     table = silu_table(dtype, torch.device("cpu"))
     first, second = compiled(meets, **HOST_CODE), compiled(second_meets, **HOST_CODE)
-    product = compiled(dots, **HOST_CODE, **IN_ONE_PASS)
+    product = compiled(dots, **HOST_CODE, **IN_ONE_PASS, **{"cpp.dynamic_threads": True})
     matrices = {}
     for key, block in blocks.items():
         w = layout.views(block)
@@ -251,7 +251,7 @@ def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:
     seconds of an expert."""
     took, out = {}, torch.empty_like(x[0])
     compute(keys[0], x, out)                # (compiles)
-    for n in counts:
+    for n in sorted(counts, reverse=True):
         torch.set_num_threads(n)
         took[n] = statistics.median(seconds(compute, keys[i % len(keys)], x, out) for i in range(TRIALS))
     best = min(took, key=took.get)

@@ -65,7 +65,9 @@ class ExpertScheduler:
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         cache.require(remaining)
         self.on_routing(layer, routing)
-        on_host = self.for_host(remaining) if cache.host is not None else []
+        on_host = []
+        if cache.host is not None:          # (what is launched is computed whatever we say)
+            on_host = self.for_host([key for key in remaining if key not in cache.launched])
         if on_host:
             cache.leave(on_host)
             cache.host.submit(on_host)

@@ -7,7 +7,8 @@ there: piecewise CUDA graphs, each captured once and replayed as a whole.
 The device does not wait for the host to read. A table on the device says which slot holds which expert, and
 after each router the device computes those of the chosen experts that the table has; the host adds the
 others, one by one, when they have come. Where all of a layer's experts are there, nothing can be missing, and
-the next layer follows at once: the host reads the routings later, in their order. What passes from piece to
+the next layer follows at once: the host reads the routings later, in their order. Where it has read that the
+chosen ones were there, the next layer follows before it thinks about anything else. What passes from piece to
 piece lies in buffers of its own.
 """
 
@@ -94,11 +95,16 @@ class DecodeStep:
         layers = self.pieces(position)
         self.begin()
         source.begin_step(self.lookahead[None])
-        unread = 0                          # the first layer whose routing the host has not read
-        for i, run in enumerate(layers):
-            if not self.launch(i, run, source):
-                unread = self.settle(unread, i + 1, source)
-        self.settle(unread, len(layers), source)
+        ahead, whole = 0, True              # layers enqueued; whether nothing of the last one can be missing
+        for i in range(len(layers)):        # the one whose routing is read next
+            while ahead < len(layers) and (whole or ahead == i):
+                whole, ahead = self.launch(ahead, layers[ahead], source), ahead + 1
+            if self.capturing:
+                source.begin_layer(i)
+            routing = source.read(i, self.report[i])
+            if self.capturing and i + 1 == ahead < len(layers) and self.there(i, routing.ids):
+                whole, ahead = self.launch(ahead, layers[ahead], source), ahead + 1
+            self.settle(i, routing, source)
         self.end()
         return self.logits
 
@@ -130,21 +136,20 @@ class DecodeStep:
             source.launched(i, row)
         return LAUNCHED not in row
 
-    def settle(self, first: int, end: int, source) -> int:
-        """Read the routings of these layers, in order, and compute with the experts that were not there."""
-        for i in range(first, end):
-            if self.capturing:
-                source.begin_layer(i)
-            routing = source.read(i, self.report[i])
-            with closing(source.ready(i, routing)) as ready:
-                for e, place in ready:
-                    rank = routing.ids.index(e)
-                    if place == HOST:
-                        self.expert_out[0, rank].copy_(source.answer(i, e), non_blocking=True)
-                    elif place != LAUNCHED:
-                        self.compute(place, rank)
-            source.end_layer(i)
-        return end
+    def there(self, i: int, experts: list[int]) -> bool:
+        """Had the device all of these when layer i was enqueued?"""
+        return all(self.known[i][e] != LAUNCHED for e in experts)
+
+    def settle(self, i: int, routing, source) -> None:
+        """Compute with the experts of layer i that were not there."""
+        with closing(source.ready(i, routing)) as ready:
+            for e, place in ready:
+                rank = routing.ids.index(e)
+                if place == HOST:
+                    self.expert_out[0, rank].copy_(source.answer(i, e), non_blocking=True)
+                elif place != LAUNCHED:
+                    self.compute(place, rank)
+        source.end_layer(i)
 
     def compute(self, slot: int, rank: int) -> None:
         """The router's choice of this rank, from its slot."""

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. One thread is enough for tiny models: two would only wait for each other."""
 
+import gc
 import io
 import sys
 from pathlib import Path
@@ -22,6 +23,13 @@ PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": b
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a GPU only")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What was imported so far, a million objects, need not be looked through whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

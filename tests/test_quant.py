@@ -140,8 +140,7 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                     reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("unit", [torch.uint8, torch.int32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, unit", [(torch.float32, torch.int32), (torch.bfloat16, torch.uint8)])
 def test_compiled_one_row_product_does_not_unpack_the_matrix(unit, dtype, monkeypatch):
     from torch._inductor.utils import run_and_get_code
     rows, columns = 512, 1024

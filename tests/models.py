@@ -234,10 +234,10 @@ class LateLane(SimulatedLane):
     Time is virtual. It passes, by a random amount, at each read, and where the schedule waits for a transfer.
     """
 
-    def __init__(self, engine, seed=0, chunk=None):
-        lane, self.memory = engine.cache.lane, engine.slots_memory
-        super().__init__(VirtualClock(), 6.0 * lane.chunk, chunk or lane.chunk)     # an expert takes a second
-        self.move, self.pending, self.random = lane.copy, deque(), random.Random(seed)
+    def __init__(self, engine, seed=0):
+        size, self.memory = engine.cache.expert_bytes, engine.slots_memory
+        super().__init__(VirtualClock(), size, -(-size // 6))       # an expert: six chunks, in a second
+        self.move, self.pending, self.random = engine.cache.lane.copy, deque(), random.Random(seed)
 
     def send(self, transfer, nbytes):
         if transfer.sent == 0:

@@ -2,10 +2,12 @@
 disturb an engine."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import traceback
 from collections import deque
 from dataclasses import replace
 from functools import cache, partial
@@ -162,6 +164,27 @@ def program(*arguments, **options) -> subprocess.Popen:
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
+
+
+def in_child(job):
+    """What `job()` returns, in a child process that is forked here: nothing is imported again, and limits set
+    there end there. What it raises fails the test."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            there.send((job(), None))
+        except BaseException:
+            there.send((None, traceback.format_exc()))
+        finally:
+            os._exit(0)
+    there.close()
+    try:
+        answer, problem = here.recv()
+    finally:
+        os.waitpid(pid, 0)
+    assert problem is None, problem
+    return answer
 
 
 def contents(directory):

@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen():
-    """What was imported so far, a million objects, need not be looked through whenever garbage is collected."""
+    """What was imported so far, a million objects, need not be looked through at each collection."""
     gc.collect()
     gc.freeze()
 

@@ -35,8 +35,8 @@ def want(tiny):
 # Results never depend on the schedule
 
 
-@pytest.mark.parametrize("policy, slots",
-                         [*((policy, slots) for policy in POLICIES for slots in (2, 6)), ("duo", 3), ("duo", 24)])
+@pytest.mark.parametrize("policy, slots", [*((policy, slots) for policy in POLICIES for slots in (2, 6)),
+                                           ("duo", 3), ("duo", 24)])
 def test_the_same_bits_under_every_policy_and_size(policy, slots, tiny, want):
     engine = load(tiny, policy=policy, cache_experts=slots)
     assert same(answers(engine), want)
@@ -128,8 +128,8 @@ ADVERSARIES = {"the least likely": lambda x: [float(v < sorted(x)[4]) for v in x
                "noise": lambda x, rng=random.Random(0): [rng.random() for _ in x]}
 
 
-@pytest.mark.parametrize("who, slots", [*((who, slots) for who in ("trained", *ADVERSARIES) for slots in (2, 7)),
-                                        ("trained", 24), ("all", 24)])
+@pytest.mark.parametrize("who, slots", [
+    *((who, slots) for who in ("trained", *ADVERSARIES) for slots in (2, 7)), ("trained", 24), ("all", 24)])
 def test_the_same_bits_under_every_predictor(who, slots, tiny, predictor, want):
     engine = load(tiny, cache_experts=slots, predictor=predictor if who == "trained" else "none")
     if who != "trained":

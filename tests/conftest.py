@@ -56,7 +56,7 @@ def traces(tiny, tmp_path_factory):
 @pytest.fixture
 def hasty(monkeypatch):
     """Short training, for tests that do not ask how good a predictor is."""
-    monkeypatch.setattr(training, "LEAST_STEPS", 60)
+    monkeypatch.setattr(training, "LEAST_STEPS", 40)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def predictor(tiny, traces, tmp_path_factory):
     """The file that train_predictor.py makes of `traces`, after a short training."""
     out = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LEAST_STEPS", 60)
+        patch.setattr(training, "LEAST_STEPS", 40)
         patch.setattr(sys, "argv",
                       ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
         train_predictor.main()

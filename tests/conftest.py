@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,14 @@ def frozen():
     """What was imported so far, a million objects, need not be looked through at each collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """A file is whole when it is closed: nothing here waits for the disk, which others may keep busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)                        # (as strict about what it is given)
+        yield
 
 
 @pytest.fixture(scope="session")

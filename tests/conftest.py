@@ -1,9 +1,12 @@
 """Fixtures shared by all tests. One thread is enough for tiny models: two would only wait for each other."""
 
 import gc
+import getpass
 import io
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,39 @@ PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": b
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a GPU only")
+    config.addinivalue_line("markers", "compiles: by torch.compile, a minute of work where nothing is cached")
+
+
+def compiles(item) -> bool:
+    return item.get_closest_marker("compiles") is not None
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=compiles)                # these come last,
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_beside(request):
+    """... and where nothing is compiled yet, a process of their own runs them first, beside all others: what
+    it compiles is found in the cache, and its verdict is not asked for."""
+    items, default = request.session.items, f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    slow = [item.nodeid for item in items if compiles(item)]
+    if (len(items) < 20 * len(slow) or not slow or len(os.sched_getaffinity(0)) == 1
+            or Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default), "fxgraph").exists()):
+        yield lambda: None
+        return
+    beside = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *slow],
+                              cwd=request.config.rootpath, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    yield beside.wait
+    beside.kill()
+    beside.wait()
+
+
+@pytest.fixture(autouse=True)
+def wait_for_compiler(request, compiled_beside):
+    if compiles(request.node):
+        compiled_beside()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -656,6 +656,7 @@ def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
     assert result.finish_reason == "stop" and len(result.token_ids) == 3 and 0.03 <= result.stats.tpot_s < 0.2
 
 
+@pytest.mark.compiles
 def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sample(tiny, monkeypatch):
     torch._dynamo.reset()                   # (what other tests have compiled)
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))            # the end, at once
@@ -669,6 +670,7 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.compiles
 def test_compiled_with_the_smallest_context(tiny):
     engine = load(tiny, cache_experts=4, context=2, compile=True)
     assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1

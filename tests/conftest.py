@@ -1,7 +1,12 @@
 """Fixtures shared by all tests. One thread is enough for tiny models: two would only wait for each other."""
 
+import gc
+import getpass
 import io
+import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +27,54 @@ PROGRAMS = {"generate": generate.main, "train": train_predictor.main, "bench": b
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: runs on a GPU only")
+    config.addinivalue_line("markers", "compiles: by torch.compile, a minute of work where nothing is cached")
+
+
+def compiles(item) -> bool:
+    return item.get_closest_marker("compiles") is not None
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=compiles)                # these come last,
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_beside(request):
+    """... and where nothing is compiled yet, a process of their own runs them first, beside all others: what
+    it compiles is found in the cache, and its verdict is not asked for."""
+    items, default = request.session.items, f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    slow = [item.nodeid for item in items if compiles(item)]
+    if (len(items) < 20 * len(slow) or not slow or len(os.sched_getaffinity(0)) == 1
+            or Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", default), "fxgraph").exists()):
+        yield lambda: None
+        return
+    beside = subprocess.Popen([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *slow],
+                              cwd=request.config.rootpath, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL)
+    yield beside.wait
+    beside.kill()
+    beside.wait()
+
+
+@pytest.fixture(autouse=True)
+def wait_for_compiler(request, compiled_beside):
+    if compiles(request.node):
+        compiled_beside()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """What was imported so far, a million objects, need not be looked through at each collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """A file is whole when it is closed: nothing here waits for the disk, which others may keep busy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)                        # (as strict about what it is given)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +101,7 @@ def traces(tiny, tmp_path_factory):
 @pytest.fixture
 def hasty(monkeypatch):
     """Short training, for tests that do not ask how good a predictor is."""
-    monkeypatch.setattr(training, "LEAST_STEPS", 60)
+    monkeypatch.setattr(training, "LEAST_STEPS", 40)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +109,7 @@ def predictor(tiny, traces, tmp_path_factory):
     """The file that train_predictor.py makes of `traces`, after a short training."""
     out = tmp_path_factory.mktemp("predictor") / "predictor.safetensors"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LEAST_STEPS", 60)
+        patch.setattr(training, "LEAST_STEPS", 40)
         patch.setattr(sys, "argv",
                       ["train_predictor.py", str(traces), "--model", str(tiny), "--out", str(out), "--json"])
         train_predictor.main()

@@ -2,10 +2,12 @@
 disturb an engine."""
 
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
+import traceback
 from collections import deque
 from dataclasses import replace
 from functools import cache, partial
@@ -147,7 +149,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Long enough for prefill to expect every expert to be used.
 LONG = [1, *(7 * i % 300 + 10 for i in range(69))]
 SHORT = [1, 42, 77, 200, 33]
-SAMPLED = dict(max_new_tokens=10, temperature=0.9, top_p=0.9, seed=3)
+SAMPLED = dict(max_new_tokens=6, temperature=0.9, top_p=0.9, seed=3)
 
 
 def a_line(error: str, *names: str) -> None:
@@ -162,6 +164,27 @@ def program(*arguments, **options) -> subprocess.Popen:
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, **streams)
+
+
+def in_child(job):
+    """What `job()` returns, in a child process that is forked here: nothing is imported again, and limits set
+    there end there. What it raises fails the test."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            there.send((job(), None))
+        except BaseException:
+            there.send((None, traceback.format_exc()))
+        finally:
+            os._exit(0)
+    there.close()
+    try:
+        answer, problem = here.recv()
+    finally:
+        os.waitpid(pid, 0)
+    assert problem is None, problem
+    return answer
 
 
 def contents(directory):
@@ -234,10 +257,10 @@ class LateLane(SimulatedLane):
     Time is virtual. It passes, by a random amount, at each read, and where the schedule waits for a transfer.
     """
 
-    def __init__(self, engine, seed=0, chunk=None):
-        lane, self.memory = engine.cache.lane, engine.slots_memory
-        super().__init__(VirtualClock(), 6.0 * lane.chunk, chunk or lane.chunk)     # an expert takes a second
-        self.move, self.pending, self.random = lane.copy, deque(), random.Random(seed)
+    def __init__(self, engine, seed=0):
+        size, self.memory = engine.cache.expert_bytes, engine.slots_memory
+        super().__init__(VirtualClock(), size, -(-size // 6))       # an expert: six chunks, in a second
+        self.move, self.pending, self.random = engine.cache.lane.copy, deque(), random.Random(seed)
 
     def send(self, transfer, nbytes):
         if transfer.sent == 0:

@@ -193,16 +193,22 @@ def test_a_kv_cache_that_others_wrote_over_is_not_reused(between, tiny):
     assert again.token_ids == load(tiny).generate(LONG, **GREEDY).token_ids
 
 
+def talk(engine):
+    first = engine.generate(SHORT, max_new_tokens=6, seed=3).token_ids
+    turn = [*SHORT, *first, 2, *LONG[1:]]
+    return first, engine.generate(turn, max_new_tokens=6, seed=4, resume=True).token_ids
+
+
+@pytest.fixture(scope="module")
+def talked(tiny):
+    return talk(load(tiny, policy="cache", cache_experts=24))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_resumed_answer_does_not_depend_on_the_schedule(policy, tiny):
-    def talk(**options):
-        engine = load(tiny, **options)
-        if options["cache_experts"] < 24:
-            put_lane(engine, LateLane(engine))
-        first = engine.generate(SHORT, max_new_tokens=8, seed=3).token_ids
-        turn = [*SHORT, *first, 2, *LONG[1:]]
-        return first, engine.generate(turn, max_new_tokens=8, seed=4, resume=True).token_ids
-    assert talk(policy=policy, cache_experts=3) == talk(policy="cache", cache_experts=24)
+def test_a_resumed_answer_does_not_depend_on_the_schedule(policy, tiny, talked):
+    engine = load(tiny, policy=policy, cache_experts=3)
+    put_lane(engine, LateLane(engine))
+    assert talk(engine) == talked
 
 
 # A session
@@ -261,7 +267,7 @@ def test_nothing_typed_at_all(tiny, session):
     assert session(tiny, []) == (0, "", "")
 
 
-def test_a_context_that_is_full_is_said_and_it_goes_on(tiny, session, prompts):
+def test_a_context_that_is_full_is_said_and_it_goes_on(tiny, session, prompts, tmp_path):
     """In one line that says what helps. An answer is cut there; a message that no longer fits starts anew."""
     status, out, err = session(tiny, ["the quick", "brown", "the dog", "brown fox the hill"], "--context", 16)
     full = [line for line in err.splitlines() if "the context of 16 tokens is full" in line]
@@ -272,7 +278,8 @@ def test_a_context_that_is_full_is_said_and_it_goes_on(tiny, session, prompts):
     assert lengths[1] == lengths[0] + 6 + len(sp.encode("brown"))
     assert prompts[2] == [1, *sp.encode("the dog")] and prompts[3] == [1, *sp.encode("brown fox the hill")]
     assert len(prompts) == 4
-    whole = session(tiny, ["the quick"], "--context", 256, "--max-new-tokens", 300)
+    small = packed(tmp_path, seed=7, num_hidden_layers=1, max_position_embeddings=16)
+    whole = session(small, ["the quick"], "--context", 16, "--max-new-tokens", 300)
     assert whole[0] == 0 and "this model takes no more" in whole[2]
 
 

@@ -79,7 +79,7 @@ def flip(path, offset):
 def test_round_trip_is_what_quantisation_makes_of_each_matrix(tmp_path, monkeypatch, dtype, group):
     monkeypatch.setattr(checkpoint, "BLOCK", 1000)                  # several blocks of rows, even here
     state = write_hf(tmp_path / "hf", dtype=dtype, hidden_size=128, intermediate_size=192,
-                     num_hidden_layers=2)
+                     num_hidden_layers=1)
     convert(tmp_path / "hf", tmp_path / "packed", group)
     to_hf(tmp_path / "packed", tmp_path / "back")
     back = load(tmp_path / "back")

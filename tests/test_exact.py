@@ -53,6 +53,7 @@ def test_against_whole_numbers(group, dtype):
     assert compared > 70
 
 
+@pytest.mark.compiles
 @needs_compiler
 @pytest.mark.parametrize("group, dtype, groups", [(128, FP16, 7), (64, BF16, 1), (32, BF16, 7)])
 def test_compiled_as_eager(group, dtype, groups):
@@ -127,6 +128,7 @@ def test_an_expert_of_one_row(dtype):
     assert (y[0].float() - several).norm() <= (0.01 if dtype == BF16 else 2e-3) * several.norm()
 
 
+@pytest.mark.compiles
 @needs_compiler
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_a_compiled_expert(dtype):

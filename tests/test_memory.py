@@ -1,8 +1,10 @@
 """Little host memory: a conversion that holds a few matrices at most, and experts that stay on the disk."""
 
+import ctypes
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,22 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import (answers, at_rest, DEFAULTS, hostile, InterruptAt, LateLane, load, LONG, put_lane, same,
-                    SAMPLED, SHORT, tokenizer_model)
+from models import (answers, at_rest, DEFAULTS, hostile, in_child, InterruptAt, LateLane, load, LONG,
+                    put_lane, same, SAMPLED, SHORT, tokenizer_model)
 
 from duoserve import machine, store
+from duoserve.bench.gpu import RandomModel
 from duoserve.cache import GPUExpertCache
-from duoserve.checkpoint import hugging_face
+from duoserve.checkpoint import convert, hugging_face, to_hf
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.link import IN_FLIGHT, SimulatedLane, VirtualClock
 from duoserve.packed import PackedModel
-from duoserve.policies import POLICIES
 from duoserve.predictor import Predictor
 from duoserve.trace import read_traces
 from duoserve.training import measure_affinity
 
-ROOT = Path(__file__).resolve().parents[1]
+M_MMAP_THRESHOLD = -3                       # of malloc.h: what is larger is mapped by itself
 
 
 # Conversion
@@ -52,21 +54,13 @@ def write_hollow(path: Path, **changes) -> int:
     return end
 
 
-BOUNDED = """
-import os, resource, sys
-import torch
-from duoserve import checkpoint
-for job, bound, source, destination in zip(*[iter(sys.argv[1:])] * 4):
-    if os.fork():
-        if os.wait()[1]:
-            sys.exit(f"{job} failed")
-        continue
+def with_at_most(nbytes, job, *arguments):
+    """Call it, with no more memory than there is by now and `nbytes`. To be called in a child process."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)              # (what is freed is no hidden reserve)
     with open("/proc/self/status") as status:
         now = next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (now + int(bound),) * 2)
-    getattr(checkpoint, job)(source, destination)
-    os._exit(0)
-"""
+    resource.setrlimit(resource.RLIMIT_DATA, (now + nbytes,) * 2)
+    job(*arguments)
 
 
 def test_converting_takes_a_few_matrices_of_memory_whatever_the_model(tmp_path):
@@ -78,50 +72,47 @@ def test_converting_takes_a_few_matrices_of_memory_whatever_the_model(tmp_path):
     size = write_hollow(tmp_path / "hf", hidden_size=256, intermediate_size=1024, vocab_size=32768,
                         num_hidden_layers=2)
     largest = 2 * 32768 * 256
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    jobs = (("convert", largest + 24 * 10**6, "hf", "out"), ("to_hf", 4 * largest, "out", "back"))
+    jobs = ((convert, largest + 24 * 10**6, "hf", "out"), (to_hf, 4 * largest, "out", "back"))
     assert size > 1.4 * jobs[0][1] and 2 * size > 1.4 * jobs[1][1]
-    arguments = [str(a) for job, bound, *ends in jobs
-                 for a in (job, bound, *(tmp_path / end for end in ends))]
-    done = subprocess.run([sys.executable, "-c", BOUNDED, *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for job, bound, source, destination in jobs:
+        in_child(lambda: with_at_most(bound, job, tmp_path / source, tmp_path / destination))
     PackedModel(tmp_path / "out")
 
 
-EXACT = """
-import sys
-import torch
-from duoserve.bench.gpu import RandomModel
-from duoserve.config import MixtralConfig
-from duoserve.store import ExpertStore, stride_of
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
-def make(experts):
-    config = MixtralConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, vocab_size=512,
-                           num_local_experts=experts, num_attention_heads=4, num_key_value_heads=2)
-    model = RandomModel(config, torch.device("cpu"))
-    keys = [(layer, e) for layer in range(8) for e in range(experts)]
-    store = ExpertStore(model, keys, pin=sys.argv[1] == "cuda")
-    assert store.pinned == (sys.argv[1] == "cuda")
-    return store, 8 * experts * stride_of(model)
-if sys.argv[1] == "cuda":
-    torch.ones(1, device="cuda")
-small, _ = make(2)                          # (threads, and what libraries take at their first call)
-before = resident()
-store, wanted = make(16)
-print(resident() - before, wanted, store.nbytes)
-"""
+def taken(device: str) -> tuple[int, int, int]:
+    """By how much a process grows with a store of 128 experts, what these take, and what one does."""
+    def resident():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) * 1024
+
+    def make(experts):
+        config = MixtralConfig(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, vocab_size=512,
+                               num_local_experts=experts, num_attention_heads=4, num_key_value_heads=2)
+        model = RandomModel(config, torch.device("cpu"))
+        keys = [(layer, e) for layer in range(8) for e in range(experts)]
+        made = store.ExpertStore(model, keys, pin=device == "cuda")
+        assert made.pinned == (device == "cuda")
+        return made, 8 * experts * store.stride_of(model)
+
+    torch.ones(1, device=device)
+    small = make(2)                         # (threads, and what libraries take at their first call)
+    before = resident()
+    made, wanted = make(16)
+    return resident() - before, wanted, made.nbytes
 
 
 @pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU")])))
 def test_host_memory_is_taken_exactly(device):
     """The process grows by the experts' size; rounding blocks up to a power of two would nearly double it."""
-    done = subprocess.run([sys.executable, "-c", EXACT, device], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    grown, wanted, expert = map(int, done.stdout.split())
+    if device == "cpu":
+        grown, wanted, expert = in_child(lambda: taken(device))
+    else:                                   # (CUDA does not survive a fork)
+        code = "import test_memory; print(*test_memory.taken('cuda'))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        grown, wanted, expert = map(int, done.stdout.split())
     assert wanted > 140 * 10**6 and 2 ** expert.bit_length() > 1.7 * expert
     assert wanted <= grown < wanted + 6 * 10**6
 
@@ -139,8 +130,8 @@ def copy(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("policy, kept",
-                         [*((policy, 7) for policy in POLICIES), ("duo", 0), ("duo", 1), ("duo", 23),
-                          ("duo", 24), ("layer-prefetch", 0), ("cache", 0)])
+                         [*(("duo", kept) for kept in (0, 1, 7, 23, 24)), ("layer-prefetch", 0),
+                          ("layer-prefetch", 7), ("on-demand", 7), ("cache", 0)])
 def test_the_same_bits_however_little_memory_there_is(policy, kept, tiny, want):
     stride = store.stride_of(PackedModel(tiny))
     options = dict(policy=policy, cache_experts=5, host_memory=max(1, kept * stride + stride // 2))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,7 +162,8 @@ def test_short_flags(cli, tiny, tmp_path):
 # bench schedule
 
 
-def test_a_list_does_not_swallow_the_traces(cli, tiny, traces):
+def test_a_list_does_not_swallow_the_traces(cli, tiny, traces, tmp_path):
+    traces = Path(shutil.copy(min(traces.iterdir()), tmp_path)).parent
     run = ("--model", tiny, "--predictor", "none", "--json")
     for options in (("--policies", "lru"), ("--policies", "lru", "cache"),
                     ("--policies", "lru", "--cache-experts", 6),
@@ -273,13 +275,14 @@ def test_threads_by_default(tiny, threads, monkeypatch):
     assert threads() == 3
 
 
-@pytest.mark.parametrize("module",
-                         ("generate", "train_predictor", "duoserve.bench", "duoserve.checkpoint", "duoserve"))
-def test_waiting_threads_sleep(module):
+@pytest.mark.parametrize("module, given, expected", [
+    *((module, {}, "passive") for module in ("generate", "train_predictor", "duoserve.bench",
+                                             "duoserve.checkpoint", "duoserve")),
+    ("generate", {"OMP_WAIT_POLICY": "active"}, "active")])
+def test_waiting_threads_sleep(module, given, expected):
     """OMP_WAIT_POLICY is read when torch is imported, so it must be set before; a user's setting is kept."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
-        code = f"""
+    code = f"""
 import os, sys
 class Watch:
     def find_spec(self, name, *_):
@@ -291,6 +294,6 @@ import {module}
 from duoserve.errors import import_requirements
 import_requirements()
 """
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | given,
-                             capture_output=True, text=True, timeout=60)
-        assert run.stdout.strip() == expected, run.stderr
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | given, capture_output=True,
+                         text=True, timeout=60)
+    assert run.stdout.strip() == expected, run.stderr

@@ -31,7 +31,7 @@ def traces():
 @pytest.fixture(scope="module")
 def predictor(traces):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LEAST_STEPS", 300)         # enough for what is asked of it here
+        patch.setattr(training, "LEAST_STEPS", 120)         # enough for what is asked of it here
         return Predictor(train(traces[:9], 2), measure_affinity(traces[:9], 2), "model")
 
 
@@ -117,7 +117,7 @@ def test_a_chance_is_what_it_says_it_is(traces, predictor):
 @pytest.mark.parametrize("kind", ("made up", "the demo's"))
 def test_a_little_data_does_no_harm(kind, monkeypatch):
     """On unseen sequences: neither for the next layer nor for the next visits of the others."""
-    monkeypatch.setattr(training, "LEAST_STEPS", 200)
+    monkeypatch.setattr(training, "LEAST_STEPS", 100)
     if kind == "made up":                   # six sequences of 24 tokens, and nothing but persistence to learn
         few, *others = (part := made_up(36, 24))[:6], *part[6:]
     else:

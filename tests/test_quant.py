@@ -136,6 +136,7 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
     assert len(calls) == 14 and torch.allclose(one, expected[0][:1], atol=1e-4)
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                     reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

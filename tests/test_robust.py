@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from models import a_line, contents, program, TEXT, write_hf
+from models import a_line, contents, in_child, TEXT, write_hf
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -164,18 +165,14 @@ def test_a_standard_input_that_is_closed(ask, monkeypatch):
     a_line(err, "standard input")
 
 
-def full_disk(size):
-    """Bounds the size of a process's files, which looks from inside like a disk that fills up."""
-    import resource
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-def test_a_disk_that_fills_up_and_one_that_cannot_be_written(tmp_path):
+def test_a_disk_that_fills_up_and_one_that_cannot_be_written(cli, tmp_path):
     write_hf(tmp_path / "hf", num_hidden_layers=2, vocab_size=2000)          # `outer` is the larger file
-    run = program("-m", "duoserve.checkpoint", tmp_path / "hf", tmp_path / "out",
-                  preexec_fn=full_disk(200_000))
-    err = run.communicate(timeout=120)[1].decode()
-    assert run.returncode == 2 and list((tmp_path / "out").iterdir()) == []
+
+    def run():                              # a bound on the size of files looks like a disk that fills up
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        return cli("checkpoint", tmp_path / "hf", tmp_path / "out")
+    status, _, err = in_child(run)
+    assert status == 2 and list((tmp_path / "out").iterdir()) == []
     a_line(err, tmp_path / "out/outer.safetensors", "cannot be written")
     with pytest.raises(UserError, match="/proc/weights"):
         convert(tmp_path / "hf", "/proc/weights")

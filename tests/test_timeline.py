@@ -148,7 +148,7 @@ def test_a_stall_is_as_long_as_the_wait():
 
 def test_of_a_long_run_a_part_is_drawn():
     t, steps, transfers = 0.0, [], []
-    for step in range(40):
+    for step in range(20):
         for layer in range(32):
             steps.append(("attention", layer, t, t + 0.3e-3))
             for e in range(2 if step else 8):

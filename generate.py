@@ -44,7 +44,7 @@ def make_parser() -> Parser:
     add("--trace-dir", type=Path, metavar="DIR",
         help="record there what the routers do, for train_predictor.py (default: no)")
     add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
-        help="both lanes of the run: .json for Perfetto, .svg a picture (default: none)")
+        help="the lanes of the run: .json for Perfetto, .svg a picture (default: none)")
     return parser
 
 
@@ -183,7 +183,7 @@ class Conversation:
 
 def closing_line(result) -> str:
     s = result.stats
-    uses = s.hits + s.prefetched_used + s.misses
+    uses = s.hits + s.prefetched_used + s.misses + s.host_experts
     line = f"{len(result.token_ids)} tokens ({result.finish_reason})"
     line += "" if s.ttft_s is None else f"; first after {s.ttft_s:.2f} s"
     if s.prompt_tokens_kept:
@@ -197,8 +197,9 @@ def closing_line(result) -> str:
 def what_bounded(s) -> str:
     """What bounded the speed of a request, in words, and what would help."""
     busy = f"the link was busy {100 * s.link_busy_fraction:.0f} % of the time"
+    busy += f", the host {100 * s.host_busy_fraction:.0f} %" if s.host_experts else ""
     disk = "; some experts came from the disk: more --host-memory would help" if s.bytes_from_disk else ""
-    if not s.bytes_moved:
+    if not s.bytes_moved and not s.host_experts:
         return "every expert needed was there: computing set the speed, not the link"
     if not s.link_busy_fraction:
         return "no link to wait for here: computing set the speed"

@@ -5,10 +5,11 @@ import os
 __version__ = "0.1.0"
 
 # OpenMP's threads sleep while they wait for work (torch reads this when it is imported). Otherwise they spin,
-# and if there are more of them than cores, tokens take many times longer (tests/measure_two_at_once.py). For
-# some microseconds they do spin: what the host computes of an expert is a few loops, one right after another.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# and if there are more of them than cores, tokens take many times longer (tests/measure_two_at_once.py).
+# Beside a GPU they may spin: what the host computes of an expert is some short loops, and asleep they start
+# late.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def __getattr__(name):

@@ -138,7 +138,7 @@ class Engine:
         self.kv_written = 0                 # positions of the KV cache that hold anything
         self.load_s = 0.0
         self.host: Host | SimulatedHost | None = None
-        set_threads(options.threads, packed.config)
+        set_threads(options.threads or (1 if device.type == "cuda" else None), packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")        # 8 MiB, not Hopper's 32

@@ -6,6 +6,7 @@ there are forms that nothing above this file can tell apart: a thread that compu
 when a simulated host would be done, and, for the replay, times alone.
 """
 
+import math
 import queue
 import statistics
 import sys
@@ -27,6 +28,7 @@ PATIENCE = 1e-4                             # seconds between two looks at the l
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 TRIALS = 15                                 # experts computed to see how long one takes
 FOLLOWING = 0.1                             # weight of the newest in a running mean
+FORGET = 0.25                               # seconds in which the mean forgets most of what it has seen
 # The generated code runs without holding the interpreter; on one thread, as what is done once a row is over
 # before others have woken, but for the product, on as many as its caller has set.
 HOST_CODE = {"cpp_wrapper": True, "cpp.threads": 1, "cpp.enable_floating_point_contract_flag": "fast"}
@@ -120,7 +122,8 @@ class Host:
         sys.setswitchinterval(SWITCH)
         self.keys, self.dtype = keys, dtype
         self.jobs: dict[Key, Job] = {}
-        self.each, self.free, self.busy = 0.0, 0.0, 0.0
+        self.each, self.since = 0.0, 0.0    # seconds an expert took of late, and when the latest was done
+        self.free, self.busy = 0.0, 0.0
         self.log: list | None = None
         self.pump: Callable[[], None] = lambda: None                # what feeds the lane
         self.now = time.perf_counter
@@ -144,8 +147,11 @@ class Host:
         return max(self.now(), self.free)
 
     def seconds(self) -> float:
-        self.each = self.each or self.state["each"]
-        return self.each
+        """What is found too slow is used no more, and would never be seen to have become faster: so what was
+        seen of late is forgotten after a while, for what was measured at first."""
+        first = self.state["each"]
+        known = math.exp((self.since - self.now()) / FORGET) if self.each else 0.0
+        return first + known * (self.each - first)
 
     def take(self, x: Tensor) -> None:
         self.x = x
@@ -168,7 +174,8 @@ class Host:
             raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
         took = job.ended - job.begun
         self.busy += took
-        self.each += FOLLOWING * (min(took, 3 * self.each) - self.each)             # (one outlier is none)
+        each, self.since = self.seconds(), self.now()
+        self.each = each + FOLLOWING * (min(took, 3 * each) - each)                 # (one outlier is none)
         if all(other.done.is_set() for other in self.jobs.values()):
             self.free = job.ended
         if self.log is not None:

@@ -1,4 +1,5 @@
-"""Both lanes of a run: what was computed, what crossed the link meanwhile, and which waited for the other.
+"""The lanes of a run: what the device computed, what crossed the link meanwhile, what the host computed, and
+which waited for which.
 
 `watch` has the engine keep its transfers and the spans of its computation; `save` writes them down: all of
 them as JSON in Chrome's trace format (ui.perfetto.dev opens it), or a picture of the prefill and of the last
@@ -15,14 +16,14 @@ from .errors import UserError
 from .files import atomic
 from .link import Transfer
 
-COMPUTE, LINK = 1, 2                        # the lanes, as a trace numbers them
+COMPUTE, LINK, HOST = 1, 2, 3               # the lanes, as a trace numbers them
 GAP = 50                                    # microseconds; pieces of a transfer this near are drawn as one
 BLOCKS = 160                                # most in one panel of a picture, to be told apart
 TITLE = "What is computed, and what crosses the link meanwhile (3.5 is expert 5 of layer 3)"
 WIDTH, LEFT, RIGHT, ROW = 960, 66, 948, 30  # its pixels
 COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce",
            "prefill transfer": "#dba11c", "demand transfer": "#d55e00", "prefetch": "#2a9d74",
-           "wasted transfer": "url(#waste)", "idle": "#eee"}
+           "wasted transfer": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
 
 
 def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -> dict:
@@ -33,8 +34,9 @@ def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -
 
 
 def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=(),
-          decode: float = math.inf) -> dict:
-    """Chrome's trace of `transfers`, sent in `chunk`s, and of what was `computed`: (name, layer, start, end).
+          decode: float = math.inf, hosted=()) -> dict:
+    """Chrome's trace of `transfers`, sent in `chunk`s, of what was `computed`: (name, layer, start, end), and
+    of what was `hosted`: ((layer, expert), start, end).
 
     A transfer's kind is prefill if it was asked for before `decode` began, else prefetch or demand. It was
     used, or wasted (dropped or evicted before a use), or is one of the `kept`, whose experts are still in
@@ -43,12 +45,15 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
     spans = sorted(((*span, i, t) for t in transfers for i, span in enumerate(t.spans)), key=lambda s: s[:2])
     origin = min([start for _, _, start, _ in computed[:1]] + [start for start, *_ in spans[:1]], default=0.0)
     micro, free, last = lambda seconds: round(1e6 * (seconds - origin), 3), 0.0, None
-    names = ("process", 0, "duoserve"), ("thread", COMPUTE, "compute"), ("thread", LINK, "link")
+    names = [("process", 0, "duoserve"), ("thread", COMPUTE, "compute"), ("thread", LINK, "link")]
+    names += [("thread", HOST, "host")] * bool(hosted)
     events = [{"ph": "M", "pid": 1, "tid": lane, "name": f"{kind}_name", "args": {"name": name}}
               for kind, lane, name in names]
     for name, layer, start, end in computed:
         kind, *expert = name.split()
         events.append(event(COMPUTE, micro(start), micro(end), kind, layer, *map(int, expert)))
+    for key, start, end in hosted:
+        events.append(event(HOST, micro(start), micro(end), "on-host", *key))
     for start, end, i, t in spans:
         start, end = max(free, micro(start)), max(free, micro(end))         # CUDA's times are rounded
         nbytes = chunk if i + 1 < len(t.spans) else t.sent - i * chunk      # the last may be shorter
@@ -65,9 +70,9 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
 
 def picture(events: list[dict]) -> str:
     """An SVG of a trace's events: a panel for the prefill and one for the last three tokens, if they fit."""
-    lanes, arrivals = {COMPUTE: [], LINK: []}, defaultdict(deque)
+    lanes, arrivals = {COMPUTE: [], LINK: [], HOST: []}, defaultdict(deque)
     uses, visits, before = [], [], math.inf
-    for e in events[3:]:                    # the first three are names
+    for e in (e for e in events if e["ph"] == "X"):                 # (the first are names)
         args, end = e["args"], e["ts"] + e["dur"]
         lanes[e["tid"]].append((e["ts"], end, e["name"], args))
         if args.get("use") == "used":
@@ -95,7 +100,7 @@ def picture(events: list[dict]) -> str:
             tokens = sum(i <= step < j for step in steps)
             what = f"{j - i} layer visits, {tokens} token{'s' * (tokens > 1)}" if first else f"{j - i} layers"
             svg += panel(f"{title}: {what}", bounds[i], bounds[j], lanes, uses, y)
-            y += 172
+            y += 224 if lanes[HOST] else 172
     drawn = "".join(svg)
     shown = [(name, colour) for name, colour in COLOURS.items() if f'fill="{colour}"' in drawn]
     for i, (name, colour) in enumerate(shown):
@@ -110,15 +115,16 @@ def picture(events: list[dict]) -> str:
 
 def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[float, float]],
           y: int) -> list[str]:
-    """Both lanes from `begin` to `end`; `y` is its top."""
+    """The lanes from `begin` to `end`; `y` is its top."""
     span, top, low, free, svg = max(end - begin, 1.0), y + 46, y + 98, 0.0, []
-    share = [0.0] * 3                       # of the time: computing, waiting, and the link at work
+    rows = [(COMPUTE, "compute", top), (LINK, "link", low)] + [(HOST, "host", low + 52)] * bool(lanes[HOST])
+    share = [0.0] * 4                       # of the time: computing, waiting, the link and the host at work
     at = lambda t: LEFT + (RIGHT - LEFT) * (min(max(t, begin), end) - begin) / span
-    for lane, name, row in (COMPUTE, "compute", top), (LINK, "link", low):
+    for lane, name, row in rows:
         svg += [text(12, row + 19, name), box(LEFT, row, RIGHT - LEFT, ROW, COLOURS["idle"])]
         for start, stop, name, args in (b for b in lanes[lane] if b[1] >= begin and b[0] < end):
             x, width, kind = at(start), at(stop) - at(start), args["kind"]
-            share[2 if lane == LINK else not name] += width / (RIGHT - LEFT)
+            share[lane if lane != COMPUTE else not name] += width / (RIGHT - LEFT)
             if args.get("use") == "wasted":
                 kind = "wasted"
             colour = COLOURS.get(kind) or COLOURS[f"{kind} transfer"]
@@ -138,8 +144,10 @@ def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[fl
     step *= 5 if span >= step * 25 else 2 if span >= step * 10 else 1
     for i in range(int(span / step) + 1):
         x, ms = at(begin + i * step), i * step / 1e3
-        svg += [box(x, low + ROW, 1, 4, "#777"), text(x, low + ROW + 15, f"{ms:g}" if ms else "0 ms")]
+        bottom = rows[-1][2] + ROW
+        svg += [box(x, bottom, 1, 4, "#777"), text(x, bottom + 15, f"{ms:g}" if ms else "0 ms")]
     caption = "computing {:.0%} of the time, waiting for the link {:.0%}; the link at work {:.0%}"
+    caption += ", the host {:.0%}" if lanes[HOST] else ""
     caption = caption.format(*share)
     return svg + [text(12, y + 20, title, 13), text(RIGHT, y + 20, caption, anchor="end")]
 
@@ -164,12 +172,15 @@ def check(path: Path) -> None:
 
 def watch(engine) -> None:
     engine.cache.log, engine.source.spans = [], []
+    if engine.host is not None:
+        engine.host.log = []
 
 
 def save(engine, path: Path) -> None:
     """Write what the engine has done since `watch`."""
     cache, at = engine.cache, engine.cache.lane.seconds
     computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
-    run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots}, cache.since)
+    run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots}, cache.since,
+                engine.host.log if engine.host is not None else ())
     with atomic(path, "w") as file:
         file.write(json.dumps(run) if path.suffix == ".json" else picture(run["traceEvents"]))

@@ -1,0 +1,301 @@
+"""Missing experts computed on the host: the same bits whoever computes them, the split by the clock, and
+faults."""
+
+import gc
+import itertools
+import random
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
+
+from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
+from duoserve.cache import HOST, GPUExpertCache
+from duoserve.config import MixtralConfig
+from duoserve.errors import UserError
+from duoserve.history import History, Routing
+from duoserve.host import FORGET, Host, SimulatedHost
+from duoserve.link import SimulatedLane, VirtualClock
+from duoserve.options import EngineOptions
+from duoserve.predictor import Forecast
+from duoserve.scheduler import DecodeScheduler, ExpertScheduler
+
+SLOW = dict(simulate_link=8e6, simulate_host=8e6)                   # an expert takes about a millisecond
+SPLIT = ExpertScheduler.for_host
+
+
+def anywhere(seed):
+    """Any needed expert goes anywhere, also one that is there."""
+    rng = random.Random(seed)
+    return lambda self, keys: [key for key in keys if self.cache.host.has(key) and rng.random() < 0.5]
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_the_same_bits_wherever_an_expert_is_computed(dtype, tiny, monkeypatch):
+    want = answers(load(tiny, dtype=dtype, cache_experts=24))
+    for seed, (policy, slots, split) in enumerate(itertools.product(
+            ("duo", "cache", "on-demand"), (2, 9), (SPLIT, anywhere))):
+        monkeypatch.setattr(ExpertScheduler, "for_host", split if split is SPLIT else split(seed))
+        engine = load(tiny, dtype=dtype, policy=policy, cache_experts=slots, **SLOW)
+        assert same(answers(engine), want), (policy, slots, seed)
+        assert engine.cache.counts.host_experts or split is SPLIT
+
+
+def test_the_same_bits_where_the_device_runs_ahead(tiny, monkeypatch):
+    """By the table; only what it has not launched may be computed elsewhere."""
+    want = answers(load(tiny, dtype="bfloat16", cache_experts=24))
+    monkeypatch.setattr(ExpertScheduler, "for_host", anywhere(1))
+    engine = load(tiny, dtype="bfloat16", cache_experts=12, **SLOW)
+    by_table(engine)
+    assert same(answers(engine), want) and engine.cache.counts.host_experts
+
+
+def test_a_host_of_threads_without_a_simulated_link(tiny, monkeypatch):
+    monkeypatch.setattr(ExpertScheduler, "for_host", anywhere(2))
+    engine = load(tiny, cache_experts=4, host_threads=1)
+    assert same(answers(engine), answers(load(tiny, cache_experts=24)))
+    stats = engine.result.stats
+    assert stats.host_experts > 0 and 0 < stats.host_busy_fraction <= 1
+
+
+def test_what_lies_on_the_disk_goes_over_the_link(tiny, monkeypatch):
+    monkeypatch.setattr(DecodeScheduler, "for_host",
+                        lambda self, keys: [key for key in keys if self.cache.host.has(key)])
+    engine = load(tiny, cache_experts=3, host_memory="30%", **SLOW)
+    assert same(answers(engine), answers(load(tiny, cache_experts=24)))
+    assert engine.result.stats.host_experts and engine.result.stats.misses
+
+
+def test_every_access_is_counted_once(tiny):
+    engine = load(tiny, cache_experts=3, **SLOW)
+    stats = engine.generate(SHORT, max_new_tokens=6).stats
+    assert stats.hits + stats.prefetched_used + stats.misses + stats.host_experts == 5 * 3 * 2
+    assert stats.host_experts > 0
+
+
+# Who computes what
+
+
+def scheduler(transfer=4.0, host=3.0, there=(), policy=DecodeScheduler):
+    """A policy with room for six experts, some of layer 0's being `there`; an expert is eight chunks."""
+    clock = VirtualClock()
+    lane = SimulatedLane(clock, 8 / transfer, 1)
+    cache = GPUExpertCache(6, 8, lane)
+    made = policy(cache, History(2, 8), Forecast(History(2, 8), None, 2), 4)
+    cache.serve(made, SimulatedHost(clock, host))
+    for e in there:
+        cache.demand((0, e))
+    lane.finish()
+    return made, cache, clock
+
+
+def split(n, **options):
+    made, cache, _ = scheduler(**options)
+    return [e for _, e in made.for_host([(0, e) for e in range(n)])]
+
+
+def test_the_split_is_the_one_that_is_soonest_done():
+    assert split(2, policy=ExpertScheduler) == [1]                  # one each: 4 and 3, not 6 or 8
+    assert split(2) == [0, 1]               # to us the link's time is worth something: 6, not 4 + 0.6 x 4
+    assert split(2, there=(0,)) == [1] and split(2, there=(0, 1)) == []
+    assert split(2, host=1.0) == [0, 1] and split(2, host=99.0) == []
+    assert split(1, host=5.0) == [0] and split(1, host=5.0, policy=ExpertScheduler) == []
+    assert split(2, transfer=2e-4, host=1e-5) == []                 # over before anybody has thought
+
+
+def test_what_the_link_and_the_host_have_to_do_already_counts():
+    made, cache, clock = scheduler()
+    for e in (4, 5):
+        cache.demand((0, e))                                        # the link is busy for 8 s
+    assert made.for_host([(0, 0), (0, 1)]) == [(0, 0), (0, 1)]
+    clock.wait_until(clock.now() + 8)
+    cache.host.submit([(0, 6), (0, 7)])                             # now the host is, for 6
+    assert made.for_host([(0, 0)]) == []
+
+
+def test_a_guess_that_is_nearly_there_goes_on_and_another_is_dropped():
+    for moved, expected in ((7, []), (1, [0])):
+        made, cache, clock = scheduler(host=2.0, policy=ExpertScheduler)
+        cache.plan([(0, 0)])
+        clock.wait_until(clock.now() + moved * 0.5 - 0.25)
+        assert [e for _, e in made.for_host([(0, 0)])] == expected
+        for e, place in made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)):
+            assert (place == HOST) == bool(expected)
+        assert cache.counts.host_experts == len(expected)
+        assert ((0, 0) in cache.slot_of) == (not expected) and not cache.needed
+        assert (cache.counts.wasted > 0) == bool(expected)
+
+
+def test_what_the_device_can_start_on_comes_before_what_the_host_computes():
+    made, cache, clock = scheduler(there=(2,), policy=ExpertScheduler)
+    began = clock.now()
+    order = [(e, place == HOST) for e, place in
+             made.experts(0, Routing([1, 1, 1] + [0] * 5, [0, 1, 2], [1.0] * 3, [0.0] * 8, None))]
+    assert [e for e, _ in order] == [2, 0, 1] and [host for _, host in order] == [False, False, True]
+    assert clock.now() - began == pytest.approx(4.0)                # both at once
+
+
+# The replay
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return synthetic_traces(MixtralConfig(num_hidden_layers=4), 0.36, 0.8, 1, 20, 16)[0]
+
+
+def replay(trace, policy="duo", **costs):
+    return Replay(trace, 2, policy, 9, Costs(predict_ms=0.0, **costs), None, "warm").run()
+
+
+def test_a_host_that_is_far_too_slow_changes_nothing(trace):
+    alone, slow = replay(trace), replay(trace, host_expert_ms=1000.0)
+    assert slow.decode_s == pytest.approx(alone.decode_s, rel=0.01) and not slow.cache.counts.host_experts
+
+
+def test_link_and_host_together_are_faster_than_either(trace):
+    both, link, host = (replay(trace, host_expert_ms=2.0), replay(trace),
+                        replay(trace, "host-only", host_expert_ms=2.0))
+    assert both.decode_s < 0.75 * link.decode_s and both.decode_s < 0.97 * host.decode_s
+    counts = host.cache.counts
+    assert counts.misses == 0 and counts.host_experts > both.cache.counts.host_experts > 0
+    for run in (both, host):
+        c = run.cache.counts
+        assert c.hits + c.prefetched_used + c.misses + c.host_experts == run.steps * 4 * 2
+        assert run.floor / 1e3 <= run.decode_s
+
+
+def test_the_floor_is_the_best_division_of_what_was_missing():
+    costs = Costs(0.3, 0.1, 4.0, host_expert_ms=2.0)
+    assert step_floor(costs, 4, 2, 3, 3) == 8.0                     # two over the link, four on the host
+    assert step_floor(costs, 4, 2, 0, 0) == pytest.approx(4 * 0.3 + 8 * 0.1)
+
+
+# Interruptions and faults
+
+
+def test_ctrl_c_while_the_host_computes_leaves_no_trace(tiny, monkeypatch):
+    engine = load(tiny, cache_experts=3, **SLOW)
+    want = answers(engine)
+    wait, calls = SimulatedHost.wait, itertools.count()
+
+    def interrupted(self, key):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        wait(self, key)
+    monkeypatch.setattr(SimulatedHost, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT, **SAMPLED)
+    assert at_rest(engine.cache) and not engine.host.worker.jobs and not engine.host.due
+    assert same(answers(engine), want)
+
+
+def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeypatch):
+    """The thread is still at it when the next request asks for the same experts."""
+    monkeypatch.setattr(ExpertScheduler, "for_host", anywhere(3))
+    engine = load(tiny, cache_experts=3, **SLOW)
+    want, worker = answers(engine), engine.host.worker
+    wait, calls = Host.wait, itertools.count()
+
+    def interrupted(self, key):
+        if next(calls) == 2:
+            job = self.jobs[key]
+            job.done.wait()
+            late = type(job)(job.key, job.x, job.answer, job.asked)
+            late.x = torch.full_like(job.x, torch.nan)
+            self.queue.put(late)            # as if it was computed only now, into the same row
+            raise KeyboardInterrupt
+        wait(self, key)
+    monkeypatch.setattr(Host, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(SHORT, **SAMPLED)
+    assert same(answers(engine), want) and not worker.jobs
+
+
+def test_a_host_that_fails_ends_the_request_and_not_the_engine(tiny, monkeypatch):
+    monkeypatch.setattr(ExpertScheduler, "for_host", anywhere(4))
+    engine = load(tiny, cache_experts=3, **SLOW)
+    want, submit = answers(engine), Host.submit
+
+    def broken(self, keys):
+        self.x = self.x[1:]                 # of the wrong width
+        submit(self, keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(Host, "submit", broken)
+        with pytest.raises(UserError, match="host could not compute.*--host-threads 0"):
+            engine.generate(SHORT, **SAMPLED)
+    assert at_rest(engine.cache) and same(answers(engine), want)
+
+
+def a_host(prepare):
+    host = Host(4, torch.float32, False, {(0, 0)}, prepare)
+    host.ready.wait(10)
+    return host
+
+
+def adding(key, x, out):
+    time.sleep(0.02)
+    out.copy_(x[0] + 1)
+
+
+def test_a_host_that_cannot_be_prepared_is_not_used():
+    def prepare():
+        raise RuntimeError("no compiler")
+    host = a_host(prepare)
+    assert host.ready.is_set() and not host.helps()
+
+
+def test_the_thread_ends_with_its_engine_also_at_work(tiny):
+    host = a_host(lambda: (adding, {"each": 0.02, "threads": 1}))
+    host.take(torch.ones(4))
+    host.submit([(0, 0)])
+    thread, gone = host.thread, weakref.ref(host)
+    del host
+    gc.collect()
+    thread.join(5)
+    assert gone() is None and not thread.is_alive()
+    engine = load(tiny, **SLOW)
+    thread = engine.host.worker.thread
+    assert thread in threading.enumerate()
+    del engine
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
+    host = a_host(lambda: (adding, {"each": 0.001, "threads": 1}))
+    assert host.seconds() == 0.001
+    for _ in range(3):                      # each takes twenty times as long; one alone counts as three times
+        host.take(torch.ones(4))
+        host.submit([(0, 0)])
+        host.wait((0, 0))
+        assert host.answer((0, 0)).tolist() == [2.0] * 4
+    assert 0.001 < host.seconds() < 0.003
+    later = host.now() + 10 * FORGET
+    monkeypatch.setattr(host, "now", lambda: later)
+    assert host.seconds() == pytest.approx(0.001, rel=0.01) and host.busy >= 0.06
+
+
+# What may be asked for
+
+
+@pytest.mark.parametrize("options, culprit", [
+    (dict(host_threads="many"), "--host-threads many"), (dict(host_threads=-1), "--host-threads -1"),
+    (dict(host_threads=1.5), "--host-threads 1.5"), (dict(host_threads=5000), "--host-threads 5000"),
+    (dict(simulate_host="fast", simulate_link="1GB/s"), "--simulate-host.*fast"),
+    (dict(simulate_host=1, simulate_link="1GB/s"), "--simulate-host 1"),
+    (dict(simulate_host="1GB/s"), "--simulate-host")])
+def test_what_cannot_be_is_refused(options, culprit):
+    with pytest.raises(UserError, match=culprit):
+        EngineOptions(device="cpu", **options)
+
+
+def test_on_a_cpu_nobody_computes_elsewhere_unless_asked(tiny):
+    assert load(tiny).host is None and load(tiny, host_threads=0, **SLOW).host is None
+    assert isinstance(load(tiny, **SLOW).host, SimulatedHost)

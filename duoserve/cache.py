@@ -96,19 +96,15 @@ class GPUExpertCache:
         slot = self.slot_of.get(key)
         return slot is not None and slot.transfer.sent == slot.transfer.size
 
-    def here(self, key: Key) -> bool:
-        """All of it has arrived, as far as the host has seen."""
-        slot = self.slot_of.get(key)
-        return slot is not None and slot.whole and self.lane.arrived(slot.transfer)
-
     def launch(self, layer: int, experts: int) -> list[int]:
         """A layer is about to be enqueued, its routing unknown: the slots of its experts, LAUNCHED for what
         is not there."""
         row = [LAUNCHED] * experts
         for e in range(experts):
-            if self.here((layer, e)):
-                self.launched.add((layer, e))
-                row[e] = self.slot_of[layer, e].index
+            slot = self.slot_of.get((layer, e))
+            if slot is not None and slot.whole and self.lane.arrived(slot.transfer):
+                self.launched.add(slot.key)
+                row[e] = slot.index
         return row
 
     def require(self, keys: list[Key]) -> None:

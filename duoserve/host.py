@@ -168,8 +168,6 @@ class Host:
         job = self.jobs[key]
         while not job.done.wait(PATIENCE):
             self.pump()
-            if not self.thread.is_alive():
-                raise HostError("its thread has ended")
         if job.error is not None:
             raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
         took = job.ended - job.begun

@@ -117,11 +117,10 @@ class ExpertScheduler:
         now, each = lane.now(), host.seconds()
         link_free, host_free = lane.free_at() - now, host.free_at() - now
         left = {key: cache.missing_s(key) for key in absent}
-        there = all(cache.here(key) for key in keys if key not in left)
 
         def cost(chosen: list[Key]) -> float:
             on_link = [left[key] for key in absent if key not in chosen]
-            link_done = link_free + sum(on_link) if on_link or not there else 0.0
+            link_done = link_free + sum(on_link) if on_link else 0.0
             host_done = host_free + len(chosen) * each if chosen else 0.0
             return max(link_done, host_done) + self.link_worth * sum(on_link)
 

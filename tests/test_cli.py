@@ -37,8 +37,9 @@ from duoserve.tokenizer import Tokenizer
 # generate.py
 
 
-STATS = {"host_experts", "host_busy_fraction", "load_s", "ttft_s", "tpot_s", "policy", "cache_experts", "hits", "misses", "prefetched",
-         "prefetched_used", "in_time", "bytes_moved", "peak_device_bytes", "link_busy_fraction"}
+STATS = {"load_s", "ttft_s", "tpot_s", "policy", "cache_experts", "hits", "misses", "prefetched",
+         "prefetched_used", "in_time", "bytes_moved", "peak_device_bytes", "link_busy_fraction",
+         "host_experts", "host_busy_fraction"}
 
 
 def test_json_is_one_object_with_all_that_was_promised(ask):

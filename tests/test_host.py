@@ -268,6 +268,18 @@ def test_the_thread_ends_with_its_engine_also_at_work(tiny):
     assert not thread.is_alive()
 
 
+def test_what_an_expert_is_given_may_be_overwritten_at_once():
+    """It lies in a buffer that the next routing is read into."""
+    host, x = a_host(lambda: (adding, {"each": 0.02, "threads": 1})), torch.ones(4)
+    for _ in range(3):
+        x.fill_(1)
+        host.take(x)
+        host.submit([(0, 0)])
+        x.fill_(7)
+        host.wait((0, 0))
+        assert host.answer((0, 0)).tolist() == [2.0] * 4
+
+
 def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
     host = a_host(lambda: (adding, {"each": 0.001, "threads": 1}))
     assert host.seconds() == 0.001

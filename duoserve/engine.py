@@ -39,7 +39,8 @@ from .tokenizer import TextStream
 
 
 HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
-HOST_HELPS = 4                              # an expert may take so many times as long there as on the link
+HOST_HELPS = 2.5                            # how many times as long as on the link an expert may take there;
+                                            # beyond, a replay gains less than 3 % (duoserve/bench/README.md)
 
 
 @dataclass

@@ -26,6 +26,7 @@ from .quant import (IN_ONE_PASS, ExpertLayout, compiled, dots, exact_swiglu, lai
 ANSWERS = 256                               # buffers for answers on their way to the device
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
+PAUSE = 3e-3                                # seconds between these: a thread that has slept starts late
 TRIALS = 15                                 # experts computed to see how long one takes
 FOLLOWING = 0.1                             # weight of the newest in a running mean
 FORGET = 0.25                               # seconds in which the mean forgets most of what it has seen
@@ -265,6 +266,8 @@ def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:
 
 
 def seconds(function, *arguments) -> float:
+    """How long that takes after a pause, as there are between the experts of a decode."""
+    time.sleep(PAUSE)
     began = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - began

@@ -33,6 +33,7 @@ from .policies import schedulers
 from .predictor import Forecast, Predictor
 from .quant import PackedLinear
 from .sampling import sample
+from .scheduler import THOUGHT
 from .step import DecodeStep
 from .store import ExpertStore, choose_kept, most_used
 from .tokenizer import TextStream
@@ -254,7 +255,8 @@ class Engine:
         layout = packed.layout
         cuda, asked = self.device.type == "cuda", options.host_threads != "auto"
         threads = options.host_threads if asked else usable_cpus() - 1
-        if not store.blocks or not threads or not (cuda or asked or options.simulate_host):
+        worth = cuda and layout.nbytes / PCIE > THOUGHT             # (else over before anybody has thought)
+        if not store.blocks or not threads or not (worth or asked or options.simulate_host):
             return None
         if cuda and (not compiled or dtype == torch.float32):
             if asked:

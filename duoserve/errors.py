@@ -29,8 +29,8 @@ SHARED = {                                  # flags that several programs have, 
     "--threads": {"type": int, "metavar": "N", "help": "that compute on the CPU (default: one for a small "
                   "model, else one a core; or what OMP_NUM_THREADS says)"},
     "--host-threads": {"default": "auto", "metavar": "N|auto", "help": "that compute missing experts beside "
-                       "a GPU; 0 never (default: all but one, if that helps here; with --device cpu 0, or else "
-                       "as many as --threads)"},
+                       "a GPU; 0 never (default: all but one, if that helps here; with --device cpu 0, "
+                       "or else as many as --threads)"},
     "--simulate-link": {"metavar": "SIZE/s", "help": "simulate a link of this speed: 25GB/s (default: no)"},
     "--simulate-host": {"metavar": "SIZE/s", "help": "and, on a CPU, a host that computes missing experts "
                         "at this speed (default: no)"},

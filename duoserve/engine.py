@@ -211,10 +211,10 @@ class Engine:
         nbytes = packed.layout.nbytes
         self.slots_memory = torch.empty(self.plan.slots, nbytes, dtype=torch.uint8, device=device)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
+        self.linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
-            self.model = self._make_model(linear)
-        slots = ExpertSlots(c, packed.layout, self.slots_memory, linear, compiled)
+            self.model = self._make_model(self.linear)
+        slots = ExpertSlots(c, packed.layout, self.slots_memory, self.linear, compiled)
         state = {name: tensor.to(device, dtype if packed.shapes[name][0] == "16" else None)
                  for name, tensor in packed.resident().items()}
         if c.tie_word_embeddings:
@@ -252,7 +252,7 @@ class Engine:
     def _make_host(self, compiled: bool) -> Host | SimulatedHost | None:
         """What computes missing experts beside the link, if anything may. (It is not ready yet.)"""
         options, c, packed, store, dtype = self.options, self.config, self.packed, self.store, self.dtype
-        layout = packed.layout
+        layout, linear = packed.layout, self.linear
         cuda, asked = self.device.type == "cuda", options.host_threads != "auto"
         threads = options.host_threads if asked else usable_cpus() - 1
         worth = cuda and layout.nbytes / PCIE > THOUGHT             # (else over before anybody has thought)
@@ -269,7 +269,6 @@ class Engine:
             if cuda:
                 compute, counts = compiled_experts(layout, store.blocks, dtype), {threads, -(-threads // 2)}
             else:
-                linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
                 slots = ExpertSlots(c, layout, store.stacked, linear, compiled)
                 index, counts = {key: i for i, key in enumerate(keys)}, {torch.get_num_threads()}
                 compute = lambda key, x, out: out.copy_(slots[index[key]](x)[0])
@@ -296,7 +295,7 @@ class Engine:
     def _decoding_host(self) -> Host | SimulatedHost | None:
         """The host, if it is ready and worth its while on this machine, or if it was asked for."""
         host, asked = self.host, self.options.host_threads != "auto" or self.options.simulate_host
-        if host is None or not host.ready.is_set() or not host.helps():
+        if host is None or not host.helps():
             return None
         return host if asked or host.seconds() <= HOST_HELPS * self.cache.transfer_s() else None
 

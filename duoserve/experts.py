@@ -107,13 +107,12 @@ class StreamedExperts:
     def read(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None) -> Routing:
         """The oldest routing on its way. Without `rows` those of a single token, from its numbers."""
         E, K = self.config.num_local_experts, self.config.num_experts_per_tok
-        n = E + 2 * K + E * min(2, self.config.num_hidden_layers - layer)
         if self.recorder is not None:
-            logits, *lookahead = rows or numbers[E + 2 * K:n].split(E)
+            logits, *lookahead = rows or numbers[E + 2 * K:].split(E)
             self._record("router", layer, logits)
             for ahead in lookahead:
                 self._record("lookahead", layer + 1, ahead)
-        read = self.lane.read(self.fetched.pop(0))
+        read, n = self.lane.read(self.fetched.pop(0)), len(numbers)
         if self.cache.host is not None:
             self.cache.host.take(read[n:])
         return Routing.unpack(read[:n].tolist(), E, K)

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Callable
 
 import torch
@@ -128,8 +129,7 @@ class Host:
         self.log: list | None = None
         self.pump: Callable[[], None] = lambda: None                # what feeds the lane
         self.now = time.perf_counter
-        self.rows = torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind()
-        self.used = 0
+        self.rows = cycle(torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind())
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.ready = threading.Event()
         self.state: dict = {}               # `each` and `threads`, or the `error`
@@ -161,8 +161,7 @@ class Host:
         x = self.x.view(self.dtype)[None].clone()
         for key in keys:
             self.free = self.free_at() + self.seconds()
-            self.used += 1
-            self.jobs[key] = Job(key, x, self.rows[self.used % ANSWERS], self.now())
+            self.jobs[key] = Job(key, x, next(self.rows), self.now())
             self.queue.put(self.jobs[key])
 
     def wait(self, key: Key) -> None:

@@ -101,7 +101,7 @@ class DecodeStep:
                 whole, ahead = self.launch(ahead, layers[ahead], source), ahead + 1
             if self.capturing:
                 source.begin_layer(i)
-            routing = source.read(i, self.report[i])
+            routing = source.read(i, self.numbers[i][0])
             if self.capturing and i + 1 == ahead < len(layers) and self.there(i, routing.ids):
                 whole, ahead = self.launch(ahead, layers[ahead], source), ahead + 1
             self.settle(i, routing, source)

@@ -12,7 +12,6 @@ import os
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -74,8 +73,6 @@ class ExpertStore:
         except OSError as error:
             raise UserError(f"{model.directory}: {format_bytes(total)} of host memory for its experts cannot "
                             f"be had ({error.strerror}); ask for less with --host-memory") from None
-        with suppress(OSError, AttributeError):                     # (fewer pages to look up, if there are)
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.bytes = np.frombuffer(self.memory, np.uint8, total).reshape(len(kept), stride)[:, :self.nbytes]
         self.stacked = torch.from_numpy(self.bytes)
         self.blocks = dict(zip(sorted(kept), self.stacked.unbind()))

@@ -263,9 +263,10 @@ class Engine:
                 print("note: --host-threads: the host has a GPU's bits in compiled code and a 16-bit dtype "
                       "alone; it computes nothing", file=sys.stderr)
             return None
-        keys, x = list(store.blocks), torch.zeros(1, c.hidden_size, dtype=dtype, device="cpu")
+        keys = list(store.blocks)
 
         def prepare():                      # (it knows the store, but not the engine: that must be let go)
+            x = torch.zeros(1, c.hidden_size, dtype=dtype, device="cpu")            # as in decode: of inference
             if cuda:
                 compute, counts = compiled_experts(layout, store.blocks, dtype), {threads, -(-threads // 2)}
             else:

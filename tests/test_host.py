@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
 
+from duoserve import engine as engine_module
 from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
 from duoserve.cache import HOST, GPUExpertCache
 from duoserve.config import MixtralConfig
@@ -77,6 +78,24 @@ def test_every_access_is_counted_once(tiny):
     stats = engine.generate(SHORT, max_new_tokens=6).stats
     assert stats.hits + stats.prefetched_used + stats.misses + stats.host_experts == 5 * 3 * 2
     assert stats.host_experts > 0
+
+
+def test_the_warm_up_is_given_what_a_decode_gives(tiny, monkeypatch):
+    """A tensor of inference or not is a difference to compiled code: it would be compiled again, in decode."""
+    given, on_threads, submit = [], engine_module.on_threads, Host.submit
+
+    def warm(compute, keys, x, counts):
+        given.append(x)
+        return on_threads(compute, keys, x, counts)
+
+    def submitted(self, keys):
+        submit(self, keys)
+        given.extend(job.x for job in self.jobs.values())
+    monkeypatch.setattr(engine_module, "on_threads", warm)
+    monkeypatch.setattr(Host, "submit", submitted)
+    load(tiny, cache_experts=3, **SLOW).generate(SHORT, max_new_tokens=3)
+    assert len(given) > 1
+    assert len({(x.is_inference(), x.dtype, x.shape, x.stride(), x.device) for x in given}) == 1
 
 
 # Who computes what

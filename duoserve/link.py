@@ -175,7 +175,7 @@ class SimulatedLane:
     def read(self, fetched: torch.Tensor) -> torch.Tensor:
         """The numbers, on the host, until others are fetched; the lane is fed meanwhile."""
         self.clock.pump()
-        return fetched
+        return fetched.cpu()                # (on a GPU with a simulated link they are not there yet)
 
     def mark(self) -> float:
         """This moment of the computation; `seconds` says when it was, on the lane's clock."""

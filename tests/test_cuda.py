@@ -84,6 +84,11 @@ def test_same_tokens_wherever_an_expert_is_computed(directory, compiled, dtype, 
         assert e.result.stats.host_experts > 0
 
 
+def test_a_simulated_link_gives_the_same_tokens(directory):
+    e = engine(directory, cache_experts=5, simulate_link="100MB/s")
+    assert tokens(e) == tokens(engine(directory, cache_experts=24))
+
+
 def test_nothing_is_compiled_after_loading(directory, compiled):
     e = engine(directory, context=700)
     assert e.step.capturing == compiled

@@ -266,7 +266,7 @@ class Engine:
         keys = list(store.blocks)
 
         def prepare():                      # (it knows the store, but not the engine: that must be let go)
-            x = torch.zeros(1, c.hidden_size, dtype=dtype, device="cpu")            # as in decode: of inference
+            x = torch.zeros(1, c.hidden_size, dtype=dtype, device="cpu")          # as in decode: of inference
             if cuda:
                 compute, counts = compiled_experts(layout, store.blocks, dtype), {threads, -(-threads // 2)}
             else:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Callable
@@ -42,14 +43,14 @@ class HostError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One expert for the row `x` [1, D] of one request; `answer` [D] holds what came of it once it is
-    `done`."""
+    """One expert for the row `x` [1, D] of one request; `answer` [D] holds what came of it once it has
+    `ended`. (`done` wakes who waits. No `threading.Event`: a Ctrl-C in its `wait` may leave it locked.)"""
 
     key: Key
     x: Tensor
     answer: Tensor
     asked: float
-    done: threading.Event = field(default_factory=threading.Event)
+    done: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     dropped: bool = False                   # its request has ended
     begun: float = 0.0
     ended: float = 0.0
@@ -166,7 +167,9 @@ class Host:
 
     def wait(self, key: Key) -> None:
         job = self.jobs[key]
-        while not job.done.wait(PATIENCE):
+        while not job.ended:
+            with suppress(queue.Empty):
+                job.done.get(timeout=PATIENCE)
             self.pump()
         if job.error is not None:
             raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
@@ -174,7 +177,7 @@ class Host:
         self.busy += took
         each, self.since = self.seconds(), self.now()
         self.each = each + FOLLOWING * (min(took, 3 * each) - each)                 # (one outlier is none)
-        if all(other.done.is_set() for other in self.jobs.values()):
+        if all(other.ended for other in self.jobs.values()):
             self.free = job.ended
         if self.log is not None:
             self.log.append((key, job.begun, job.ended))
@@ -208,8 +211,8 @@ def work(jobs: queue.SimpleQueue, prepare, ready: threading.Event, state: dict) 
                 compute(job.key, job.x, job.answer)
             except BaseException as error:
                 job.error = error
-            job.ended = time.perf_counter()
-        job.done.set()
+        job.ended = time.perf_counter()
+        job.done.put(None)
         del job
 
 

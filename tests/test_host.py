@@ -4,6 +4,7 @@ faults."""
 import gc
 import itertools
 import random
+import signal
 import threading
 import time
 import weakref
@@ -81,7 +82,7 @@ def test_every_access_is_counted_once(tiny):
 
 
 def test_the_warm_up_is_given_what_a_decode_gives(tiny, monkeypatch):
-    """A tensor of inference or not is a difference to compiled code: it would be compiled again, in decode."""
+    """A tensor of inference or not is a difference to compiled code: it would be compiled anew, in decode."""
     given, on_threads, submit = [], engine_module.on_threads, Host.submit
 
     def warm(compute, keys, x, counts):
@@ -224,7 +225,8 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
     def interrupted(self, key):
         if next(calls) == 2:
             job = self.jobs[key]
-            job.done.wait()
+            while not job.ended:
+                time.sleep(1e-4)
             late = type(job)(job.key, job.x, job.answer, job.asked)
             late.x = torch.full_like(job.x, torch.nan)
             self.queue.put(late)            # as if it was computed only now, into the same row
@@ -234,6 +236,34 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
     with pytest.raises(KeyboardInterrupt):
         engine.generate(SHORT, **SAMPLED)
     assert same(answers(engine), want) and not worker.jobs
+
+
+def test_ctrl_c_at_any_moment_of_a_wait_leaves_the_thread_at_work():
+    def compute(key, x, out):
+        time.sleep(6e-4)
+    host, rng = a_host(lambda: (compute, {"each": 1e-3, "threads": 1})), random.Random(5)
+    before, interrupted = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
+    try:
+        for _ in range(600):
+            host.take(torch.ones(4))
+            host.submit([(0, 0)])
+            job = host.jobs[(0, 0)]
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(5e-5, 7e-4))
+                    host.wait((0, 0))
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+            host.abandon()
+            until = time.monotonic() + 5
+            while not job.ended and time.monotonic() < until:
+                time.sleep(1e-4)
+            assert job.ended, interrupted
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
 
 
 def test_a_host_that_fails_ends_the_request_and_not_the_engine(tiny, monkeypatch):

@@ -32,9 +32,9 @@ PAUSE = 3e-3                                # seconds between these: a thread th
 TRIALS = 15                                 # experts computed to see how long one takes
 FOLLOWING = 0.1                             # weight of the newest in a running mean
 FORGET = 0.25                               # seconds in which the mean forgets most of what it has seen
-# The generated code runs without holding the interpreter; on one thread, as what is done once a row is over
-# before others have woken, but for the product, on as many as its caller has set.
-HOST_CODE = {"cpp_wrapper": True, "cpp.threads": 1, "cpp.enable_floating_point_contract_flag": "fast"}
+# The generated code runs without holding the interpreter, on as many threads as its caller has set.
+HOST_CODE = {"cpp_wrapper": True, "cpp.dynamic_threads": True,
+             "cpp.enable_floating_point_contract_flag": "fast", **IN_ONE_PASS}
 
 
 class HostError(Exception):
@@ -224,34 +224,34 @@ def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Eve
         thread.join(1)
 
 
-def meets(x: Tensor, groups: int) -> tuple[list[Tensor], list[Tensor]]:
-    """x [1, columns] -> what a matrix's words meet, and the groups' sums."""
-    p, sums = whole_numbers(x, groups)
-    return laid_out(p), sums
+def stored(values: Tensor) -> Tensor:
+    """The same. It tells the compiler to compute them once and store them: without it, what makes x would be
+    done again for every row of the matrix that x meets."""
+    values = values.contiguous()
+    return values.as_strided(values.shape, values.stride())
 
 
-def second_meets(y: Tensor, table: Tensor, dtype: torch.dtype, groups: int):
-    return meets(exact_swiglu(y, table, dtype), groups)
+def product(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`quant.exact_gemv`, all of it in one piece of generated code."""
+    p, sums = whole_numbers(x, scale.shape[-1])
+    return dots(stored(laid_out(stored(p))).unbind(2), list(map(stored, sums)), q, scale, zero, None)
+
+
+def run_expert(x: Tensor, w13, w2, table: Tensor, out: Tensor) -> None:
+    """x [1, D] in a 16-bit dtype -> out [D]. Each matrix: its words, scale and zero."""
+    out.copy_(product(stored(exact_swiglu(stored(product(x, *w13)), table, x.dtype)), *w2)[0])
 
 
 def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:
-    """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory, in a 16-bit dtype: four calls
-    of compiled code, none of which holds the interpreter."""
-    table = silu_table(dtype, torch.device("cpu"))
-    first, second = compiled(meets, **HOST_CODE), compiled(second_meets, **HOST_CODE)
-    product = compiled(dots, **HOST_CODE, **IN_ONE_PASS, **{"cpp.dynamic_threads": True})
+    """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory: one call of compiled code.
+    (Of several, each would find the interpreter's code gone from the processor's caches, behind 94 MB.)"""
+    table, run = silu_table(dtype, torch.device("cpu")), compiled(run_expert, **HOST_CODE)
     matrices = {}
     for key, block in blocks.items():
         w = layout.views(block)
-        matrices[key] = [(w[f"{name}.q"].view(torch.int32), w[f"{name}.scale"], w[f"{name}.zero"], None)
+        matrices[key] = [(w[f"{name}.q"].view(torch.int32), w[f"{name}.scale"], w[f"{name}.zero"])
                          for name in ("w13", "w2")]
-
-    def compute(key: Key, x: Tensor, out: Tensor) -> None:
-        w13, w2 = matrices[key]
-        y = product(*first(x, w13[1].shape[-1]), *w13)
-        out.copy_(product(*second(y, table, dtype, w2[1].shape[-1]), *w2)[0])
-
-    return compute
+    return lambda key, x, out: run(x, *matrices[key], table, out)
 
 
 def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:

@@ -128,18 +128,18 @@ def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
             at: Tensor | None) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
     run = fused_dots if torch.compiler.is_compiling() else dots
-    return run(laid_out(x), sums, q.view(torch.int32), scale, zero, at)
+    return run(list(laid_out(x).unbind(2)), sums, q.view(torch.int32), scale, zero, at)
 
 
-def laid_out(x: Tensor) -> list[Tensor]:
-    """x [B, groups, G] -> for each nibble of a word of four bytes what it meets: [B, groups, words].
+def laid_out(x: Tensor) -> Tensor:
+    """x [B, groups, G] -> for each nibble of a word of four bytes what it meets: [B, groups, nibble, words].
 
     So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it
     is 16^k times too large, and x is made as much smaller. (The last moves one down, out of the sign bit.)
     """
     place = torch.arange(0, -32, -4, dtype=torch.int32, device=x.device).clamp(min=-24)
-    parts = x.unflatten(-1, (2, -1, 4)).permute(0, 1, 4, 2, 3).flatten(2, 3)    # [B, groups, nibble, words]
-    return list((parts * power(place)[:, None]).unbind(2))
+    parts = x.unflatten(-1, (2, -1, 4)).permute(0, 1, 4, 2, 3).flatten(2, 3)
+    return parts * power(place)[:, None]
 
 
 def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,

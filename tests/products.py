@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from duoserve.experts import run_experts
+from duoserve.host import HOST_CODE, run_expert
 from duoserve.model import Expert
 from duoserve.quant import PackedLinear, compiled, pack, silu_table
 
@@ -69,3 +70,12 @@ def of_several(expert, x, compile=False):
     run(*matrices, silu_table(x.dtype, x.device), at, x, out)
     assert torch.equal(out[0], out[2]) or out.isnan().any()
     return out[2:]
+
+
+@torch.inference_mode()
+def on_the_host(expert, x):
+    """The same, in the code of the host's thread."""
+    w13, w2 = ((matrix.q.view(torch.int32), matrix.scale, matrix.zero) for matrix in (expert.w13, expert.w2))
+    out = torch.empty_like(x)
+    compiled(run_expert, **HOST_CODE)(x, w13, w2, silu_table(x.dtype, x.device), out[0])
+    return out

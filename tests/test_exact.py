@@ -10,7 +10,7 @@ import torch
 from duoserve.quant import PackedLinear, compiled, dequantize, exact_gemv, silu_table, pack, unpack
 from duoserve.quantize import quantize
 from models import load
-from products import BF16, CASES, FP16, an_expert, matrices, of_several, rows, same
+from products import BF16, CASES, FP16, an_expert, matrices, of_several, on_the_host, rows, same
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                                     reason="torch.compile needs a C++ compiler")
@@ -132,12 +132,14 @@ def test_an_expert_of_one_row(dtype):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_a_compiled_expert(dtype):
-    """As a decode step runs it, whole and one of several; and as a prompt does, matrix by matrix."""
+    """As a decode step runs it, whole and one of several; as a prompt does, matrix by matrix; and as the host
+    does."""
     eager, fused = an_expert(32), an_expert(32, compile=True)
     inputs = [*rows(256, 32, dtype).values(), torch.full((1, 256), torch.nan, dtype=dtype)]
     for x in inputs:
         assert same(eager(x), fused(x))
         assert same(eager(x), of_several(eager, x)) and same(eager(x), of_several(eager, x, compile=True))
+        assert dtype == FP16 or same(eager(x), on_the_host(eager, x))           # (it compiles for 10 s)
 
 
 def test_one_row_of_fp32_is_the_plain_product():

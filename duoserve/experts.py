@@ -98,6 +98,10 @@ class StreamedExperts:
         self.lane.used([slot for slot in row if slot != LAUNCHED])
         self._span("expert", layer)
 
+    def put(self, values: Tensor, into: Tensor) -> None:
+        """Numbers of the host, in pinned memory, go to the device."""
+        self.lane.put(values, into)
+
     def fetch(self, layer: int, numbers: Tensor) -> None:
         """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`, and in decode
         behind them the bytes of what its experts are to be given."""

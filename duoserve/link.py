@@ -22,7 +22,7 @@ from .machine import clear_cuda_error, cuda_runtimes
 
 Key = tuple[int, int]                       # (layer, expert)
 AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
-HOST_TO_DEVICE = 1                          # cudaMemcpyKind
+BY_ADDRESS = 4                              # cudaMemcpyDefault: the addresses say which way
 IN_FLIGHT = 2                               # chunks of speculation
 PACE = 0.1                                  # weight of the newest copy in the link's running mean
 PCIE = 25e9                                 # bytes a second: what a GPU's link is taken to move, at least
@@ -172,6 +172,11 @@ class SimulatedLane:
         """Begin to copy a few numbers from the device to the host: what `read` takes."""
         return values
 
+    def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
+        """Copy a few numbers from the host's pinned memory to the device, in the order of what is computed;
+        they may not change before it is."""
+        into.copy_(values)
+
     def read(self, fetched: torch.Tensor) -> torch.Tensor:
         """The numbers, on the host, until others are fetched; the lane is fed meanwhile."""
         self.clock.pump()
@@ -234,7 +239,7 @@ class CudaLane:
         would block the host."""
         slot, block = self.slots[transfer.slot], self.store.pinned_block(transfer.key)
         if block is not None:
-            self.enqueue(slot + start, block.data_ptr() + start, stop - start)
+            self.enqueue(slot + start, block.data_ptr() + start, stop - start, self.handle)
             return
         if not self.ring:
             self.ring = [(torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
@@ -244,14 +249,14 @@ class CudaLane:
             buffer, free = self.ring[0]
             free.synchronize()              # its last copy is done (an event never recorded counts as done)
             self.store.fetch(transfer.key, begin, buffer[:nbytes])
-            self.enqueue(slot + begin, buffer.data_ptr(), nbytes)
+            self.enqueue(slot + begin, buffer.data_ptr(), nbytes, self.handle)
             free.record(self.stream)
             self.ring.reverse()
 
-    def enqueue(self, to: int, source: int, nbytes: int) -> None:
-        """A copy between two addresses on the lane's stream. Called directly, it takes the host 7 us; a
-        `Tensor.copy_` takes 54, most of them to make the stream current and two views (H100's host)."""
-        code = self.memcpy(to, source, nbytes, HOST_TO_DEVICE, self.handle)
+    def enqueue(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        """A copy between two addresses on a stream. Called directly, it takes the host 7 us; a `Tensor.copy_`
+        takes up to 54, most of them to make the stream current and two views (H100's host)."""
+        code = self.memcpy(to, source, nbytes, BY_ADDRESS, stream)
         if code:
             clear_cuda_error()
             raise LinkError(f"cudaMemcpyAsync: error {code}")
@@ -261,6 +266,7 @@ class CudaLane:
 
     def begin_pass(self) -> None:
         self.compute = torch.cuda.current_stream(self.device)
+        self.compute_handle = self.compute.cuda_stream
 
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
@@ -322,9 +328,12 @@ class CudaLane:
         if not free:                        # (while the engine warms up: pinning takes its time)
             free += ((row, torch.cuda.Event()) for row in torch.empty(AHEAD, len(values), pin_memory=True))
         buffer, copied = free.pop()
-        buffer.copy_(values, non_blocking=True)
+        self.enqueue(buffer.data_ptr(), values.data_ptr(), buffer.nbytes, self.compute_handle)
         copied.record(self.compute)
         return buffer, copied
+
+    def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
+        self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute_handle)
 
     def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> torch.Tensor:
         buffer, copied = fetched

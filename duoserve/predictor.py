@@ -122,6 +122,8 @@ class Forecast:
 
     def __init__(self, history: History, predictor: Predictor | None, top_k: int):
         self.history, self.predictor, self.top_k = history, predictor, top_k
+        self.known = np.empty((HINTS, history.layers, history.experts), np.float32)
+        self.seen = [-1] * history.layers   # tokens of each layer that its hints know of
 
     def estimate(self, state: int, lookahead: list[float] | None) -> np.ndarray:
         """[layers, experts], when `state` layers of this token are routed: for the layer that comes next
@@ -136,13 +138,14 @@ class Forecast:
         return estimate
 
     def hints(self, state: int, lookahead: list[float] | None) -> np.ndarray:
-        """[HINTS, layers, experts] float32, those of `training.Samples.at`."""
-        h = self.history
-        logits = h.logits
+        """[HINTS, layers, experts] float32, those of `training.Samples.at`; until it is called again."""
+        h, hints = self.history, self.known
+        for layer, tokens in enumerate(h.tokens):
+            if self.seen[layer] != tokens:
+                hints[0, layer], hints[1, layer] = margin(h.logits[layer], self.top_k), h.recent[layer]
+                hints[2, layer] = h.counts[layer] / max(1, tokens)
+                self.seen[layer] = tokens
         if lookahead is not None:
-            logits = logits.copy()
-            logits[state] = lookahead
-        hints = np.empty((HINTS, h.layers, h.experts), np.float32)
-        hints[0], hints[1] = margin(logits, self.top_k), h.recent
-        np.divide(h.counts, np.maximum(1, h.tokens)[:, None], hints[2])
+            hints[0, state] = margin(np.array(lookahead, np.float32), self.top_k)
+            self.seen[state] = -1           # (not what its router said)
         return hints

@@ -55,7 +55,7 @@ class ExpertScheduler:
         self.cache.pump()
 
     def end_layer(self, layer: int) -> None:
-        self.cache.pump()
+        """All of a layer's experts are computed, or enqueued to be. (The device waits for the next layer.)"""
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """Yields (expert, place) of each expert with a token as it is ready. The place is a slot, pinned
@@ -70,14 +70,15 @@ class ExpertScheduler:
             on_host = self.for_host([key for key in remaining if key not in cache.launched])
         if on_host:
             cache.leave(on_host)
-            cache.host.submit(on_host)
             remaining = [key for key in remaining if key not in on_host]
         planned = False
         try:
             while True:
                 for key in self.to_demand(remaining):               # as many as fit, before any guess
                     cache.demand(key)
-                if not planned:
+                if not planned:             # (the demands first: a thread that wakes takes the interpreter)
+                    if on_host:
+                        cache.host.submit(on_host)
                     self.plan_prefetch(layer, routing)
                     planned = True
                 if not remaining:
@@ -261,9 +262,9 @@ class DecodeScheduler(ExpertScheduler):
         if more:
             if self.value is None:
                 self.update_values()
-            here = cache.slot_of.keys() - {transfer.key for transfer in cache.queue}
-            best = np.argsort(-self.values, axis=None, kind="stable").tolist()
-            absent = (key for key in map(self.keys.__getitem__, best) if key not in here and key[0] != layer)
+            here, coming = cache.slot_of, {transfer.key for transfer in cache.queue}
+            best = map(self.keys.__getitem__, np.argsort(-self.values, axis=None, kind="stable").tolist())
+            absent = (key for key in best if (key not in here or key in coming) and key[0] != layer)
             wanted += islice(absent, more)
         cache.plan(wanted)
 
@@ -272,7 +273,7 @@ class DecodeScheduler(ExpertScheduler):
         expected."""
         estimate, coming = self.forecast.estimate(self.state, self.lookahead), self.state % self.layers
         self.chance = estimate[coming].tolist()
-        estimate[coming] = worth(estimate[coming], self.history.rates()[coming])
+        estimate[coming] = worth(estimate[coming], self.history.rates(slice(coming, coming + 1))[0])
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
         self.values = self.discount[first:first + self.layers] * estimate
         self.value = dict(zip(self.keys, self.values.ravel().tolist()))         # (for one after the other)

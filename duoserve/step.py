@@ -126,7 +126,7 @@ class DecodeStep:
         if row != self.known[i]:            # (the old row's copy is over: what came after it is read)
             self.known[i] = []              # (should this be interrupted)
             self.row_values[i] = row
-            self.table[i].copy_(self.rows[i], non_blocking=True)
+            source.put(self.rows[i], self.table[i])
             self.known[i] = row
         run()
         source.fetch(i, self.report[i])
@@ -146,7 +146,7 @@ class DecodeStep:
             for e, place in ready:
                 rank = routing.ids.index(e)
                 if place == HOST:
-                    self.expert_out[0, rank].copy_(source.answer(i, e), non_blocking=True)
+                    source.put(source.answer(i, e), self.expert_out[0, rank])
                 elif place != LAUNCHED:
                     self.compute(place, rank)
         source.end_layer(i)

@@ -264,10 +264,10 @@ class GPUExpertCache:
         if len(self.slot_of) < len(self.slots):                     # (no empty one: interrupted half-way)
             slot = next((slot for slot in self.slots if slot.key is None), None)
         else:                               # a guess never takes a slot that is being filled
-            barred = self.needed | self.launched
+            barred = set(map(self.slot_of.get, self.needed | self.launched))
             if not urgent:
-                barred.update(begun.key for begun in self.queue if begun.slot >= 0)
-            candidates = [slot for slot in self.slots if slot.key not in barred and not slot.pinned]
+                barred.update(self.slots[begun.slot] for begun in self.queue if begun.slot >= 0)
+            candidates = [slot for slot in self.slots if slot not in barred and not slot.pinned]
             if candidates:
                 slot = self.scheduler.victim(transfer.key, candidates, urgent)
                 if slot is not None and slot not in candidates:

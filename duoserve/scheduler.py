@@ -117,16 +117,16 @@ class ExpertScheduler:
             return []
         now, each = lane.now(), host.seconds()
         link_free, host_free = lane.free_at() - now, host.free_at() - now
-        left = {key: cache.missing_s(key) for key in absent}
+        left = [cache.missing_s(key) for key in absent]
 
-        def cost(chosen: list[Key]) -> float:
-            on_link = [left[key] for key in absent if key not in chosen]
-            link_done = link_free + sum(on_link) if on_link else 0.0
-            host_done = host_free + len(chosen) * each if chosen else 0.0
-            return max(link_done, host_done) + self.link_worth * sum(on_link)
+        def cost(on_host: tuple[bool, ...]) -> float:
+            n, link_s = sum(on_host), sum(s for s, there in zip(left, on_host) if not there)
+            link_done = link_free + link_s if n < len(left) else 0.0
+            host_done = host_free + n * each if n else 0.0
+            return max(link_done, host_done) + self.link_worth * link_s
 
-        ways = product(*(([], [key]) if host.has(key) else ([],) for key in absent))
-        return min((sum(way, []) for way in ways), key=cost)
+        ways = product(*((False, True) if host.has(key) else (False,) for key in absent))
+        return [key for key, there in zip(absent, min(ways, key=cost)) if there]
 
     def on_routing(self, layer: int, routing: Routing) -> None:
         """A layer's routing is known, and nothing has been demanded yet."""
@@ -224,12 +224,12 @@ class DecodeScheduler(ExpertScheduler):
     def __init__(self, *of_request):
         super().__init__(*of_request)
         # What is known: how many layers of this token are routed, and the next one's lookahead. What follows,
-        # once somebody asks: the next layer's `chance [experts]`, each expert's `value`. If nothing has to be
-        # guessed or evicted, nobody does, and the host goes straight on.
+        # once somebody asks: the next layer's `chance [experts]`, and `value [layers][experts]`. If nothing has
+        # to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
         self.thinks = True
         self.chance: list[float] = []
-        self.value: dict[Key, float] | None = None
+        self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
         self.discount = np.tile(DISCOUNT ** steps, 2)[:, None]      # of a use 1, 2 .. layers away
 
@@ -276,17 +276,17 @@ class DecodeScheduler(ExpertScheduler):
         estimate[coming] = worth(estimate[coming], self.history.rates(slice(coming, coming + 1))[0])
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
         self.values = self.discount[first:first + self.layers] * estimate
-        self.value = dict(zip(self.keys, self.values.ravel().tolist()))         # (for one after the other)
+        self.value = self.values.tolist()   # (for one after the other)
 
     def worth(self, key: Key) -> float:
         if self.value is None:
             self.update_values()
-        return self.value[key]
+        return self.value[key[0]][key[1]]
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         if not self.thinks:
             return super().victim(key, candidates, urgent)
-        worth = self.worth(key)
-        least = min([slot.key for slot in candidates], key=self.value.__getitem__)  # (in C: this is hot)
-        margin = 1 if self.distance(key[0]) == 1 else MARGIN
-        return self.cache.slot_of[least] if urgent or margin * self.value[least] < worth else None
+        worth, value = self.worth(key), self.value
+        values = [value[layer][e] for layer, e in [slot.key for slot in candidates]]        # (this is hot)
+        least, margin = min(values), 1 if self.distance(key[0]) == 1 else MARGIN
+        return candidates[values.index(least)] if urgent or margin * least < worth else None

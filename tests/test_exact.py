@@ -10,7 +10,8 @@ import torch
 from duoserve.quant import PackedLinear, compiled, dequantize, exact_gemv, silu_table, pack, unpack
 from duoserve.quantize import quantize
 from models import load
-from products import BF16, CASES, FP16, an_expert, matrices, of_several, on_the_host, rows, same
+from products import (BF16, CASES, FP16, an_expert, matrices, of_several, on_the_host, rows,
+                      same)
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                                     reason="torch.compile needs a C++ compiler")

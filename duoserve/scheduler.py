@@ -224,8 +224,8 @@ class DecodeScheduler(ExpertScheduler):
     def __init__(self, *of_request):
         super().__init__(*of_request)
         # What is known: how many layers of this token are routed, and the next one's lookahead. What follows,
-        # once somebody asks: the next layer's `chance [experts]`, and `value [layers][experts]`. If nothing has
-        # to be guessed or evicted, nobody does, and the host goes straight on.
+        # once somebody asks: the next layer's `chance [experts]`, and `value [layers][experts]`. If nothing
+        # has to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
         self.thinks = True
         self.chance: list[float] = []

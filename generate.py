@@ -197,7 +197,10 @@ def closing_line(result) -> str:
 def what_bounded(s) -> str:
     """What bounded the speed of a request, in words, and what would help."""
     busy = f"the link was busy {100 * s.link_busy_fraction:.0f} % of the time"
-    busy += f", the host {100 * s.host_busy_fraction:.0f} %" if s.host_experts else ""
+    if s.host_experts:
+        busy += f", the host {100 * s.host_busy_fraction:.0f} %"
+    elif s.host_unused:
+        busy += f" (the host computed nothing: {s.host_unused})"
     disk = "; some experts came from the disk: more --host-memory would help" if s.bytes_from_disk else ""
     if not s.bytes_moved and not s.host_experts:
         return "every expert needed was there: computing set the speed, not the link"

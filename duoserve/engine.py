@@ -63,6 +63,7 @@ class Stats:
     link_busy_fraction: float
     host_experts: int                       # accesses computed on the host: neither hits nor misses
     host_busy_fraction: float
+    host_unused: str | None                 # why it computed nothing, where it might have been expected to
     bytes_from_disk: int                    # of those moved (with --host-memory)
     prompt_tokens_kept: int                 # not prefilled: their keys and values were there
 
@@ -140,6 +141,7 @@ class Engine:
         self.kv_written = 0                 # positions of the KV cache that hold anything
         self.load_s = 0.0
         self.host: Host | SimulatedHost | None = None
+        self.host_unused: str | None = None
         set_threads(options.threads or (1 if device.type == "cuda" else None), packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
@@ -254,14 +256,15 @@ class Engine:
         options, c, packed, store, dtype = self.options, self.config, self.packed, self.store, self.dtype
         layout, linear = packed.layout, self.linear
         cuda, asked = self.device.type == "cuda", options.host_threads != "auto"
-        threads = options.host_threads if asked else usable_cpus() - 1
+        threads = options.host_threads if asked else 1 if options.simulate_host else usable_cpus() - 1
         worth = cuda and layout.nbytes / PCIE > THOUGHT             # (else over before anybody has thought)
-        if not store.blocks or not threads or not (worth or asked or options.simulate_host):
+        if not threads or not (worth or asked or options.simulate_host):
             return None
-        if cuda and (not compiled or dtype == torch.float32):
-            if asked:
-                print("note: --host-threads: the host has a GPU's bits in compiled code and a 16-bit dtype "
-                      "alone; it computes nothing", file=sys.stderr)
+        if not store.blocks:
+            self.host_unused = "all experts are on the disk"
+        elif cuda and (not compiled or dtype == torch.float32):
+            self.host_unused = "it has a GPU's bits in compiled code and a 16-bit dtype alone"
+        if self.host_unused:
             return None
         keys = list(store.blocks)
 
@@ -273,7 +276,8 @@ class Engine:
                 slots = ExpertSlots(c, layout, store.stacked, linear, compiled)
                 index, counts = {key: i for i, key in enumerate(keys)}, {torch.get_num_threads()}
                 compute = lambda key, x, out: out.copy_(slots[index[key]](x)[0])
-            return compute, on_threads(compute, keys, x, counts)
+            compute(keys[0], x, torch.empty_like(x[0]))             # (compiles)
+            return compute, lambda: on_threads(compute, keys, x, counts)
 
         host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare)
         host.pump = self.cache.pump
@@ -284,21 +288,33 @@ class Engine:
     def _await_host(self) -> None:
         """Until the host is ready, but not for long; the link is kept at work, as what an expert takes on the
         host is measured meanwhile. (It takes a minute to compile for the first time.)"""
-        until, pause = time.perf_counter() + HOST_WAIT, 0 if self.device.type == "cuda" else HOST_WAIT
-        while self.host is not None and not self.host.ready.wait(pause):
-            if time.perf_counter() > until:
-                print("note: the host's own code is being compiled, once: a minute or so; until then it "
-                      "computes no experts", file=sys.stderr)
-                break
+        if self.host is None:
+            return
+        if not self.host.compiled.wait(HOST_WAIT):
+            print("note: the host's own code is being compiled, once: a minute or so; until then it computes "
+                  "no experts", file=sys.stderr)
+            return
+        while not self.host.ready.wait(0 if self.device.type == "cuda" else None):
             self.cache.empty()
-            self.fill_slots()
+            self.cache.fill(list(self.store.blocks))                # (never from the disk)
+        self.fill_slots()
 
     def _decoding_host(self) -> Host | SimulatedHost | None:
-        """The host, if it is ready and worth its while on this machine, or if it was asked for."""
+        """The host, if it is ready and worth its while on this machine, or if it was asked for. Where it will
+        compute nothing, `host_unused` says why."""
         host, asked = self.host, self.options.host_threads != "auto" or self.options.simulate_host
-        if host is None or not host.helps():
+        if host is None:
             return None
-        return host if asked or host.seconds() <= HOST_HELPS * self.cache.transfer_s() else None
+        link_s, self.host_unused = self.cache.transfer_s(), host.trouble()
+        if self.host_unused:
+            return None
+        if link_s <= THOUGHT:
+            self.host_unused = "an expert is over the link before anybody has thought"
+        elif not asked and host.seconds() > HOST_HELPS * link_s:
+            self.host_unused = (f"an expert takes {1e3 * host.seconds():.1f} ms there, {1e3 * link_s:.1f} over "
+                                "the link")
+            return None
+        return host
 
     def _warm_up(self, expert) -> None:
         """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling,
@@ -495,6 +511,7 @@ class Engine:
             link_busy_fraction=min(1.0, self.cache.lane.busy / max(end - s.arrived, 1e-9)),
             host_experts=d.host_experts,
             host_busy_fraction=min(1.0, (self.host.busy if self.host else 0.0) / max(end - s.arrived, 1e-9)),
+            host_unused=self.host_unused,
             bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
 
     def peak_bytes(self) -> int:

@@ -28,6 +28,8 @@ from .quant import (IN_ONE_PASS, ExpertLayout, compiled, dots, exact_swiglu, lai
 ANSWERS = 256                               # buffers for answers on their way to the device
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
+USUAL = sys.getswitchinterval()             # where there is no host
+THREAD = "duoserve-host"
 PAUSE = 3e-3                                # seconds between these: a thread that has slept starts late
 TRIALS = 15                                 # experts computed to see how long one takes
 FOLLOWING = 0.1                             # weight of the newest in a running mean
@@ -63,14 +65,14 @@ class SimulatedHost:
 
     def __init__(self, clock: Clock, each: float, worker: "Host | None" = None):
         self.clock, self.each, self.worker = clock, each, worker
-        self.ready = worker and worker.ready
+        self.compiled, self.ready = (worker.compiled, worker.ready) if worker else (None, None)
         self.free, self.busy = 0.0, 0.0     # when it has done all; seconds so far
         self.due: dict[Key, float] = {}
         self.log: list | None = None        # (key, start, end) of what was computed, for the timeline
 
-    def helps(self) -> bool:
-        """Can it compute at all, as far as is known?"""
-        return self.worker is None or self.worker.helps()
+    def trouble(self) -> str | None:
+        """Why it can compute nothing yet, or at all; None if it can."""
+        return self.worker and self.worker.trouble()
 
     def has(self, key: Key) -> bool:
         """May it compute this expert?"""
@@ -119,7 +121,8 @@ class SimulatedHost:
 
 class Host:
     """A thread that computes experts of these `keys`. `prepare()` is called there first, and gives
-    `compute(key, x [1, D], out [D])` and what `on_threads` found; until then the host is not `ready`."""
+    `compute(key, x [1, D], out [D])`, `compiled`, and `measure()`, which gives what `on_threads` finds; until
+    then the host is not `ready`."""
 
     def __init__(self, width: int, dtype: torch.dtype, pin: bool, keys, prepare: Callable[[], tuple]):
         sys.setswitchinterval(SWITCH)
@@ -132,15 +135,18 @@ class Host:
         self.now = time.perf_counter
         self.rows = cycle(torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind())
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.ready = threading.Event()
+        self.compiled, self.ready = threading.Event(), threading.Event()
         self.state: dict = {}               # `each` and `threads`, or the `error`
-        self.thread = threading.Thread(target=work, args=(self.queue, prepare, self.ready, self.state),
-                                       daemon=True, name="duoserve-host")
+        self.thread = threading.Thread(target=work, daemon=True, name=THREAD, args=(
+            self.queue, prepare, self.compiled, self.ready, self.state))
         self.thread.start()
         self.close = weakref.finalize(self, stop, self.queue, self.thread, self.ready)
 
-    def helps(self) -> bool:
-        return "each" in self.state
+    def trouble(self) -> str | None:
+        if "each" in self.state:
+            return None
+        error = self.state.get("error")
+        return "its code is still being compiled" if error is None else f"{type(error).__name__}: {error}"
 
     def has(self, key: Key) -> bool:
         return key in self.keys
@@ -189,20 +195,24 @@ class Host:
         """After a failure or an interruption: what is under way is for nobody."""
         for job in self.jobs.values():
             job.dropped = True
+        begun = any(job.begun and not job.ended for job in self.jobs.values())      # (it is finished all the same)
+        self.free = self.now() + self.seconds() if begun else 0.0
         self.jobs.clear()
-        self.free = 0.0
 
 
 @torch.inference_mode()
-def work(jobs: queue.SimpleQueue, prepare, ready: threading.Event, state: dict) -> None:
+def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: threading.Event,
+         state: dict) -> None:
     """The thread's life. It knows nothing of the `Host`, which may be gone."""
     try:
-        compute, costs = prepare()
-        state |= costs
+        compute, measure = prepare()
+        compiled.set()
+        state |= measure()
     except BaseException as error:          # (a compiler that fails, say)
         state["error"] = error
         return
     finally:
+        compiled.set()
         ready.set()
     while (job := jobs.get()) is not None:
         if not job.dropped:
@@ -222,6 +232,8 @@ def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Eve
     jobs.put(None)
     if ready.is_set() and thread is not threading.current_thread():
         thread.join(1)
+    if not any(other.name == THREAD and other is not thread for other in threading.enumerate()):
+        sys.setswitchinterval(USUAL)
 
 
 def stored(values: Tensor) -> Tensor:
@@ -258,7 +270,6 @@ def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:
     """Set how many threads this one computes with: the fastest of these counts. -> `threads`, and `each`: the
     seconds of an expert."""
     took, out = {}, torch.empty_like(x[0])
-    compute(keys[0], x, out)                # (compiles)
     for n in sorted(counts, reverse=True):
         torch.set_num_threads(n)
         took[n] = statistics.median(seconds(compute, keys[i % len(keys)], x, out) for i in range(TRIALS))

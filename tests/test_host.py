@@ -4,22 +4,26 @@ faults."""
 import gc
 import itertools
 import random
+import re
 import signal
+import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
 
+import generate
 from duoserve import engine as engine_module
 from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
 from duoserve.cache import HOST, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import FORGET, Host, SimulatedHost
+from duoserve.host import FORGET, THREAD, Host, SimulatedHost
 from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
@@ -241,7 +245,7 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
 def test_ctrl_c_at_any_moment_of_a_wait_leaves_the_thread_at_work():
     def compute(key, x, out):
         time.sleep(6e-4)
-    host, rng = a_host(lambda: (compute, {"each": 1e-3, "threads": 1})), random.Random(5)
+    host, rng = a_host(compute, {"each": 1e-3, "threads": 1}), random.Random(5)
     before, interrupted = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
     try:
         for _ in range(600):
@@ -281,9 +285,9 @@ def test_a_host_that_fails_ends_the_request_and_not_the_engine(tiny, monkeypatch
     assert at_rest(engine.cache) and same(answers(engine), want)
 
 
-def a_host(prepare):
-    host = Host(4, torch.float32, False, {(0, 0)}, prepare)
-    host.ready.wait(10)
+def a_host(compute, costs):
+    host = Host(4, torch.float32, False, {(0, 0)}, lambda: (compute, lambda: costs))
+    assert host.ready.wait(10)
     return host
 
 
@@ -295,12 +299,68 @@ def adding(key, x, out):
 def test_a_host_that_cannot_be_prepared_is_not_used():
     def prepare():
         raise RuntimeError("no compiler")
-    host = a_host(prepare)
-    assert host.ready.is_set() and not host.helps()
+    host = Host(4, torch.float32, False, {(0, 0)}, prepare)
+    assert host.compiled.wait(10) and host.ready.wait(10) and host.trouble() == "RuntimeError: no compiler"
+
+
+def why_unused(engine) -> str:
+    result = engine.generate(SHORT, max_new_tokens=2)
+    assert result.stats.host_experts == 0
+    return generate.closing_line(result).partition("the host computed nothing: ")[2]
+
+
+def test_a_host_that_computes_nothing_is_explained(tiny, monkeypatch):
+    engine = load(tiny, cache_experts=3, **SLOW)
+    engine.generate(SHORT, max_new_tokens=2)
+    assert engine.result.stats.host_unused is None
+    state = engine.host.worker.state
+    each = state.pop("each")
+    assert "still being compiled" in why_unused(engine)
+    state["error"] = RuntimeError("no compiler")
+    assert "RuntimeError: no compiler" in why_unused(engine)
+    state["each"] = each
+    with monkeypatch.context() as patch:    # as where nobody asked for it
+        patch.setattr(engine, "options", replace(engine.options, simulate_host=None))
+        patch.setattr(engine.host, "each", 0.25)
+        assert re.search(r"an expert takes 250.0 ms there, \d+.\d over the link", why_unused(engine))
+    fast = load(tiny, cache_experts=3, simulate_link=1e12, simulate_host=1e12)
+    fast.cache.lane.busy = 1e9              # (or the line would say that computing set the speed)
+    assert fast.generate(SHORT, max_new_tokens=2).stats.host_unused.startswith("an expert is over the link")
+
+
+def test_one_processor_is_enough_for_a_simulated_host(tiny, monkeypatch):
+    monkeypatch.setattr(engine_module, "usable_cpus", lambda: 1)
+    assert load(tiny, cache_experts=3, **SLOW).generate(SHORT, max_new_tokens=4).stats.host_experts
+
+
+def test_the_interpreter_switches_as_before_when_no_host_is_left():
+    gc.collect()                            # (other tests' engines)
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join(5)
+    usual = sys.getswitchinterval()
+    one, two = a_host(adding, {"each": 0.02, "threads": 1}), a_host(adding, {"each": 0.02, "threads": 1})
+    assert sys.getswitchinterval() < usual
+    one.close()
+    assert sys.getswitchinterval() < usual
+    two.close()
+    assert sys.getswitchinterval() == usual
+
+
+def test_what_was_begun_for_nobody_still_takes_its_time():
+    host = a_host(adding, {"each": 0.02, "threads": 1})
+    host.take(torch.ones(4))
+    host.submit([(0, 0)])
+    while not host.jobs[(0, 0)].begun:
+        time.sleep(1e-4)
+    host.abandon()
+    assert host.free_at() > host.now() + 0.01
+    host.abandon()                          # (nothing is under way that it knows of)
+    assert host.free_at() <= host.now()
 
 
 def test_the_thread_ends_with_its_engine_also_at_work(tiny):
-    host = a_host(lambda: (adding, {"each": 0.02, "threads": 1}))
+    host = a_host(adding, {"each": 0.02, "threads": 1})
     host.take(torch.ones(4))
     host.submit([(0, 0)])
     thread, gone = host.thread, weakref.ref(host)
@@ -319,7 +379,7 @@ def test_the_thread_ends_with_its_engine_also_at_work(tiny):
 
 def test_what_an_expert_is_given_may_be_overwritten_at_once():
     """It lies in a buffer that the next routing is read into."""
-    host, x = a_host(lambda: (adding, {"each": 0.02, "threads": 1})), torch.ones(4)
+    host, x = a_host(adding, {"each": 0.02, "threads": 1}), torch.ones(4)
     for _ in range(3):
         x.fill_(1)
         host.take(x)
@@ -330,7 +390,7 @@ def test_what_an_expert_is_given_may_be_overwritten_at_once():
 
 
 def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
-    host = a_host(lambda: (adding, {"each": 0.001, "threads": 1}))
+    host = a_host(adding, {"each": 0.001, "threads": 1})
     assert host.seconds() == 0.001
     for _ in range(3):                      # each takes twenty times as long; one alone counts as three times
         host.take(torch.ones(4))

@@ -504,7 +504,7 @@ def gpu(args) -> dict:
                             raise UserError(f"{policy} and {other} gave different tokens: one is broken")
                     said[policy] = row["tokens"]
             keep({"policy": "host", "gpu_memory": size} | host_us(engine, args.policies[0], args, traces[0]))
-            if cuda and engine.host is not None and engine.host.helps():
+            if cuda and engine.host is not None and engine.host.trouble() is None:
                 keep({"policy": "host's experts", "gpu_memory": size} | host_speed(engine))
     if args.resident:
         engine = None

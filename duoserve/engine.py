@@ -26,7 +26,7 @@ from .host import Host, HostError, SimulatedHost, compiled_experts, on_threads
 from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
 from .machine import can_compile, enough_memory, set_threads, usable_cpus
 from .memory import LOGIT_ROWS, plan_memory
-from .model import Mixtral, padded
+from .model import Mixtral, padded, rope_table
 from .options import EngineOptions, SamplingParams, as_ids, check_context
 from .packed import PackedModel
 from .policies import schedulers
@@ -234,8 +234,7 @@ class Engine:
                 workspace = torch.empty(largest, dtype=dtype, device=device)
                 for matrix in matrices:
                     matrix.capture(workspace, self.step.capture)
-            if compiled:                    # compiling counts as loading, never as time to first token
-                self._warm_up(slots[0])
+            self._warm_up(slots[0], compiled)
 
     def _make_model(self, linear) -> Mixtral:
         return Mixtral(self.config, linear)
@@ -316,14 +315,20 @@ class Engine:
             return None
         return host
 
-    def _warm_up(self, expert) -> None:
-        """Run once what a prompt runs: each matrix by one row and by several; then a prompt, its sampling,
-        and a step."""
-        c, attention = self.config, self.model.layers[0].attention
+    def _warm_up(self, expert, compiled: bool) -> None:
+        """Run once what a prompt runs, so that what the first time takes (threads, libraries, compiling)
+        counts as loading, never as time to first token: each matrix by one row and by several, and a
+        layer's attention; or what is compiled: a prompt, its sampling, and a step."""
+        c, layer = self.config, self.model.layers[0]
+        attention = layer.attention
         for rows in (1, 2):
             for module, columns in ((expert, c.hidden_size), (attention.qkv, c.hidden_size),
                                     (attention.o, c.num_attention_heads * c.head_dim)):
                 module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
+        if not compiled:
+            h = torch.zeros(1, 2, c.hidden_size, dtype=self.dtype, device=self.device)
+            layer.gate(layer.attend(h, rope_table(c, torch.arange(2, device=self.device)), None, 0))
+            return
         prompt = [c.bos_token_id] * min(8, self.context - 1)
         self.generate(prompt, max_new_tokens=1)
         for size in self.step.sizes:        # (the last token there is room for)

@@ -44,7 +44,7 @@ def make_parser() -> Parser:
     add("--trace-dir", type=Path, metavar="DIR",
         help="record there what the routers do, for train_predictor.py (default: no)")
     add("--timeline", type=Path, metavar="FILE.json|FILE.svg",
-        help="the lanes of the run: .json for Perfetto, .svg a picture (default: none)")
+        help="the lanes of the run: .json for Perfetto, .svg a picture, beside on-demand (default: none)")
     return parser
 
 
@@ -226,6 +226,19 @@ def encode_prompt(packed, prompt: str, args, options) -> list[int]:
     return ids
 
 
+def draw(engine, ids: list[int], args, result) -> None:
+    """Write the timeline; into a picture goes, where there is a link to wait for, what the baseline does."""
+    from duoserve import timeline
+    runs = timeline.save(engine, args.timeline)                     # (first: this one is kept in any case)
+    if (args.timeline.suffix == ".svg" and engine.policy != "on-demand" and engine.cache.transfer_s()
+            and result.finish_reason != "interrupted"):
+        print("[for the picture the first tokens once more, with on-demand; Ctrl-C leaves that out]",
+              file=sys.stderr)
+        with suppress(KeyboardInterrupt):
+            timeline.run_on_demand(engine, ids, args.params)
+            timeline.save(engine, args.timeline, runs)
+
+
 def main() -> int:
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")                    # a terminal without UTF-8 shows the rest
@@ -260,7 +273,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(result.asdict()))
     if args.timeline:
-        timeline.save(engine, args.timeline)
+        draw(engine, ids, args, result)
     return 130 if result.finish_reason == "interrupted" else 0
 
 

@@ -10,6 +10,8 @@ import json
 import math
 import os
 from collections import defaultdict, deque
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 from .errors import UserError
@@ -18,12 +20,13 @@ from .link import Transfer
 
 COMPUTE, LINK, HOST = 1, 2, 3               # the lanes, as a trace numbers them
 GAP = 50                                    # microseconds; pieces of a transfer this near are drawn as one
-BLOCKS = 160                                # most in one panel of a picture, to be told apart
-TITLE = "What is computed, and what crosses the link meanwhile (3.5 is expert 5 of layer 3)"
-WIDTH, LEFT, RIGHT, ROW = 960, 66, 948, 30  # its pixels
+BLOCKS = 110                                # most in one panel of a picture, to be told apart
+TOKENS = 3                                  # of decode, at most, in a picture
+WIDTH, LEFT, RIGHT, ROW = 960, 74, 944, 24  # its pixels
 COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce",
            "prefill transfer": "#dba11c", "demand transfer": "#d55e00", "prefetch": "#2a9d74",
-           "wasted transfer": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
+           "wasted": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
+DARK = "prefill", "wasted"                  # are written on in black
 
 
 def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -> dict:
@@ -68,88 +71,114 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def picture(events: list[dict]) -> str:
-    """An SVG of a trace's events: a panel for the prefill and one for the last three tokens, if they fit."""
-    lanes, arrivals = {COMPUTE: [], LINK: [], HOST: []}, defaultdict(deque)
-    uses, visits, before = [], [], math.inf
-    for e in (e for e in events if e["ph"] == "X"):                 # (the first are names)
-        args, end = e["args"], e["ts"] + e["dur"]
-        lanes[e["tid"]].append((e["ts"], end, e["name"], args))
-        if args.get("use") == "used":
-            arrivals[args["layer"], args["expert"]].append(end)
-    for start, end, _, args in list(lanes[COMPUTE]):
-        arrived, due = -math.inf, arrivals[args["layer"], args.get("expert")]
-        while due and due[0] <= start + GAP:
-            arrived = due.popleft()
-        uses.append((arrived, start))
-        if before < arrived:
-            lanes[COMPUTE].append((before, min(arrived, start), "", {"kind": "waiting for link"}))
-        if args["kind"] == "attention":
-            visits.append((start, args["layer"]))
-        before = end
-    bounds = [start for start, _ in visits] + [before]
-    steps = [i for i, (_, layer) in enumerate(visits) if layer == 0] + [len(visits)]
-    n, y, svg = len(steps) - 1, 56, []
-    for title, first, after in (("Prefill, all tokens at once", 0, 1),
-                                ("Decode, token after token", max(1, n - 3), n)):
-        if first < n:
-            i, j = steps[first], steps[after]
-            blocks = lambda j: sum(bounds[i] <= b[0] < bounds[j] for lane in lanes.values() for b in lane)
-            while j > i + 1 and blocks(j) > BLOCKS:
-                j -= 1
-            tokens = sum(i <= step < j for step in steps)
-            what = f"{j - i} layer visits, {tokens} token{'s' * (tokens > 1)}" if first else f"{j - i} layers"
-            svg += panel(f"{title}: {what}", bounds[i], bounds[j], lanes, uses, y)
-            y += 224 if lanes[HOST] else 172
-    drawn = "".join(svg)
-    shown = [(name, colour) for name, colour in COLOURS.items() if f'fill="{colour}"' in drawn]
-    for i, (name, colour) in enumerate(shown):
-        svg += [box(12 + 118 * i, 35, 14, 11, colour), text(31 + 118 * i, 45, name)]
+class Run:
+    """A trace, laid out to be drawn, in microseconds.
+
+    `lanes`: each one's blocks (start, end, name, args). `uses`: when a transfer arrived, and when its expert
+    was computed. `bounds`: where each visit of a layer begins, and where the last one ends. `steps`: the
+    visits that begin a pass, and how many visits there are.
+    """
+
+    def __init__(self, events: list[dict]):
+        self.lanes, arrivals = {COMPUTE: [], LINK: [], HOST: []}, defaultdict(deque)
+        self.uses, self.bounds, self.steps, before = [], [], [], math.inf
+        for e in (e for e in events if e["ph"] == "X"):             # (the first are names)
+            args, end = e["args"], e["ts"] + e["dur"]
+            self.lanes[e["tid"]].append((e["ts"], end, e["name"], args))
+            if args.get("use") == "used":
+                arrivals[args["layer"], args["expert"]].append(end)
+        for start, end, _, args in list(self.lanes[COMPUTE]):
+            arrived, due = -math.inf, arrivals[args["layer"], args.get("expert")]
+            while due and due[0] <= start + GAP:
+                arrived = due.popleft()
+            self.uses.append((arrived, start))
+            if before < arrived:
+                waiting = {"kind": "waiting for link"}
+                self.lanes[COMPUTE].append((before, min(arrived, start), "", waiting))
+            if args["kind"] == "attention":
+                self.steps += [len(self.bounds)] * (args["layer"] == 0)
+                self.bounds.append(start)
+            before = end
+        self.steps.append(len(self.bounds))
+        self.bounds.append(before)
+
+    def part(self, step: int, visits: int) -> tuple[float, float]:
+        """When that many visits begin and end, from a step's first."""
+        return self.bounds[self.steps[step]], self.bounds[self.steps[step] + visits]
+
+    def blocks(self, begin: float, end: float) -> int:
+        return sum(begin <= b[0] < end for lane in self.lanes.values() for b in lane)
+
+
+def picture(runs: dict[str, list[dict]], title: str) -> str:
+    """An SVG of one run, or of several with the same prompt: their policies' names and their traces' events.
+    A panel each for the prefill and for the first tokens after it, of the same visits at the same scale."""
+    laid, y, svg = {name: Run(events) for name, events in runs.items()}, 56, []
+    for step, last in ((0, 1), (1, 1 + TOKENS)):
+        here = {name: run for name, run in laid.items() if len(run.steps) > step + 1}
+        whole = visits = min((run.steps[:last + 1][-1] - run.steps[step] for run in here.values()), default=0)
+        while visits > 1 and any(run.blocks(*run.part(step, visits)) > BLOCKS for run in here.values()):
+            visits -= 1
+        parts = [run.part(step, visits) for run in here.values()]
+        scale = (RIGHT - LEFT) / max([1.0, *(end - begin for begin, end in parts)])
+        what = f"decode, {visits} layer visits" if step else f"prefill, {visits} of {whole} layers"
+        for (name, run), (begin, end) in zip(here.items(), parts):
+            svg += panel(f"{name}: {what}", run, begin, end, scale, y, bool(step))
+            y += 166 if run.lanes[HOST] else 136
+    drawn, x = "".join(svg), 12
+    for name, colour in COLOURS.items():
+        if f'fill="{colour}"' in drawn:
+            svg += [box(x, 33, 14, 11, colour), text(x + 18, 43, name)]
+            x += 30 + 7.2 * len(name)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif">',
         '<pattern id="waste" width="5" height="5" patternUnits="userSpaceOnUse" '
         'patternTransform="rotate(45)"><path d="M0 0H5V5H0" fill="#ddd"/>'
         '<path d="M0 0H2V5H0" fill="#777"/></pattern>',
-        box(0, 0, WIDTH, y, "#fff"), text(12, 22, TITLE, 14), *svg, "</svg>\n"])
+        box(0, 0, WIDTH, y, "#fff"), text(12, 21, title, min(15, int(1200 / max(1, len(title))))),
+        text(RIGHT, 21, "3.5: expert 5 of layer 3", anchor="end"), *svg, "</svg>\n"])
 
 
-def panel(title: str, begin: float, end: float, lanes: dict, uses: list[tuple[float, float]],
-          y: int) -> list[str]:
-    """The lanes from `begin` to `end`; `y` is its top."""
-    span, top, low, free, svg = max(end - begin, 1.0), y + 46, y + 98, 0.0, []
-    rows = [(COMPUTE, "compute", top), (LINK, "link", low)] + [(HOST, "host", low + 52)] * bool(lanes[HOST])
+def panel(title: str, run: Run, begin: float, end: float, scale: float, y: int, decoding: bool) -> list[str]:
+    """A run's lanes from `begin` to `end`, at `scale` pixels a microsecond; `y` is its top."""
+    top, low, free, svg, marks = y + 38, y + 80, 0.0, [], []
+    rows = [(COMPUTE, "compute", top), (LINK, "link", low)]
+    rows += [(HOST, "host", low + 30)] * bool(run.lanes[HOST])
     share = [0.0] * 4                       # of the time: computing, waiting, the link and the host at work
-    at = lambda t: LEFT + (RIGHT - LEFT) * (min(max(t, begin), end) - begin) / span
+    at = lambda t: LEFT + scale * (min(max(t, begin), end) - begin)
+    width, bottom = at(end) - LEFT, rows[-1][2] + ROW
     for lane, name, row in rows:
-        svg += [text(12, row + 19, name), box(LEFT, row, RIGHT - LEFT, ROW, COLOURS["idle"])]
-        for start, stop, name, args in (b for b in lanes[lane] if b[1] >= begin and b[0] < end):
-            x, width, kind = at(start), at(stop) - at(start), args["kind"]
-            share[lane if lane != COMPUTE else not name] += width / (RIGHT - LEFT)
+        svg += [text(12, row + 16, name), box(LEFT, row, width, ROW, COLOURS["idle"])]
+        for start, stop, name, args in (b for b in run.lanes[lane] if b[1] >= begin and b[0] < end):
+            x, wide, kind = at(start), at(stop) - at(start), args["kind"]
+            share[lane if lane != COMPUTE else not name] += wide / max(width, 1e-9)
             if args.get("use") == "wasted":
                 kind = "wasted"
             colour = COLOURS.get(kind) or COLOURS[f"{kind} transfer"]
-            svg.append(box(x, row, max(width, 0.8), ROW, colour, name))
-            if kind == "attention" and free <= x < RIGHT - 40:
-                free = x + 48
-                svg += [box(x, y + 30, 1, 16, "#777"), text(x + 4, y + 40, f"layer {args['layer']}", 10)]
-            elif "expert" in args:
-                label = name.split()[1]
-                size = min(10, int((width - 3) / (0.6 * len(label))))       # as large as fits
-                if size >= 7:
-                    svg.append(text(x + 2, row + 19, label, size, "#222" if kind == "wasted" else "#fff"))
-    lines = [f"M{at(arrived):.1f} {low}L{at(start):.1f} {top + ROW}" for arrived, start in uses
+            svg.append(box(x, row, max(wide, 0.8), ROW, colour, name))
+            if kind == "attention":
+                marks.append((x, decoding and args["layer"] == 0, args["layer"]))
+            elif "expert" in args and wide >= 3 + 7 * len(label := name.split()[1]):
+                svg.append(text(x + 2, row + 16, label, colour="#222" if kind in DARK else "#fff"))
+    for i, (x, token, layer) in enumerate(marks):
+        ahead = [RIGHT] + [other for other, begins, _ in marks[i + 1:] if begins and not token]
+        if token:
+            svg.append(box(x, y + 22, 1, bottom - y - 22, "#222"))
+        if free <= x and min(ahead) - x >= 60:
+            free, word = x + 60, f"token {2 + sum(begins for _, begins, _ in marks[:i])}"
+            svg += [box(x, y + 24, 1, 14, "#777"), text(x + 4, y + 34, word if token else f"layer {layer}",
+                                                        colour="#222" if token else "#666")]
+    lines = [f"M{at(arrived):.1f} {low}L{at(start):.1f} {top + ROW}" for arrived, start in run.uses
              if begin <= arrived and start < end]
     svg += [f'<path d="{line}" stroke="#777" stroke-width=".7"/>' for line in lines]
-    step = 10.0 ** math.floor(math.log10(span / 5))         # a round number of microseconds, for a few ticks
-    step *= 5 if span >= step * 25 else 2 if span >= step * 10 else 1
-    for i in range(int(span / step) + 1):
+    step = 10.0 ** math.floor(math.log10(60 / scale))       # a round number of microseconds between ticks
+    step *= next(n for n in (1, 2, 5, 10) if n * step * scale >= 60)
+    for i in range(int((end - begin) / step) + 1):
         x, ms = at(begin + i * step), i * step / 1e3
-        bottom = rows[-1][2] + ROW
-        svg += [box(x, bottom, 1, 4, "#777"), text(x, bottom + 15, f"{ms:g}" if ms else "0 ms")]
-    caption = "computing {:.0%} of the time, waiting for the link {:.0%}; the link at work {:.0%}"
-    caption += ", the host {:.0%}" if lanes[HOST] else ""
-    caption = caption.format(*share)
-    return svg + [text(12, y + 20, title, 13), text(RIGHT, y + 20, caption, anchor="end")]
+        svg += [box(x, bottom, 1, 4, "#777"), text(x, bottom + 14, f"{ms:g}" if ms else "0 ms", anchor="middle")]
+    caption = "{:.0f} ms: computing {:.0%}, waiting for the link {:.0%}; link at work {:.0%}"
+    caption = (caption + ", host {:.0%}" * bool(run.lanes[HOST])).format((end - begin) / 1e3, *share)
+    return svg + [text(12, y + 14, title, 14), text(RIGHT, y + 14, caption, anchor="end")]
 
 
 def box(x: float, y: float, width: float, height: float, colour: str, tip: str = "") -> str:
@@ -157,9 +186,9 @@ def box(x: float, y: float, width: float, height: float, colour: str, tip: str =
     return f'<rect {shape} fill="{colour}" stroke="#fff" stroke-width=".4"><title>{tip}</title></rect>'
 
 
-def text(x: float, y: float, words: str, size: int = 11, colour: str = "#222", anchor: str = "start") -> str:
+def text(x: float, y: float, words: str, size: int = 12, colour: str = "#222", anchor: str = "start") -> str:
     shape = f'x="{x:.1f}" y="{y}" font-size="{size}"'
-    return f'<text {shape} fill="{colour}" text-anchor="{anchor}">{words}</text>'
+    return f'<text {shape} fill="{colour}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def check(path: Path) -> None:
@@ -176,11 +205,30 @@ def watch(engine) -> None:
         engine.host.log = []
 
 
-def save(engine, path: Path) -> None:
-    """Write what the engine has done since `watch`."""
-    cache, at = engine.cache, engine.cache.lane.seconds
+def run_on_demand(engine, prompt: list[int], params) -> None:
+    """The first tokens of an answer once more, by the baseline, from what is in the slots when an engine is
+    new; and `watch` that."""
+    engine.policy = "on-demand"
+    engine.fill_slots()
+    watch(engine)
+    engine.generate(prompt, replace(params, max_new_tokens=min(params.max_new_tokens, 1 + TOKENS)))
+
+
+def save(engine, path: Path, runs: dict[str, dict] = {}) -> dict[str, dict]:
+    """Write what the engine has done since `watch`; in a picture with earlier `runs` of it, a trace for each
+    policy. -> those and this."""
+    cache, host, at = engine.cache, engine.host, engine.cache.lane.seconds
     computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
     run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots}, cache.since,
-                engine.host.log if engine.host is not None else ())
+                host.log if host is not None else ())
+    runs = runs | {Path(engine.policy).name: run}
+    events = {name: run["traceEvents"] for name, run in runs.items()}
+    speed = lambda seconds: f"{cache.expert_bytes / seconds / 1e9:.3g} GB/s" if seconds else "without end"
+    title = f"{' beside '.join(runs)}: {engine.packed.directory.resolve().name}, link "
+    title += speed(cache.transfer_s())
+    if any(e["tid"] == HOST for run in events.values() for e in run):
+        title += f", host {speed(host.seconds())}"
+    title += " (simulated)" * bool(engine.options.simulate_link)
     with atomic(path, "w") as file:
-        file.write(json.dumps(run) if path.suffix == ".json" else picture(run["traceEvents"]))
+        file.write(json.dumps(run) if path.suffix == ".json" else picture(events, title))
+    return runs

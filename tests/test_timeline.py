@@ -1,4 +1,4 @@
-"""Both lanes of a run: the trace is true to the run and to its format, the picture is readable."""
+"""The lanes of a run: the trace is true to the run and to its format, the picture is readable."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from collections import Counter
 from xml.etree import ElementTree
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from duoserve import Engine, timeline
@@ -123,12 +124,35 @@ def drawing(svg: str) -> tuple[list[str], list[dict]]:
             [element.attrib for element in root.iter() if element.tag.endswith("rect")])
 
 
+def picture(*runs: dict, title: str = "a title") -> str:
+    return timeline.picture(dict(zip(("duo", "on-demand"), (run["traceEvents"] for run in runs))), title)
+
+
+def readable(svg: str) -> None:
+    """All that is written is large enough, within the picture, and nowhere over anything else that is."""
+    areas = []
+    for element in ElementTree.fromstring(svg).iter():
+        if element.tag.endswith("text"):
+            size, x, y = (float(element.attrib[name]) for name in ("font-size", "x", "y"))
+            width = 0.6 * size * len(element.text)
+            x -= width * ["start", "middle", "end"].index(element.attrib["text-anchor"]) / 2
+            assert size >= 10 and 0 <= x <= timeline.WIDTH - width, element.text
+            areas.append((x, x + width, y - 0.75 * size, y, element.text))
+    for i, (left, right, top, bottom, words) in enumerate(areas):
+        for other in areas[i + 1:]:
+            beside, apart = right <= other[0] or other[1] <= left, bottom <= other[2] or other[3] <= top
+            assert beside or apart, (words, other)
+
+
 def test_the_picture_names_both_lanes_and_phases(run, tmp_path):
-    timeline.save(run[0], tmp_path / "timeline.svg")
-    words, boxes = drawing((tmp_path / "timeline.svg").read_text())
-    assert words.count("compute") == words.count("link") == 2
-    assert any(word.startswith("Prefill") for word in words)
-    assert any(word.startswith("Decode") for word in words)
+    engine, path = run[0], tmp_path / "timeline.svg"
+    timeline.save(engine, path)
+    words, boxes = drawing(path.read_text())
+    readable(path.read_text())
+    assert f"{engine.policy}: {engine.packed.directory.name}, link 0.02 GB/s (simulated)" in words
+    assert words.count("compute") == words.count("link") == 2 and "host" not in words
+    assert any(word.startswith(f"{engine.policy}: prefill") for word in words)
+    assert any(word.startswith(f"{engine.policy}: decode") for word in words)
     for b in boxes:
         assert float(b["width"]) > 0 and 0 <= float(b["x"]) <= timeline.WIDTH - float(b["width"])
 
@@ -136,14 +160,14 @@ def test_the_picture_names_both_lanes_and_phases(run, tmp_path):
 def test_a_stall_is_as_long_as_the_wait():
     steps = [("attention", 0, 0.0, 1.0), ("expert 3", 0, 5.0, 6.0), ("expert 4", 0, 9.0, 10.0)]
     transfers = [moved((0, 3), [(0.5, 4.0)], 100, used=True), moved((0, 4), [(4.0, 5.5)], 100, used=True)]
-    words, boxes = drawing(timeline.picture(timeline.trace(transfers, steps, 20)["traceEvents"]))
+    words, boxes = drawing(picture(timeline.trace(transfers, steps, 20)))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
     stall, = (b for b in boxes
               if (b["fill"], b["height"]) == (timeline.COLOURS["waiting for link"], str(timeline.ROW)))
     # From when nothing else was left to compute, until the expert was there.
     assert float(stall["x"]) == pytest.approx(timeline.LEFT + pixel, abs=0.1)
     assert float(stall["width"]) == pytest.approx(3 * pixel, abs=0.1)
-    assert "computing 30% of the time, waiting for the link 30%; the link at work 50%" in words
+    assert "10000 ms: computing 30%, waiting for the link 30%; link at work 50%" in words
 
 
 def test_of_a_long_run_a_part_is_drawn():
@@ -157,7 +181,7 @@ def test_of_a_long_run_a_part_is_drawn():
                 spans = [(asked + i * 1e-4, asked + i * 1e-4 + 2e-5) for i in range(12)]
                 transfers.append(moved((layer, e), spans, 1200, asked=asked, used=True))
                 steps.append((f"expert {e}", layer, t, t + 0.2e-3))
-    words, boxes = drawing(timeline.picture(timeline.trace(transfers, steps, 100)["traceEvents"]))
+    words, boxes = drawing(picture(timeline.trace(transfers, steps, 100)))
     assert len(boxes) < 500 and "layer 2" in words
 
 
@@ -169,19 +193,57 @@ def test_the_picture_says_no_more_than_there_is():
             for name, length in (("attention", 0.4), ("expert 0", 0.5), ("expert 7", 0.3)):
                 steps.append((name, layer, t, t + length))
                 t += length
-    words, boxes = drawing(timeline.picture(timeline.trace([], steps, 1)["traceEvents"]))
-    assert "Prefill, all tokens at once: 11 layers" in words
-    assert "Decode, token after token: 33 layer visits, 3 tokens" in words
+    words, boxes = drawing(picture(timeline.trace([], steps, 1)))
+    assert {"duo: prefill, 11 of 11 layers", "duo: decode, 33 layer visits", "token 4"} <= {*words}
+    assert "token 1" not in words and "token 5" not in words
     assert [name for name in timeline.COLOURS if name in words] == ["attention", "expert", "idle"]
 
-    for share, shown in ((0.02, 0), (0.03, 25)):
-        steps = [(f"expert {e}", 10, share * e, share * (e + 1)) for e in range(25)]
-        steps = [("attention", 0, 0.0, 0.0), *steps, ("attention", 10, share * 25, 1.0)]
-        svg = timeline.picture(timeline.trace([], steps, 1)["traceEvents"])
+    for share, shown in ((0.03, 0), (0.045, 20)):
+        steps = [(f"expert {e}", 10, share * e, share * (e + 1)) for e in range(20)]
+        steps = [("attention", 0, 0.0, 0.0), *steps, ("attention", 10, share * 20, 1.0)]
+        svg = picture(timeline.trace([], steps, 1))
         labels = re.findall(r'font-size="(\d+)"[^>]*>(10\.\d+)<', svg)
         width = share * (timeline.RIGHT - timeline.LEFT)
         assert len(labels) == shown
         assert all(2 + 0.6 * int(size) * len(label) <= width for size, label in labels)
+
+
+def passes(length: float, count: int = 4, layers: int = 3) -> dict:
+    """A run that takes so many seconds for each attention, and half of that for an expert."""
+    steps, t = [], 0.0
+    for layer in [*range(layers)] * count:
+        steps += [("attention", layer, t, t + length), ("expert 1", layer, t + length, t + 1.5 * length)]
+        t += 1.5 * length
+    return timeline.trace([], steps, 1)
+
+
+def test_two_runs_are_drawn_at_one_scale_with_their_tokens_marked():
+    svg = picture(passes(0.02), passes(0.05, count=9))
+    words, boxes = drawing(svg)
+    readable(svg)
+    # The same visits, though one run goes on; what takes 2.5 times as long is 2.5 times as wide.
+    assert [word for word in words if "layer visits" in word or "layers" in word] == [
+        "duo: prefill, 3 of 3 layers", "on-demand: prefill, 3 of 3 layers",
+        "duo: decode, 9 layer visits", "on-demand: decode, 9 layer visits"]
+    rows = {}
+    for b in boxes[1:]:
+        if b["height"] == str(timeline.ROW) and b["fill"] == timeline.COLOURS["attention"]:
+            rows.setdefault(float(b["y"]), []).append((float(b["x"]), float(b["width"])))
+    quick, slow, quick_tokens, slow_tokens = (rows[y] for y in sorted(rows))
+    for fast, other in ((quick, slow), (quick_tokens, slow_tokens)):
+        assert len(fast) == len(other)
+        assert other[0][1] == pytest.approx(2.5 * fast[0][1], abs=0.2)
+        assert other[-1][0] + 1.5 * other[-1][1] == pytest.approx(timeline.RIGHT, abs=0.3)
+    # Where layer 0 of each token begins there is a line, and its number.
+    assert [word for word in words if word.startswith("token")] == [f"token {n}" for n in (2, 3, 4)] * 2
+    lines = [float(b["x"]) for b in boxes if b["width"] == "1.0" and float(b["height"]) > 2 * timeline.ROW]
+    assert lines == [row[i][0] for row in (quick_tokens, slow_tokens) for i in (0, 3, 6)]
+
+
+def test_names_are_written_as_they_are():
+    svg = timeline.picture({"a&b<c>.py": passes(1.0)["traceEvents"]}, "a&b<c>.py: " + "long " * 20)
+    assert "a&b<c>.py: decode, 9 layer visits" in drawing(svg)[0]
+    readable(svg)
 
 
 @pytest.mark.parametrize("steps", [[], [("attention", 0, 2.0, 2.5)],
@@ -189,8 +251,8 @@ def test_the_picture_says_no_more_than_there_is():
 def test_a_run_that_hardly_began_is_drawn_too(steps):
     trace = timeline.trace([moved((0, 1), [(2.0, 2.0)], 100)], steps, 100)
     assert len(blocks(trace, 2)) == 1
-    drawing(timeline.picture(trace["traceEvents"]))
-    drawing(timeline.picture(timeline.trace([], [], 1)["traceEvents"]))
+    drawing(picture(trace))
+    drawing(picture(timeline.trace([], [], 1)))
 
 
 def ask(monkeypatch, tiny, path, *more) -> int:
@@ -230,6 +292,74 @@ def test_an_interrupted_run_is_written_too(monkeypatch, capsys, tiny, tmp_path):
     assert answer["finish_reason"] == "interrupted" and blocks(trace, 1)
     assert sum(e["args"]["bytes"] for e in blocks(trace, 2)) == answer["stats"]["bytes_moved"]
     assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+    # Who has had enough of the first run waits for no second.
+    assert ask(monkeypatch, tiny, tmp_path / "t.svg", "--simulate-link", "20MB/s") == 130
+    assert "on-demand" not in capsys.readouterr().err + (tmp_path / "t.svg").read_text()
+
+
+def test_the_picture_shows_the_policy_beside_on_demand(monkeypatch, capsys, tiny, tmp_path):
+    """The answer and its numbers are the first run's, and the user is told of the second."""
+    path = tmp_path / "t.svg"
+    link = "--simulate-link", "10MB/s", "--simulate-host", "10MB/s", "--max-new-tokens", "9", "--json"
+    assert ask(monkeypatch, tiny, path, *link) == 0
+    out, said = capsys.readouterr()
+    answer, (words, _) = json.loads(out), drawing(path.read_text())
+    assert answer["stats"]["policy"] == "duo" and answer["new_tokens"] == 9
+    assert said.count("\n") == 1 and "on-demand" in said
+    readable(path.read_text())
+    assert words[0] == f"duo beside on-demand: {tiny.name}, link 0.01 GB/s, host 0.01 GB/s (simulated)"
+    assert words.count("host") == 4 and words.count("token 4") == 2
+    for name in ("duo", "on-demand"):
+        assert {f"{name}: prefill, 3 of 3 layers", f"{name}: decode, 9 layer visits"} <= {*words}
+
+
+@pytest.mark.parametrize("name, more", [
+    ("t.json", ("--simulate-link", "20MB/s")), ("t.svg", ()),
+    ("t.svg", ("--simulate-link", "20MB/s", "--policy", "on-demand"))])
+def test_where_there_is_nothing_to_compare_it_runs_once(monkeypatch, capsys, tiny, tmp_path, name, more):
+    def stream(self, *arguments, **options):
+        runs.append(self.policy)
+        return once(self, *arguments, **options)
+
+    runs, once = [], Engine.stream
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert ask(monkeypatch, tiny, tmp_path / name, "--json", *more) == 0
+    assert runs == ["on-demand" if "on-demand" in more else "duo"] and not capsys.readouterr().err
+    assert "beside" not in (tmp_path / name).read_text()
+
+
+def test_ctrl_c_in_the_second_run_leaves_a_picture_of_the_first(monkeypatch, capsys, tiny, tmp_path):
+    def stream(self, *arguments, **options):
+        pieces = all_of_it(self, *arguments, **options)
+        if self.policy == "on-demand":
+            yield next(pieces)
+            raise KeyboardInterrupt
+        return (yield from pieces)
+
+    all_of_it = Engine.stream
+    monkeypatch.setattr(Engine, "stream", stream)
+    assert ask(monkeypatch, tiny, tmp_path / "t.svg", "--json", "--simulate-link", "20MB/s") == 0
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "length"
+    words = drawing((tmp_path / "t.svg").read_text())[0]
+    assert any(word.startswith("duo: decode") for word in words) and "on-demand" not in " ".join(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.svg"]
+
+
+def test_a_prompt_finds_everything_run_once(tiny):
+    """Else the first layer would be drawn several times as long as the others."""
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Seen() as loading:
+        loading.names = set()
+        engine = Engine.from_pretrained(tiny, device="cpu", predictor="none")
+    with Seen() as request:
+        request.names = set()
+        engine.generate(SHORT, max_new_tokens=1)
+    heavy = {name for name in request.names if "mm" in name or "attention" in name or "linear" in name}
+    assert heavy and heavy <= loading.names
 
 
 def test_nothing_is_kept_unless_asked(tiny):

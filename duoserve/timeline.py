@@ -20,13 +20,12 @@ from .link import Transfer
 
 COMPUTE, LINK, HOST = 1, 2, 3               # the lanes, as a trace numbers them
 GAP = 50                                    # microseconds; pieces of a transfer this near are drawn as one
-BLOCKS = 110                                # most in one panel of a picture, to be told apart
+BLOCKS = 100                                # most in one panel of a picture, to be told apart
 TOKENS = 3                                  # of decode, at most, in a picture
 WIDTH, LEFT, RIGHT, ROW = 960, 74, 944, 24  # its pixels
 COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce",
            "prefill transfer": "#dba11c", "demand transfer": "#d55e00", "prefetch": "#2a9d74",
            "wasted": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
-DARK = "prefill", "wasted"                  # are written on in black
 
 
 def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -> dict:
@@ -158,8 +157,8 @@ def panel(title: str, run: Run, begin: float, end: float, scale: float, y: int, 
             svg.append(box(x, row, max(wide, 0.8), ROW, colour, name))
             if kind == "attention":
                 marks.append((x, decoding and args["layer"] == 0, args["layer"]))
-            elif "expert" in args and wide >= 3 + 7 * len(label := name.split()[1]):
-                svg.append(text(x + 2, row + 16, label, colour="#222" if kind in DARK else "#fff"))
+            elif "expert" in args and kind != "wasted" and wide >= 3 + 7 * len(label := name.split()[1]):
+                svg.append(text(x + 2, row + 16, label, colour="#222" if kind == "prefill" else "#fff"))
     for i, (x, token, layer) in enumerate(marks):
         ahead = [RIGHT] + [other for other, begins, _ in marks[i + 1:] if begins and not token]
         if token:
@@ -175,7 +174,8 @@ def panel(title: str, run: Run, begin: float, end: float, scale: float, y: int, 
     step *= next(n for n in (1, 2, 5, 10) if n * step * scale >= 60)
     for i in range(int((end - begin) / step) + 1):
         x, ms = at(begin + i * step), i * step / 1e3
-        svg += [box(x, bottom, 1, 4, "#777"), text(x, bottom + 14, f"{ms:g}" if ms else "0 ms", anchor="middle")]
+        svg += [box(x, bottom, 1, 4, "#777"),
+                text(x, bottom + 14, f"{ms:g}" if ms else "0 ms", anchor="middle")]
     caption = "{:.0f} ms: computing {:.0%}, waiting for the link {:.0%}; link at work {:.0%}"
     caption = (caption + ", host {:.0%}" * bool(run.lanes[HOST])).format((end - begin) / 1e3, *share)
     return svg + [text(12, y + 14, title, 14), text(RIGHT, y + 14, caption, anchor="end")]

@@ -310,8 +310,8 @@ class Engine:
         if link_s <= THOUGHT:
             self.host_unused = "an expert is over the link before anybody has thought"
         elif not asked and host.seconds() > HOST_HELPS * link_s:
-            self.host_unused = (f"an expert takes {1e3 * host.seconds():.1f} ms there, {1e3 * link_s:.1f} over "
-                                "the link")
+            each, link = 1e3 * host.seconds(), 1e3 * link_s
+            self.host_unused = f"an expert takes {each:.1f} ms there, {link:.1f} over the link"
             return None
         return host
 

@@ -195,7 +195,7 @@ class Host:
         """After a failure or an interruption: what is under way is for nobody."""
         for job in self.jobs.values():
             job.dropped = True
-        begun = any(job.begun and not job.ended for job in self.jobs.values())      # (it is finished all the same)
+        begun = any(job.begun and not job.ended for job in self.jobs.values())      # (it is finished yet)
         self.free = self.now() + self.seconds() if begun else 0.0
         self.jobs.clear()
 

@@ -45,8 +45,8 @@ class EngineOptions:
     kept); `context`: prompt and new tokens (None: the model's, 4096 at most); `predictor`: a file, 'none', or
     None for the model's own; `compile`: None for yes on CUDA alone; `threads`: of torch in this process, for
     what is computed on the CPU (None: as many as gain something); `host_threads`: those that compute missing
-    experts beside a GPU, or 'auto': all but one, if that helps. (On a CPU they are one beside, which computes
-    with as many as `threads` says, as is all that is simulated: the number is the process's.) `simulate_link`,
+    experts beside a GPU, or 'auto': all but one, if that helps. (On a CPU, where the number is the process's,
+    one beside, which computes with as many as `threads` says; so does what is simulated.) `simulate_link`,
     `simulate_host`: bytes a second, or '25GB/s'.
 
     Afterwards `device`, `dtype` and the speeds are what torch, lane and host understand.

@@ -26,6 +26,7 @@ from .quant import (IN_ONE_PASS, ExpertLayout, compiled, dots, exact_swiglu, lai
                     whole_numbers)
 
 ANSWERS = 256                               # buffers for answers on their way to the device
+START = 1e-4                                # seconds for which a thread that begins has the interpreter
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL = sys.getswitchinterval()             # where there is no host
@@ -170,6 +171,7 @@ class Host:
             self.free = self.free_at() + self.seconds()
             self.jobs[key] = Job(key, x, next(self.rows), self.now())
             self.queue.put(self.jobs[key])
+        time.sleep(START)
 
     def wait(self, key: Key) -> None:
         job = self.jobs[key]

@@ -172,6 +172,10 @@ class SimulatedLane:
         """Begin to copy a few numbers from the device to the host: what `read` takes."""
         return values
 
+    def behind(self) -> bool:
+        """Is something there to be read, and the device perhaps idle?"""
+        return False
+
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """Copy a few numbers from the host's pinned memory to the device, in the order of what is computed;
         they may not change before it is."""
@@ -267,6 +271,7 @@ class CudaLane:
     def begin_pass(self) -> None:
         self.compute = torch.cuda.current_stream(self.device)
         self.compute_handle = self.compute.cuda_stream
+        self.unread: deque = deque()        # events: what is on its way to the host, the oldest first
 
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
@@ -330,7 +335,11 @@ class CudaLane:
         buffer, copied = free.pop()
         self.enqueue(buffer.data_ptr(), values.data_ptr(), buffer.nbytes, self.compute_handle)
         copied.record(self.compute)
+        self.unread.append(copied)
         return buffer, copied
+
+    def behind(self) -> bool:
+        return bool(self.unread) and self.unread[0].query()
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute_handle)
@@ -340,6 +349,7 @@ class CudaLane:
         while not copied.query():
             self.pump()
             time.sleep(0)                   # (whoever else wants the interpreter has it)
+        self.unread.popleft()
         self.buffers[len(buffer)].append(fetched)
         return buffer
 

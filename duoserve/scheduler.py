@@ -49,10 +49,9 @@ class ExpertScheduler:
         """Once a forward pass: layer 0's lookahead (the last token's), or None."""
 
     def begin_layer(self, layer: int) -> None:
-        """Before a layer's attention: transfers may start."""
+        """Before a layer's routing is known. (The lane is fed while it is awaited.)"""
         self.layer = layer
         self.cache.reconsider()             # (what a slot is worth may depend on the layer)
-        self.cache.pump()
 
     def end_layer(self, layer: int) -> None:
         """All of a layer's experts are computed, or enqueued to be. (The device waits for the next layer.)"""
@@ -227,7 +226,7 @@ class DecodeScheduler(ExpertScheduler):
         # once somebody asks: the next layer's `chance [experts]`, and `value [layers][experts]`. If nothing
         # has to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
-        self.thinks = True
+        self.thinks, self.planned = True, True
         self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
@@ -243,7 +242,13 @@ class DecodeScheduler(ExpertScheduler):
         self.state, self.lookahead = layer + 1, routing.lookahead
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
-        self.replan()                       # (what is missing is under way by now)
+        """What is missing is under way by now. While the device waits, what was thought at the layer before
+        will do, once."""
+        self.planned = self.value is None or not self.planned or not self.cache.lane.behind()
+        if self.planned:
+            self.replan()
+        else:
+            self.cache.plan([guess.key for guess in self.cache.queue if guess.key[0] != layer])
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as

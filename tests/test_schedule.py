@@ -463,6 +463,7 @@ def test_a_guess_with_no_slot_to_take_is_not_asked_about_again_until_there_may_b
     assert B not in cache.slot_of
     worth[A] = 0
     s.begin_layer(1)
+    cache.pump()
     assert B in cache.slot_of
 
     cache, clock = rig(1)                   # the slot is another guess's, until that is whole
@@ -715,6 +716,25 @@ def test_nothing_is_predicted_where_a_transfer_takes_less_time_than_predicting(t
     r = Replay(trace, 2, "duo", 12, replace(COSTS, expert_transfer_ms=transfer_ms),
                lambda *_: np.full((6, 8), 0.5)).run()
     assert (r.predictor.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
+
+
+def test_a_host_that_is_late_thinks_at_every_other_layer(monkeypatch):
+    """The guesses of the layer before stand meanwhile, but for those at the layer that has been routed."""
+    trace, runs = skewed_traces(0, sequences=1)[0], []
+    for behind in (False, True):
+        monkeypatch.setattr(SimulatedLane, "behind", lambda lane: behind)
+        r = Replay(trace, 2, "duo", 12, COSTS, lambda *_: np.full((6, 8), 0.5))
+        plan, replan, thought = r.cache.plan, r.decode.replan, []
+        monkeypatch.setattr(r.decode, "replan", lambda: thought.append(1) or replan())
+
+        def checked(keys):
+            if not thought and r.scheduler is r.decode:
+                assert all(key[0] != r.decode.layer for key in keys)
+            thought.clear()
+            plan(keys)
+        monkeypatch.setattr(r.cache, "plan", checked)
+        runs.append(r.run().predictor.runs)
+    assert 0.4 * runs[0] < runs[1] < 0.7 * runs[0]
 
 
 def test_the_replay_charges_for_the_predictor_where_it_runs():

@@ -475,7 +475,7 @@ def gpu(args) -> dict:
     for size in sorted(sizes, key=lambda size: parse_amount(size, model.nbytes, "--gpu-memory")):
         by_count = args.shape == "tiny" and not args.gpu_memory
         memory = {"cache_experts": total // 4} if by_count else {"gpu_memory": size}
-        engine = None                       # before the next: the device has room for one
+        engine = host = None                # before the next: the device has room for one, the cores too
         engine = build(model, args, store, **memory)
         if store is None:
             store = engine.store

@@ -748,6 +748,6 @@ def test_the_closing_line_says_how_many_experts_were_there_in_time():
     """Those that came too late do not count, used or not."""
     stats = SimpleNamespace(tpot_s=0.1, ttft_s=0.2, prompt_tokens_kept=0, hits=10, prefetched_used=60,
                             misses=30, in_time=52, cache_experts=5, peak_device_bytes=1, bytes_moved=0,
-                            link_busy_fraction=0.5, bytes_from_disk=0, policy="duo", host_experts=0)
+                            link_busy_fraction=0.5, bytes_from_disk=0, policy="duo", host_experts=0, host_unused=None)
     result = SimpleNamespace(stats=stats, token_ids=[1, 2], finish_reason="length", prompt_tokens=3)
     assert "52 % of experts were there in time" in generate.closing_line(result)

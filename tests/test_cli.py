@@ -96,7 +96,7 @@ def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
 def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
     """Also where nothing had to cross it."""
     stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache", bytes_from_disk=0,
-                 host_experts=0, host_busy_fraction=0.8)
+                 host_experts=0, host_busy_fraction=0.8, host_unused=None)
     say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes))
     assert say() == ("the link was busy 65 % of the time, computing took the rest: "
                      "more --gpu-memory would help some")
@@ -748,6 +748,7 @@ def test_the_closing_line_says_how_many_experts_were_there_in_time():
     """Those that came too late do not count, used or not."""
     stats = SimpleNamespace(tpot_s=0.1, ttft_s=0.2, prompt_tokens_kept=0, hits=10, prefetched_used=60,
                             misses=30, in_time=52, cache_experts=5, peak_device_bytes=1, bytes_moved=0,
-                            link_busy_fraction=0.5, bytes_from_disk=0, policy="duo", host_experts=0, host_unused=None)
+                            link_busy_fraction=0.5, bytes_from_disk=0, policy="duo", host_experts=0,
+                            host_unused=None)
     result = SimpleNamespace(stats=stats, token_ids=[1, 2], finish_reason="length", prompt_tokens=3)
     assert "52 % of experts were there in time" in generate.closing_line(result)

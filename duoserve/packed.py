@@ -12,6 +12,7 @@ model.
 import hashlib
 import json
 import zlib
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import torch
 from .config import MixtralConfig
 from .errors import UserError
 from .files import Header, read_into, reading
-from .quant import ExpertLayout, group_size
+from .model import Mixtral
+from .quant import ExpertLayout, PackedLinear
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -57,23 +59,15 @@ def place(name: str) -> tuple[str, str]:
 
 
 def resident_shapes(c: MixtralConfig, largest_group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (kind, shape) of all that stays on the device, by `Mixtral`'s names, in the files' order; kind
-    is '16' (16 bits, as they came), 'u8' or 'f16'."""
-    shapes = {"embed.weight": ("16", (c.vocab_size, c.hidden_size)), "norm.weight": ("16", (c.hidden_size,))}
-    if not c.tie_word_embeddings:
-        shapes["head.weight"] = "16", (c.vocab_size, c.hidden_size)
-    q_rows, kv_rows = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    for layer in (f"layers.{i}" for i in range(c.num_hidden_layers)):
-        shapes[f"{layer}.attention_norm.weight"] = "16", (c.hidden_size,)
-        for matrix, rows, columns in (("qkv", q_rows + 2 * kv_rows, c.hidden_size),
-                                      ("o", c.hidden_size, q_rows)):
-            name = f"{layer}.attention.{matrix}"
-            groups = columns // group_size(columns, largest_group, name)
-            shapes |= {f"{name}.q": ("u8", (rows, columns // 2)), f"{name}.scale": ("f16", (rows, groups)),
-                       f"{name}.zero": ("f16", (rows, groups))}
-        shapes[f"{layer}.ffn_norm.weight"] = "16", (c.hidden_size,)
-        shapes[f"{layer}.router.weight"] = "16", (c.num_local_experts, c.hidden_size)
-    return shapes
+    """Name -> (kind, shape) of all that stays on the device, as `Mixtral` has it, what lies outside the
+    layers first; kind is '16' (16 bits, as they came), 'u8' or 'f16'."""
+    with torch.device("meta"):              # (shapes alone: nothing is allocated)
+        state = Mixtral(c, partial(PackedLinear, largest_group=largest_group)).state_dict()
+    if c.tie_word_embeddings:               # the head is the embedding
+        del state["head.weight"]
+    kinds = {torch.float32: "16", torch.uint8: "u8", torch.float16: "f16"}
+    return {name: (kinds[state[name].dtype], tuple(state[name].shape))
+            for name in sorted(state, key=lambda name: name.startswith("layers."))}
 
 
 class ModelShapes:

@@ -68,12 +68,12 @@ class Header:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise UserError(f"{path}: truncated or not a safetensors file; get or make it again")
+                raise UserError(f"{path}: damaged, truncated or not a safetensors file; get or make it again")
             self.raw = file.read(length)
         self.tensors, self.size = {}, size
         try:
             entries = json.loads(self.raw)
-            self.metadata = entries.pop("__metadata__", {})
+            self.metadata = {key: str(value) for key, value in entries.pop("__metadata__", {}).items()}
             for name, entry in entries.items():
                 code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
                 if code not in DTYPES and re.fullmatch("[A-Z0-9_]{2,20}", code):
@@ -88,7 +88,7 @@ class Header:
                 if end > size:
                     raise UserError(f"{path}: truncated: {name} ends at byte {end} of {size}; get it again")
                 self.tensors[name] = dtype, shape, start, end
-            table = str(self.metadata.get("crc32", "")).split()
+            table = self.metadata.get("crc32", "").split()
             self.crc = dict(zip(self.tensors, table)) if len(table) == len(self.tensors) else {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: its safetensors header is damaged ({error!r}); "

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import UserError
-from .files import write_tensors
+from .files import Header, write_tensors
 from .history import History
 
 HIDDEN = 96
@@ -90,23 +89,21 @@ class Predictor:
     def read(cls, path: Path, model: str, layers: int, experts: int) -> "Predictor":
         """`UserError` if it is missing, damaged, another version's or another model's."""
         check_exists(path)
-        try:
-            with safe_open(path, "np") as file:
-                meta = file.metadata() or {}
-                if meta.get("version", VERSION) != VERSION:
-                    raise UserError(f"{path}: predictor version {meta['version']}, this reads version "
-                                    f"{VERSION}; {AGAIN}, or say --predictor none")
-                *weights, affinity = map(file.get_tensor, TENSORS)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a predictor, or damaged ({error}); {AGAIN}") from None
-        if meta.get("model") != model:
-            raise UserError(f"{path}: a predictor of model {meta.get('model')}, not of this one ({model}); "
-                            "train one on this model's traces with train_predictor.py")
+        header = Header(path)
+        version, made_for = header.metadata.get("version", VERSION), header.metadata.get("model")
+        if version != VERSION:
+            raise UserError(f"{path}: predictor version {version}, this reads version {VERSION}; {AGAIN}, or "
+                            "say --predictor none")
+        if made_for != model:
+            raise UserError(f"{path}: a predictor of model {made_for}, not of this one ({model}); train one "
+                            "on this model's traces with train_predictor.py")
         states, wide = layers + 1, layers * experts
         shapes = ((states, HINTS, layers), (wide, HIDDEN), (states, HIDDEN), (states, HIDDEN, wide),
                   (states, wide), (layers, experts, experts))
-        if tuple(w.shape for w in (*weights, affinity)) != shapes:
+        if any(header.tensors.get(name, ())[:2] != (torch.float32, shape)
+               for name, shape in zip(TENSORS, shapes)):
             raise UserError(f"{path}: its shapes do not fit this model; {AGAIN}")
+        *weights, affinity = (header.read(name).numpy() for name in TENSORS)
         return cls(tuple(weights), affinity, model)
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .config import MixtralConfig
 from .errors import UserError
-from .files import atomic
+from .files import Header, atomic
 
 
 def make_directory(directory: str | Path) -> Path:
@@ -55,20 +54,19 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path) -> "Trace":
+        header = Header(path)
+        meta, read = header.metadata, header.read
+        if "router_logits" not in header.tensors:
+            raise UserError(f"{path}: is not a trace (it has no router_logits); name the directory that "
+                            "generate.py --trace-dir made")
+        if meta.get("version") != "1":
+            raise UserError(f"{path}: trace version {meta.get('version')}, not 1; record it again")
         try:
-            with safe_open(path, "np") as file:
-                meta = file.metadata() or {}
-                if "router_logits" not in file.keys():
-                    raise UserError(f"{path}: is not a trace (it has no router_logits); name the directory "
-                                    "that generate.py --trace-dir made")
-                if meta.get("version") != "1":
-                    raise UserError(f"{path}: trace version {meta.get('version')}, not 1; record it again")
-                logits, lookahead = (file.get_tensor(f"{name}_logits").astype(np.float32)
-                                     for name in ("router", "lookahead"))
-                prompt, tokens = int(meta["prompt_tokens"]), len(file.get_tensor("token_ids"))
-                trace = cls(logits, lookahead, prompt, meta["model"])
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a trace, or truncated ({error}); record it again") from None
+            logits, lookahead = (read(f"{name}_logits").float().numpy() for name in ("router", "lookahead"))
+            prompt, tokens = int(meta["prompt_tokens"]), len(read("token_ids"))
+            trace = cls(logits, lookahead, prompt, meta["model"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}: not a trace ({error!r}); record it again") from None
         fits = logits.ndim == 3 and lookahead.shape == logits.shape and 1 <= prompt <= tokens == len(logits)
         if not fits or not (np.isfinite(logits).all() and np.isfinite(lookahead).all()):
             raise UserError(f"{path}: its tensors do not fit together; delete it or record it again")

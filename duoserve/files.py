@@ -95,12 +95,20 @@ class Header:
                             "get or make it again") from None
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, onto the host."""
+        """One tensor, onto the host; checked, if its CRC is known."""
         dtype, shape, start, end = self.tensors[name]
         data = torch.empty(end - start, dtype=torch.uint8)
         with reading(self.path) as file:
-            read_into(file, start, memoryview(data.numpy()), self.path)
+            crc = read_into(file, start, memoryview(data.numpy()), self.path)
+        if self.crc:
+            self.check(name, crc)
         return data.view(dtype).view(shape)
+
+    def check(self, name: str, crc: int) -> None:
+        """`UserError` unless a tensor's CRC-32 is the one that was written down."""
+        if f"{crc:08x}" != self.crc[name]:
+            raise UserError(f"{self.path}: {name.replace('.', ' ')} is corrupted (its CRC-32 does not "
+                            "match); get or make it again")
 
 
 def read_into(file, start: int, buffer: memoryview, path: Path, crc: int | None = 0) -> int | None:

@@ -124,7 +124,7 @@ class ExpertStore:
             if crc is not None:
                 self.crc[key] = crc
                 if start + len(into) == self.nbytes:
-                    self.model.check(header, inside, crc)
+                    header.check(inside, crc)
                     del self.crc[key]
         except UserError as error:
             raise LinkError(str(error)) from error

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from contextlib import closing, contextmanager, suppress
 from math import prod
 from pathlib import Path
@@ -172,10 +171,10 @@ def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
     found = {name: entry[:2] for name, entry in header.tensors.items()}
     if found != tensors or not header.crc or header.size != max(end for *_, end in header.tensors.values()):
         return False
-    for name, crc in header.crc.items():
-        data = header.read(name).view(-1).view(torch.uint8).numpy()
-        progress.add(len(data))
-        if crc != f"{zlib.crc32(data):08x}":
+    for name in tensors:
+        try:
+            progress.add(header.read(name).nbytes)
+        except UserError:
             return False
     return True
 

@@ -1,10 +1,10 @@
 """A Mixtral's shape, read from a Hugging Face `config.json` and checked before anything is allocated."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .files import read_json
 
 LEAST = {"vocab_size": 2, "hidden_size": 2, "intermediate_size": 1, "num_hidden_layers": 1,
          "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "num_local_experts": 1,
@@ -43,15 +43,7 @@ class MixtralConfig:
         """Read `config.json` (or the directory that holds it); `UserError` names what is wrong with it."""
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        try:
-            raw = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; a model directory needs its config.json") from None
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: is not JSON ({error})") from None
-        return cls.from_dict(raw, str(path))
+        return cls.from_dict(read_json(path), str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, name: str = "config.json") -> "MixtralConfig":

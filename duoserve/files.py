@@ -58,6 +58,14 @@ def reading(path: Path):
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+def read_json(path: Path):
+    with reading(path) as file:
+        try:
+            return json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: is not JSON ({error}); get or make it again") from None
+
+
 class Header:
     """A safetensors file's header, checked: `tensors[name] = (dtype, shape, start, end)`, in bytes, and
     `crc[name]`, if there is a table of them (see `write_tensors`)."""

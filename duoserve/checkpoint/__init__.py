@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import MixtralConfig
-from ..files import Header, atomic, reading, write_tensors
+from ..files import Header, atomic, read_json, reading, write_tensors
 from ..packed import MANIFEST, ModelShapes, PackedModel, check_directory, fingerprint, place, tensor_files
 from ..quant import ExpertLayout, dequantize
 from ..tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         kind, raw = ConsolidatedSource, consolidated_config(directory / "params.json")
         config = MixtralConfig.from_dict(raw, str(directory / "params.json"))
     else:
-        config, raw = MixtralConfig.read(directory), json.loads((directory / "config.json").read_bytes())
+        config, raw = MixtralConfig.read(directory), read_json(directory / "config.json")
         kind = QuantizedSource if raw.get("quantization_config") else HuggingFaceSource
         if not hugging:
             raise UserError(f"{directory}: no weights in it (neither model.safetensors, nor its index, nor "
@@ -281,7 +281,7 @@ def to_hf(src: str | Path, dst: str | Path) -> None:
                 where |= dict.fromkeys(shapes, shard)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_json(made / "model.safetensors.index.json", index)
-        raw = json.loads((model.directory / "config.json").read_bytes())
+        raw = read_json(model.directory / "config.json")
         copy_config(raw, model.directory / "tokenizer.model", made, torch_dtype="float32", dtype="float32")
         made.rename(dst)                    # an empty directory may be there
     finally:

@@ -1,12 +1,11 @@
 """traces/ -> <model>/predictor.safetensors, and a report: what each hint is worth on unseen sequences."""
 
 import json
-import sys
 import time
 from hashlib import sha256
 from pathlib import Path
 
-from duoserve.errors import DEMO, Parser, UserError, import_requirements, run_main
+from duoserve.errors import DEMO, Parser, UserError, import_requirements, note, run_main
 
 import_requirements()
 import numpy as np
@@ -15,21 +14,11 @@ from duoserve.bench.flags import table
 from duoserve.bench.replay import Costs, row
 from duoserve.packed import PackedModel
 from duoserve.predictor import Predictor
-from duoserve.trace import Trace, read_traces
+from duoserve.trace import decoded_traces
 from duoserve.training import measure_affinity, recalls, train
 
 LEAST = 8                                   # sequences: six to train on, two to test
 REPLAYED = 8                                # of the test sequences, for the figure in milliseconds
-
-
-def decoded(directory: str, model: PackedModel, least: int = LEAST) -> list[Trace]:
-    """The traces of a directory that hold decoded tokens; `UserError` if there are too few."""
-    shape = model.config.num_hidden_layers, model.config.num_local_experts
-    traces = [t for t in read_traces(directory, model.fingerprint, shape) if len(t.logits) > t.prompt]
-    if len(traces) < least:
-        raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few; at least "
-                        f"{least} are needed, a hundred are better")
-    return traces
 
 
 def shared(a: str, b: str) -> int:
@@ -60,17 +49,17 @@ def main() -> int:
         raise UserError(f"--out {out}: its directory does not exist")
     k = model.config.num_experts_per_tok
     slots = max(2, model.config.num_hidden_layers * model.config.num_local_experts // 4)
-    traces = decoded(args.traces, model)
+    traces = decoded_traces(args.traces, model, LEAST)
     order = np.random.RandomState(0).permutation(len(traces))
     held = 0 if args.test else max(2, round(0.2 * len(traces)))     # of sequences: tokens of one are alike
     test, seen = ([traces[i] for i in part] for part in (order[:held], order[held:]))
     if args.test:
-        test = decoded(args.test, model, 1)
+        test = decoded_traces(args.test, model)
         if n := shared(args.traces, args.test):
-            print(f"note: {n} of the traces in --test {args.test} are also trained on: the report is better "
-                  "than the predictor; test on others", file=sys.stderr)
+            note(f"{n} of the traces in --test {args.test} are also trained on: the report is better than "
+                 "the predictor; test on others")
     if not args.out and out.exists():
-        print(f"note: replaces {out} (--out FILE writes elsewhere)", file=sys.stderr)
+        note(f"replaces {out} (--out FILE writes elsewhere)")
     affinity = measure_affinity(seen, k)
     predictor = Predictor(train(seen, k), affinity, model.fingerprint)
     predictor.save(out)

@@ -183,6 +183,10 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
 def fail(message: str) -> None:
     print("error:", *message.split(), file=sys.stderr)
     sys.exit(2)

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import sys
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .config import MixtralConfig
-from .errors import UserError
+from .errors import UserError, note
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
 TORCH_THREADS = torch.get_num_threads()     # what torch takes if it is not told
@@ -59,8 +58,7 @@ def can_compile(device: torch.device) -> bool:
         return True
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"note: torch.compile does not work here ({reason[0][:100]}); going on without it",
-              file=sys.stderr)
+        note(f"torch.compile does not work here ({reason[0][:100]}); going on without it")
         return False
 
 

@@ -9,14 +9,13 @@ asks for them.
 
 import mmap
 import os
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from .errors import UserError, format_bytes
+from .errors import UserError, format_bytes, note
 from .files import read_into, reading
 from .link import Key, LinkError
 from .machine import available_memory, clear_cuda_error
@@ -144,9 +143,8 @@ class ExpertStore:
                 for address in done:
                     runtime.cudaHostUnregister(address)
                 clear_cuda_error()
-                print(f"note: the driver will not pin {format_bytes(total)} of host memory "
-                      f"(cudaHostRegister: {code}); transfers go through a small pinned buffer: slower, "
-                      "with hardly any overlap", file=sys.stderr)
+                note(f"the driver will not pin {format_bytes(total)} of host memory (cudaHostRegister: "
+                     f"{code}); transfers go through a small pinned buffer: slower, with hardly any overlap")
                 return False
             done.append(base + start)
 

@@ -14,6 +14,7 @@ from safetensors.torch import save
 from .config import MixtralConfig
 from .errors import UserError
 from .files import Header, atomic
+from .packed import ModelShapes
 
 
 def make_directory(directory: str | Path) -> Path:
@@ -98,4 +99,15 @@ def read_traces(directory: str | Path, model: str | None = None,
         if trace.model != model:
             raise UserError(f"{path}: a trace of model {trace.model}, not of {model}; keep each model's "
                             "traces in a directory of their own")
+    return traces
+
+
+def decoded_traces(directory: str | Path, model: ModelShapes, least: int = 1) -> list[Trace]:
+    """Those of a model's traces that hold decoded tokens; `UserError` if there are too few."""
+    shape = model.config.num_hidden_layers, model.config.num_local_experts
+    traces = read_traces(directory, getattr(model, "fingerprint", None), shape)
+    traces = [trace for trace in traces if len(trace.logits) > trace.prompt]
+    if len(traces) < least:
+        raise UserError(f"{directory}: {len(traces)} sequences with decoded tokens are too few; at least "
+                        f"{least} are needed, a hundred are better")
     return traces

@@ -8,7 +8,6 @@ otherwise than a prompt's, and is slower.
 """
 
 import math
-import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 
 from ..checkpoint import ensure_packed
 from ..engine import Engine
-from ..errors import WEIGHTS, Progress, UserError, count, format_bytes
+from ..errors import WEIGHTS, Progress, UserError, count, format_bytes, note
 from ..memory import LOGIT_ROWS
 from ..options import EngineOptions
 from ..packed import PackedModel
@@ -60,7 +59,7 @@ def quality(args) -> dict:
     result = {"bits_per_byte": nats / math.log(2) / nbytes, "perplexity": math.exp(nats / len(ids)),
               "tokens": len(ids), "bytes": nbytes, "windows": len(starts), "context": context}
     if len(ids) < 1000:
-        print(f"note: {len(ids)} tokens are few; from 10,000 on two figures can be compared", file=sys.stderr)
+        note(f"{len(ids)} tokens are few; from 10,000 on two figures can be compared")
     if not args.json:
         print(f"{result['bits_per_byte']:.4f} bits per byte, perplexity {result['perplexity']:.3f} per token "
               f"({len(ids):,} tokens, {format_bytes(nbytes)}, {len(starts)} windows of {context})")

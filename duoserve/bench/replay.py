@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 from collections import defaultdict
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
@@ -13,9 +12,8 @@ import numpy as np
 import torch
 
 from ..cache import HOST, GPUExpertCache
-from ..checkpoint import Progress
 from ..config import MixtralConfig
-from ..errors import UserError, count, format_bytes, parse_amount, parse_rate
+from ..errors import Progress, UserError, count, format_bytes, note, parse_amount, parse_rate
 from ..history import History, Routing
 from ..host import SimulatedHost
 from ..link import SimulatedLane, VirtualClock
@@ -25,7 +23,7 @@ from ..packed import ModelShapes, PackedModel
 from ..policies import POLICIES, schedulers
 from ..predictor import Forecast, Predictor
 from ..store import most_used
-from ..trace import Trace, read_traces
+from ..trace import Trace, decoded_traces
 from .flags import check_policies, table
 
 
@@ -286,25 +284,15 @@ def schedule(args) -> dict:
     return result
 
 
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
-
-
 def routing(args, model: ModelShapes) -> list[Trace]:
     """The traces to replay: recorded ones, or with a config alone made-up ones."""
-    config = model.config
     if args.traces:
-        traces = read_traces(args.traces, getattr(model, "fingerprint", None),
-                             (config.num_hidden_layers, config.num_local_experts))
-        traces = [trace for trace in traces if len(trace.logits) > trace.prompt]
-        if not traces:
-            raise UserError(f"{args.traces}: no trace has a decode step; record longer answers")
-        return traces
+        return decoded_traces(args.traces, model)
     if not args.model_config:
         raise UserError("bench schedule needs a directory of traces or --model-config FILE")
     note(f"synthetic routing (persistence {args.persistence}, lookahead recall {args.lookahead_recall}, "
          "otherwise uniform): a plan, not a measurement")
-    return synthetic_traces(config, args.persistence, args.lookahead_recall)
+    return synthetic_traces(model.config, args.persistence, args.lookahead_recall)
 
 
 def open_predictor(args, model: ModelShapes, fingerprint: str) -> Predictor | None:

@@ -209,16 +209,16 @@ class PackedLinear(nn.Module):
     [several, rows, ..]. Then `at` is an int, or for compiled code a tensor [1], read on the device."""
 
     def __init__(self, columns: int, rows: int, bias: bool = False, largest_group: int = 128,
-                 compile: bool = False, device=None):
+                 compile: bool = False):
         super().__init__()
         group = group_size(columns, largest_group)
         self.gemv, self.exact_gemv, self.dequantize_into = map(
             compiled if compile else lambda function: function, (gemv, exact_gemv, dequantize_into))
         self.at: int | Tensor | None = None
         self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
-        self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
-        self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16, device=device))
+        self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16))
+        self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16))
 
     def matrix(self, part: slice | None = None) -> tuple:
         """-> q, scale and zero, of these rows or of all, and `at` if these still are several."""

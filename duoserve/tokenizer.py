@@ -22,9 +22,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, config: MixtralConfig):
         if not path.exists():
-            hint = path.with_name("tokenizer.json").exists() and \
-                " (its tokenizer.json cannot be used; the model's page has the sentencepiece file beside it)"
-            raise UserError(f"{path}: no such file; tokenizer.model is needed{hint or ''}")
+            raise UserError(f"{path}: no such file; copy the model's sentencepiece file there")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:          # sentencepiece raises bare RuntimeErrors, some over several lines

@@ -7,7 +7,8 @@ from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from duoserve.errors import WEIGHTS, Parser, UserError, format_bytes, import_requirements, run_main
+from duoserve.errors import (WEIGHTS, Parser, UserError, format_bytes, import_requirements, reading_text,
+                             run_main)
 
 
 def make_parser() -> Parser:
@@ -71,17 +72,12 @@ def read_prompt(args) -> str | None:
     path = args.prompt_file
     if path is None:
         return args.prompt
-    try:
-        if path == "-" and sys.stdin is None:
-            raise UserError("--prompt-file -: standard input is closed")
+    if path == "-" and sys.stdin is None:
+        raise UserError("--prompt-file -: standard input is closed")
+    with reading_text(f"--prompt-file {path}"):
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         end = b"\r\n" if data.endswith(b"\r\n") else b"\n"         # an editor's
         return data.removesuffix(end).decode()
-    except OSError as error:
-        raise UserError(f"--prompt-file {path}: cannot be read ({error.strerror}); name a text file, or - "
-                        "for standard input") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--prompt-file {path}: is not UTF-8 text; save it as such") from None
 
 
 def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
@@ -90,11 +86,6 @@ def extend(tokenizer, before: list[int], text: str, chat: bool) -> list[int]:
     if not text.strip():
         raise UserError("the prompt is empty; give some text")
     return tokenizer.chat(text, before) if chat else [*before, *tokenizer.encode(text)[bool(before):]]
-
-
-def echo(prompt: str, args) -> str:
-    """What is shown in front of a continuation: on a terminal the text that it continues."""
-    return prompt if sys.stdout and sys.stdout.isatty() and not args.chat else ""
 
 
 def answer(engine, ids: list[int], args, before: str = ""):
@@ -269,7 +260,8 @@ def main() -> int:
     if args.interactive:
         Conversation(engine, args).run(prompt)
         return 0
-    result = answer(engine, ids, args, echo(prompt, args))
+    shown = sys.stdout and sys.stdout.isatty() and not args.chat     # the text that is continued
+    result = answer(engine, ids, args, prompt if shown else "")
     if args.json:
         print(json.dumps(result.asdict()))
     if args.timeline:

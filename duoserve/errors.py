@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -185,6 +186,17 @@ class Progress:
 
 def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def reading_text(name: str):
+    """What may be wrong with a text that the user names is a `UserError` that calls it by `name`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror}); name a text file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: is not UTF-8 text; name a text file") from None
 
 
 def fail(message: str) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..checkpoint import ensure_packed
 from ..engine import Engine
-from ..errors import WEIGHTS, Progress, UserError, count, format_bytes, note
+from ..errors import WEIGHTS, Progress, UserError, count, format_bytes, note, reading_text
 from ..memory import LOGIT_ROWS
 from ..options import EngineOptions
 from ..packed import PackedModel
@@ -24,23 +24,13 @@ from ..packed import PackedModel
 LEAST_TEXT = 16                             # tokens; fewer say nothing
 
 
-def read_text(path: str) -> str:
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file") from None
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise UserError(f"{path}: is not UTF-8 text; give a text file")
-    if not text.strip():
-        raise UserError(f"{path}: is empty; give a text of some pages")
-    return text
-
-
 def quality(args) -> dict:
     """`bench quality`: every token of a text predicted once, in windows independent of each other."""
-    text, packed = read_text(args.file), PackedModel(ensure_packed(args.model, WEIGHTS))
+    with reading_text(args.file):
+        text = Path(args.file).read_bytes().decode("utf-8-sig")
+    if not text.strip() or "\0" in text:
+        raise UserError(f"{args.file}: is empty, or not UTF-8 text; give a text of some pages")
+    packed = PackedModel(ensure_packed(args.model, WEIGHTS))
     bos, *ids = packed.tokenizer().encode(text)
     if len(ids) < LEAST_TEXT:
         raise UserError(f"{args.file}: {len(ids)} tokens are too short a text; give some pages")

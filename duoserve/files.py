@@ -102,6 +102,18 @@ class Header:
             raise UserError(f"{path}: its safetensors header is damaged ({error!r}); "
                             "get or make it again") from None
 
+    def expect(self, name: str, shape: tuple[int, ...], dtypes: Iterable[torch.dtype], described: str):
+        """`UserError` unless a tensor is there, in the shape that it has by the file `described`, and of one
+        of these types."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: {name} is not in it; get or make it again")
+        dtype, found = self.tensors[name][:2]
+        if found != shape:
+            raise UserError(f"{self.path}: {name} has shape {list(found)}, by {described} {list(shape)}")
+        if dtype not in dtypes:
+            wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise UserError(f"{self.path}: {name} is {dtype}; {wanted} is expected")
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, onto the host; checked, if its CRC is known."""
         dtype, shape, start, end = self.tensors[name]

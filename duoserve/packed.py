@@ -132,12 +132,7 @@ class PackedModel(ModelShapes):
                               "a file was changed or comes from another model")
         for name, (kind, shape) in self.all_shapes().items():
             header, inside = self.locate(name)
-            dtype, found, *_ = header.tensors.get(inside, (None, None))
-            if found != shape:
-                is_there = "is missing" if found is None else f"has shape {list(found)}"
-                raise unfit(header.path, f"{inside} {is_there}, expected {list(shape)}")
-            if dtype not in KINDS[kind]:
-                raise unfit(header.path, f"{inside} is {dtype}")
+            header.expect(inside, shape, KINDS[kind], "config.json")
 
     def locate(self, name: str) -> tuple[Header, str]:
         """The header of a tensor's file, and its name there."""

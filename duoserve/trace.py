@@ -92,13 +92,10 @@ def read_traces(directory: str | Path, model: str | None = None,
     traces = [Trace.read(path) for path in paths]
     model, shape = model or traces[0].model, shape or traces[0].logits.shape[1:]
     for path, trace in zip(paths, traces):
-        layers, experts = trace.logits.shape[1:]
-        if (layers, experts) != shape:
-            raise UserError(f"{path}: a trace of {layers} layers of {experts} experts, unlike the others or "
-                            "the model; keep each model's traces in a directory of their own")
-        if trace.model != model:
-            raise UserError(f"{path}: a trace of model {trace.model}, not of {model}; keep each model's "
-                            "traces in a directory of their own")
+        (layers, experts), made_by = trace.logits.shape[1:], trace.model
+        if made_by != model or (layers, experts) != shape:
+            raise UserError(f"{path}: a trace of model {made_by} ({layers} layers of {experts} experts), not "
+                            f"of {model}; keep each model's traces in a directory of their own")
     return traces
 
 

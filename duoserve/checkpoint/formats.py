@@ -104,17 +104,8 @@ class HuggingFaceSource:
             if f"{name.removesuffix('weight')}qweight" in self.files:
                 mend = "its qweight is there, but config.json has no quantization_config: get the right one"
             raise UserError(f"{self.index}: {name} is missing; {mend}")
-        self.where[name] = header = self.headers[self.files[name]]
-        if name not in header.tensors:
-            raise UserError(f"{header.path}: {name} is not in it, though {self.index.name} says so; "
-                            "get it again")
-        dtype, found = header.tensors[name][:2]
-        if found != shape:
-            raise UserError(f"{header.path}: {name} has shape {list(found)}, by {self.described} "
-                            f"{list(shape)}")
-        if dtype not in dtypes:
-            wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise UserError(f"{header.path}: {name} is {dtype}; {wanted} is expected")
+        self.where[name] = self.headers[self.files[name]]
+        self.where[name].expect(name, shape, dtypes, self.described)
 
     def _fingerprint(self) -> str:
         """Hashes config, tokenizer, headers and a sample of each tensor: fine-tunes differ there only."""

@@ -164,22 +164,21 @@ class QuantizedSource(HuggingFaceSource):
         found = raw["quantization_config"]
         found = found if isinstance(found, dict) else {"quant_method": found}
         self.method, self.group = found.get("quant_method"), found.get("group_size", 128)
-        wrong, version = [], None
-        if self.method in list(REPACKED):   # the method need not be hashable
-            whole = type(self.group) is int
-            if not whole or self.group not in (-1, 32, 64) and (self.group < 1 or self.group % 128):
-                wrong.append(f"group_size {self.group!r}")
-            for key, allowed in REPACKED[self.method].items():
-                value = allowed[0] if found.get(key) is None else found[key]
-                version = value.lower() if isinstance(value, str) else value
-                if version not in allowed:
-                    wrong.append(f"{key} {value!r}")
-        else:
-            wrong.append(f"weights quantised by {self.method!r}")
-        if wrong:
-            raise UserError(f"{directory / self.described}: quantization_config: {', '.join(wrong)} cannot "
-                            "be repacked; give AWQ (version gemm) or GPTQ (desc_act false) of 4 bits in "
-                            "groups of 128, 64 or 32, or the 16-bit model they were made of")
+
+        def require(fits: bool, what: str) -> None:
+            if not fits:
+                raise UserError(f"{directory / self.described}: quantization_config: {what} cannot be "
+                                "repacked; give AWQ (version gemm) or GPTQ (desc_act false) of 4 bits in "
+                                "groups of 128, 64 or 32, or the 16-bit model they were made of")
+
+        require(self.method in list(REPACKED), f"weights quantised by {self.method!r}")    # (maybe no string)
+        whole = type(self.group) is int
+        require(whole and (self.group in (-1, 32, 64) or self.group > 0 and self.group % 128 == 0),
+                f"group_size {self.group!r}")
+        for key, allowed in REPACKED[self.method].items():
+            value = allowed[0] if found.get(key) is None else found[key]
+            version = value.lower() if isinstance(value, str) else value
+            require(version in allowed, f"{key} {value!r}")
         self.largest_group = 128 if self.group == -1 else min(self.group, 128)
         self.lacking = version == "gptq"    # one, in each stored zero
         super().__init__(directory, raw, *rest)

@@ -95,8 +95,7 @@ def check_directory(directory: Path) -> None:
         raise UserError(f"{directory}: is a file; what is read is a directory, packed or with safetensors "
                         "(in 16 bits, or in 4 by AWQ or GPTQ)" + f": give {directory.parent}" * of_one)
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory; it must be on this machine: nothing is "
-                        "downloaded")
+        raise UserError(f"{directory}: no such model directory on this machine; nothing is downloaded")
 
 
 class PackedModel(ModelShapes):

@@ -58,8 +58,7 @@ class Trace:
         header = Header(path)
         meta, read = header.metadata, header.read
         if "router_logits" not in header.tensors:
-            raise UserError(f"{path}: is not a trace (it has no router_logits); name the directory that "
-                            "generate.py --trace-dir made")
+            raise UserError(f"{path}: is not a trace; name the directory that generate.py --trace-dir made")
         if meta.get("version") != "1":
             raise UserError(f"{path}: trace version {meta.get('version')}, not 1; record it again")
         try:

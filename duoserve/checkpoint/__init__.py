@@ -99,8 +99,7 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         config, raw = MixtralConfig.read(directory), read_json(directory / "config.json")
         kind = QuantizedSource if raw.get("quantization_config") else HuggingFaceSource
         if not hugging:
-            raise UserError(f"{directory}: no weights in it (neither model.safetensors, nor its index, nor "
-                            "consolidated.safetensors)")
+            raise UserError(f"{directory}: no weights in it; get model*.safetensors with their index, too")
     tokenizers = [name for name in names if name in ("tokenizer.model", "tokenizer.model.v3")]
     if not tokenizers:
         only = "".join(f"only {name}; " for name in ("tokenizer.json", "tekken.json") if name in names)

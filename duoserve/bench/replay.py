@@ -132,7 +132,7 @@ class Replay:
         self.forecast.truth = self.top[last]
         runs = self.predictor and self.predictor.runs
         self.scheduler.begin_step(lookahead)
-        on_host, needed = counts.host_experts, counts.misses + counts.prefetched_used
+        on_host, needed = counts.host_experts, []                   # experts that crossed the link, by layer
         for layer in range(self.layers):
             before = counts.misses + counts.prefetched_used
             self.scheduler.begin_layer(layer)
@@ -149,13 +149,13 @@ class Replay:
                 self._pass(costs.predict_ms)
                 runs = self.predictor.runs
             self.scheduler.end_layer(layer)
-            if decoding and self.host is None:
-                compute = costs.attention_ms + self.k * costs.expert_ms
-                moved = counts.misses + counts.prefetched_used - before
-                self.floor += max(compute, moved * costs.expert_transfer_ms)
+            needed.append(counts.misses + counts.prefetched_used - before)
         if decoding and self.host is not None:
-            self.floor += step_floor(costs, self.layers, self.k, counts.host_experts - on_host,
-                                     counts.misses + counts.prefetched_used - needed)
+            self.floor += step_floor(costs, self.layers, self.k, counts.host_experts - on_host, sum(needed))
+        elif decoding:
+            compute = costs.attention_ms + self.k * costs.expert_ms
+            for moved in needed:
+                self.floor += max(compute, moved * costs.expert_transfer_ms)
 
     def _pass(self, ms: float) -> None:
         self.clock.advance(ms / 1e3)

@@ -90,11 +90,6 @@ def did_you_mean(word: str, known) -> str:
     return f"; did you mean {likely[0]}?" if likely else ""
 
 
-def unknown(flag: str, name: str, known) -> UserError:
-    """A name that is none of the `known`."""
-    return UserError(f"{flag} {name}: unknown{did_you_mean(name, known)}; choose from {', '.join(known)}")
-
-
 def parse_size(text: str, flag: str = "size", example: str = "4GiB or 500MB") -> int:
     """`4GiB`, `500MB`, `1.5G` or plain bytes -> bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())

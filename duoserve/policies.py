@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .cache import Slot
-from .errors import UserError, unknown
+from .errors import UserError, did_you_mean
 from .history import Routing
 from .link import Key
 from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
@@ -129,7 +129,8 @@ def load_policy(policy: str | Path, flag: str = "--policy", more: tuple[str, ...
         return POLICIES[policy]
     path = Path(str(policy))
     if path.suffix != ".py":
-        raise unknown(flag, str(policy), (*POLICIES, *more))
+        known, name = (*POLICIES, *more), str(policy)
+        raise UserError(f"{flag} {name}: unknown{did_you_mean(name, known)}; choose from {', '.join(known)}")
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     return (defined_in(str(path), path.stat().st_mtime_ns),) * 2

@@ -17,9 +17,8 @@ from .files import Header, atomic
 from .packed import ModelShapes
 
 
-def make_directory(directory: str | Path) -> Path:
+def make_directory(directory: Path) -> Path:
     """Make the directory for traces."""
-    directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,8 +19,8 @@ def make_parser() -> Parser:
     prompt.add_argument("--prompt", "-p", metavar="TEXT",
                         help="the text to continue; on a terminal it is shown in front of what comes")
     prompt.add_argument("--prompt-file", "-f", metavar="F", help="it from a file, or - for standard input")
-    parser.shared("--model -m", "--device", "--dtype", "--gpu-memory", "--host-memory", "--predictor",
-                  "--host-threads", "--threads -t", "--simulate-link", "--simulate-host", "--json")
+    parser.shared("--model -m", "--device", "--compile", "--threads -t", "--gpu-memory", "--host-memory",
+                  "--host-threads", "--dtype", "--predictor", "--simulate-link", "--simulate-host", "--json")
     add("--chat", action="store_true",
         help="the prompt is a message to an instruct model: the [INST] template (default: text to continue)")
     add("--interactive", action="store_true",
@@ -35,8 +35,6 @@ def make_parser() -> Parser:
     add("--top-p", type=float, default=0.95, metavar="P",
         help="and of these from the likeliest that make up P (default %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="another seed, another text (default %(default)s)")
-    add("--compile", action="store_true", default=None, help="torch.compile the kernels (default on CUDA)")
-    add("--no-compile", dest="compile", action="store_false", help="eager kernels (default on the CPU)")
     add("--cache-experts", type=int, metavar="N",
         help="slots for experts (default: as many as fit; on a CPU a quarter of them)")
     add("--policy", default="duo", metavar="NAME",
@@ -166,9 +164,8 @@ class Conversation:
     def start_anew(self) -> None:
         self.said, self.cut = [], False
         context, most = self.engine.context, self.engine.config.max_position_embeddings
-        mend = "this model takes no more"
-        if context < most:
-            mend = f"a larger --context holds more (up to {most})"
+        mend = f"a larger --context holds more (up to {most})" if context < most else \
+            "this model takes no more"
         print(f"[the context of {context} tokens is full, so this starts anew; {mend}]", file=sys.stderr)
 
 

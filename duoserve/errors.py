@@ -32,6 +32,8 @@ SHARED = {                                  # flags that several programs have, 
     "--host-threads": {"default": "auto", "metavar": "N|auto", "help": "that compute missing experts beside "
                        "a GPU; 0 never (default: all but one, if that helps here; with --device cpu 0, "
                        "or else as many as --threads)"},
+    "--compile": {"action": argparse.BooleanOptionalAction,
+                  "help": "torch.compile the kernels (default: on CUDA)"},
     "--simulate-link": {"metavar": "SIZE/s", "help": "simulate a link of this speed: 25GB/s (default: no)"},
     "--simulate-host": {"metavar": "SIZE/s", "help": "and, on a CPU, a host that computes missing experts "
                         "at this speed (default: no)"},
@@ -124,13 +126,10 @@ def parse_amount(amount: int | str, whole: int, flag: str) -> int:
             meant = f"is {100 * n:g}% meant?" if n < 1 else f"write {digits}{'GiB' if n < 1000 else 'MB'}"
             raise UserError(f"{flag} {amount} is too small: {digits} was read as bytes; {meant}")
         return size
-    try:
-        share = float(amount.strip()[:-1])
-    except ValueError:
-        share = -1.0
-    if not 0 < share < 1e6:
+    match = re.fullmatch(r"\s*(\d*\.?\d+)\s*%\s*", amount)
+    if not match or not 0 < float(match[1]) < 1e6:
         raise UserError(f"{flag} {amount}: not a percentage; write it like 15%")
-    return int(whole * share / 100)
+    return int(whole * float(match[1]) / 100)
 
 
 def format_bytes(n: float) -> str:

@@ -85,7 +85,7 @@ def run_flags(parser: Parser) -> None:
 
 def gpu_flags(parser: Parser) -> None:
     add, share = parser.add_argument, number(float, 0, 1)
-    parser.shared("--device", "--host-threads", "--simulate-link", "--simulate-host", "--json")
+    parser.shared("--device", "--host-threads", "--compile", "--simulate-link", "--simulate-host", "--json")
     add("--shape", default="mixtral-8x7b", choices=gpu.SHAPES, metavar="NAME",
         help="mixtral-8x7b, mixtral-8x22b or tiny, which runs anywhere (default %(default)s)")
     add("--gpu-memory", nargs="+", metavar="SIZE|PERCENT",
@@ -102,11 +102,9 @@ def gpu_flags(parser: Parser) -> None:
         help="what each prompt finds in the slots: what an engine loads (default), or nothing")
     add("--persistence", type=share, nargs="+", default=[0.30], metavar="P", help=PERSISTENCE)
     add("--lookahead-recall", type=share, nargs="+", default=[0.8], metavar="R", help=RECALL)
-    for flag, default, words in (
-            ("--predictor", True, "train duo's on routing made up alike (default: yes)"),
-            ("--resident", True, "at the end, all experts on the device, for the floors (default: yes)"),
-            ("--compile", None, "torch.compile the kernels (default: on CUDA)")):
-        add(flag, action=argparse.BooleanOptionalAction, default=default, help=words)
+    for flag, words in (("--predictor", "train duo's on routing made up alike"),
+                        ("--resident", "at the end, all experts on the device, for the floors")):
+        add(flag, action=argparse.BooleanOptionalAction, default=True, help=f"{words} (default: yes)")
     add("--append", metavar="FILE",
         help="also write each row there as it is measured, as a line of JSON (default: nowhere)")
 

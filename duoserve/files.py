@@ -167,9 +167,7 @@ def write_tensors(path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ..
 
     with atomic(path) as file:
         write_header()
-        for (name, tensor), announced in zip(tensors, shapes.items(), strict=True):
-            if (name, (tensor.dtype, tuple(tensor.shape))) != announced:
-                raise ValueError(f"{name}: not the tensor that was announced")
+        for name, tensor in tensors:
             data = tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy()
             crc[name] = zlib.crc32(data)
             file.write(data)

@@ -222,7 +222,6 @@ class CudaLane:
         self.memcpy = cuda_runtimes()[0].cudaMemcpyAsync
         # Streams are handed around, as asking which one is current takes longer than handing a chunk to it.
         self.stream = torch.cuda.Stream(self.device)
-        self.handle = self.stream.cuda_stream
         self.begin_pass()
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
         self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way
@@ -243,7 +242,7 @@ class CudaLane:
         would block the host."""
         slot, block = self.slots[transfer.slot], self.store.pinned_block(transfer.key)
         if block is not None:
-            self.enqueue(slot + start, block.data_ptr() + start, stop - start, self.handle)
+            self.enqueue(slot + start, block.data_ptr() + start, stop - start, self.stream)
             return
         if not self.ring:
             self.ring = [(torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
@@ -253,14 +252,14 @@ class CudaLane:
             buffer, free = self.ring[0]
             free.synchronize()              # its last copy is done (an event never recorded counts as done)
             self.store.fetch(transfer.key, begin, buffer[:nbytes])
-            self.enqueue(slot + begin, buffer.data_ptr(), nbytes, self.handle)
+            self.enqueue(slot + begin, buffer.data_ptr(), nbytes, self.stream)
             free.record(self.stream)
             self.ring.reverse()
 
-    def enqueue(self, to: int, source: int, nbytes: int, stream: int) -> None:
+    def enqueue(self, to: int, source: int, nbytes: int, stream: torch.cuda.Stream) -> None:
         """A copy between two addresses on a stream. Called directly, it takes the host 7 us; a `Tensor.copy_`
         takes up to 54, most of them to make the stream current and two views (H100's host)."""
-        code = self.memcpy(to, source, nbytes, BY_ADDRESS, stream)
+        code = self.memcpy(to, source, nbytes, BY_ADDRESS, stream.cuda_stream)
         if code:
             clear_cuda_error()
             raise LinkError(f"cudaMemcpyAsync: error {code}")
@@ -270,7 +269,6 @@ class CudaLane:
 
     def begin_pass(self) -> None:
         self.compute = torch.cuda.current_stream(self.device)
-        self.compute_handle = self.compute.cuda_stream
         self.unread: deque = deque()        # events: what is on its way to the host, the oldest first
 
     def poll(self) -> None:
@@ -323,8 +321,7 @@ class CudaLane:
             self.compute.wait_event(transfer.loaded)
 
     def used(self, slots: list[int]) -> None:
-        event = torch.cuda.Event()
-        event.record(self.compute)
+        event = self.compute.record_event()
         for slot in slots:
             self.last_use[slot] = event
 
@@ -333,7 +330,7 @@ class CudaLane:
         if not free:                        # (while the engine warms up: pinning takes its time)
             free += ((row, torch.cuda.Event()) for row in torch.empty(AHEAD, len(values), pin_memory=True))
         buffer, copied = free.pop()
-        self.enqueue(buffer.data_ptr(), values.data_ptr(), buffer.nbytes, self.compute_handle)
+        self.enqueue(buffer.data_ptr(), values.data_ptr(), buffer.nbytes, self.compute)
         copied.record(self.compute)
         self.unread.append(copied)
         return buffer, copied
@@ -342,7 +339,7 @@ class CudaLane:
         return bool(self.unread) and self.unread[0].query()
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
-        self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute_handle)
+        self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute)
 
     def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> torch.Tensor:
         buffer, copied = fetched
@@ -354,18 +351,14 @@ class CudaLane:
         return buffer
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self.compute)
-        return event
+        return self.compute.record_event(torch.cuda.Event(enable_timing=True))
 
     def seconds(self, mark: torch.cuda.Event) -> float:
         mark.synchronize()
         return self.epoch + self.origin.elapsed_time(mark) / 1e3
 
     def abandon(self) -> None:
-        event = torch.cuda.Event()
-        event.record(self.compute)
-        self.stream.wait_event(event)
+        self.stream.wait_stream(self.compute)
 
     def finish(self) -> None:
         self.stream.synchronize()

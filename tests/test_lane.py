@@ -64,6 +64,14 @@ class Stream:
         record = event.last                 # CUDA takes an event that was never recorded as done
         self.add(lambda: None, lambda: record is None or record[0])
 
+    def record_event(self):
+        event = Event(self.device)
+        event.record(self)
+        return event
+
+    def wait_stream(self, other):
+        self.wait_event(other.record_event())
+
     def synchronize(self):
         while self.operations and self.device.step():
             pass

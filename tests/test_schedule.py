@@ -715,7 +715,7 @@ def test_nothing_is_predicted_where_a_transfer_takes_less_time_than_predicting(t
     trace = skewed_traces(0, sequences=1)[0]
     r = Replay(trace, 2, "duo", 12, replace(COSTS, expert_transfer_ms=transfer_ms),
                lambda *_: np.full((6, 8), 0.5)).run()
-    assert (r.predictor.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
+    assert (r.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
 
 
 def test_a_host_that_is_late_thinks_at_every_other_layer(monkeypatch):

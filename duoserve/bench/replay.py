@@ -73,17 +73,6 @@ class Oracle(Forecast):
         return estimate
 
 
-class Counted:
-    """A trained predictor that counts its runs, each of which takes the host some time."""
-
-    def __init__(self, predictor: Predictor):
-        self.predictor, self.runs = predictor, 0
-
-    def __call__(self, *state):
-        self.runs += 1
-        return self.predictor(*state)
-
-
 class Replay:
     """One trace through one policy with one cache, on a clock of its own."""
 
@@ -95,8 +84,14 @@ class Replay:
         self.clock = VirtualClock()
         lane = SimulatedLane(self.clock, costs.chunks / (costs.expert_transfer_ms / 1e3), 1)
         self.cache = GPUExpertCache(slots, costs.chunks, lane)      # an expert is `chunks` bytes long
-        self.predictor, history = predictor and Counted(predictor), History(self.layers, self.experts)
-        self.forecast = (Oracle if policy == "oracle" else Forecast)(history, self.predictor, top_k)
+        self.runs = 0                       # of the predictor, each of which takes the host some time
+
+        def counted(*state):
+            self.runs += 1
+            return predictor(*state)
+
+        history, kind = History(self.layers, self.experts), Oracle if policy == "oracle" else Forecast
+        self.forecast = kind(history, predictor and counted, top_k)
         self.prefill, self.decode = schedulers("duo" if policy in TOLD else policy, self.cache, history,
                                                self.forecast, trace.prompt)
         each = costs.host_expert_ms
@@ -130,7 +125,7 @@ class Replay:
         costs, counts, decoding = self.costs, self.cache.counts, lookahead is not None
         tokens, last = rows.stop - rows.start, rows.stop - 1
         self.forecast.truth = self.top[last]
-        runs = self.predictor and self.predictor.runs
+        runs = self.runs
         self.scheduler.begin_step(lookahead)
         on_host, needed = counts.host_experts, []                   # experts that crossed the link, by layer
         for layer in range(self.layers):
@@ -145,9 +140,9 @@ class Replay:
             for e, place in self.scheduler.experts(layer, routing):
                 if place != HOST:
                     self._pass(costs.expert_ms if decoding else costs.prefill_expert(routing.counts[e]))
-            if self.predictor and self.predictor.runs > runs:       # since the last layer visit
+            if self.runs > runs:            # since the last layer visit
                 self._pass(costs.predict_ms)
-                runs = self.predictor.runs
+                runs = self.runs
             self.scheduler.end_layer(layer)
             needed.append(counts.misses + counts.prefetched_used - before)
         if decoding and self.host is not None:

@@ -22,6 +22,7 @@ from .machine import available_memory, clear_cuda_error
 from .packed import PackedModel
 
 REGION = 2**30                              # bytes registered at a time
+READERS = 8                                 # threads that load experts
 
 
 def stride_of(model: PackedModel) -> int:
@@ -63,8 +64,7 @@ class ExpertStore:
     `kept` names those in memory. The others' files must stay as they are while the store lives.
     """
 
-    def __init__(self, model: PackedModel, kept: list[Key], pin: bool = False, progress=None,
-                 threads: int = 8):
+    def __init__(self, model: PackedModel, kept: list[Key], pin: bool = False, progress=None):
         self.model, self.nbytes, stride = model, model.layout.nbytes, stride_of(model)
         total = len(kept) * stride
         try:
@@ -81,12 +81,9 @@ class ExpertStore:
             if progress:
                 progress.add(self.nbytes)
 
-        pool = ThreadPoolExecutor(threads)
-        try:
+        with ThreadPoolExecutor(READERS) as pool:
             for _ in pool.map(load, self.blocks):
-                pass                        # the first corrupted expert ends the loading
-        finally:
-            pool.shutdown(cancel_futures=True)
+                pass                        # (the first corrupted expert ends the loading)
         # Of the experts on the disk: the CRC so far, until it has been checked, and a stamp of their files.
         self.crc = {key: 0 for key in model.config.expert_keys if key not in self.blocks}
         self.stamps = {}

@@ -5,10 +5,11 @@ Every mistake is a `UserError` that names the flag, or the argument if there is 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -18,21 +19,24 @@ from .predictor import check_exists
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.float16}
-KINDS = {Integral: "a whole number", Real: "a number", str: "str", Path: "Path", bool: "bool"}
+KINDS = {Integral: "a whole number", Real: "a number"}
 MOST_THREADS = 1024
-SPEED = "not a speed; write it like 25GB/s"
 LARGEST = 1e30                              # beyond any sense, within a float32
 
 
-def check(options, name: str, kinds, least: float = 0, most: float = LARGEST, words: str = "") -> None:
-    """`UserError` unless a field is of one of these kinds and, if a number, in this range. None will do if it
-    is the default."""
-    value, kinds = getattr(options, name), kinds if isinstance(kinds, tuple) else (kinds,)
-    if value is None and getattr(type(options), name) is None:
-        return
-    if not isinstance(value, kinds):        # (only from Python: a flag's text has been parsed)
-        raise UserError(f"{name}={value!r}: give {' or '.join(KINDS[kind] for kind in kinds)}")
-    if words and isinstance(value, Real) and not least <= value <= most:
+def check_types(options) -> None:
+    """`UserError` unless every field is of its type. (It may be from Python only: flags have been parsed.)"""
+    for field in fields(options):
+        value, kinds = getattr(options, field.name), get_args(field.type) or (field.type,)
+        if not isinstance(value, kinds):
+            names = (KINDS.get(kind, kind.__name__) for kind in kinds if kind is not type(None))
+            raise UserError(f"{field.name}={value!r}: give {' or '.join(names)}")
+
+
+def check_range(options, name: str, least: float, most: float, words: str) -> None:
+    """`UserError` if a field is a number and not in this range."""
+    value = getattr(options, name)
+    if isinstance(value, Real) and not least <= value <= most:
         raise UserError(f"--{name.replace('_', '-')} {value}: {words}")
 
 
@@ -54,27 +58,22 @@ class EngineOptions:
 
     device: torch.device | str | None = None
     dtype: torch.dtype | str | None = None
-    policy: str = "duo"
-    cache_experts: int | None = None
-    gpu_memory: int | str | None = None
-    host_memory: int | str | None = None
-    context: int | None = None
+    policy: str | Path = "duo"
+    cache_experts: Integral | None = None
+    gpu_memory: Integral | str | None = None
+    host_memory: Integral | str | None = None
+    context: Integral | None = None
     predictor: str | Path | None = None
     compile: bool | None = None
-    threads: int | None = None
-    host_threads: int | str = "auto"
-    simulate_link: float | str | None = None
-    simulate_host: float | str | None = None
+    threads: Integral | None = None
+    host_threads: Real | str = "auto"
+    simulate_link: Real | str | None = None
+    simulate_host: Real | str | None = None
 
     def __post_init__(self):
-        for name, kinds, *allowed in (
-                ("cache_experts", Integral, 2, LARGEST, "two is the least that works"), ("context", Integral),
-                ("threads", Integral, 1, MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}"),
-                ("gpu_memory", (Integral, str)), ("host_memory", (Integral, str)), ("compile", bool),
-                ("predictor", (str, Path)), ("policy", (str, Path)),
-                ("simulate_link", (Real, str), 1e3, 1e15, SPEED),
-                ("simulate_host", (Real, str), 1e3, 1e15, SPEED)):
-            check(self, name, kinds, *allowed)
+        check_types(self)
+        check_range(self, "cache_experts", 2, LARGEST, "two is the least that works")
+        check_range(self, "threads", 1, MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}")
         if self.host_threads != "auto":
             self.host_threads = whole_threads(self.host_threads)
         load_policy(self.policy)
@@ -88,6 +87,7 @@ class EngineOptions:
         for name in ("simulate_link", "simulate_host"):
             if isinstance(rate := getattr(self, name), str):
                 setattr(self, name, parse_rate(rate, f"--{name.replace('_', '-')}"))
+            check_range(self, name, 1e3, 1e15, "not a speed; write it like 25GB/s")
         if self.simulate_host and (self.device.type != "cpu" or not self.simulate_link):
             raise UserError("--simulate-host: goes with --device cpu and --simulate-link")
 
@@ -105,18 +105,19 @@ class SamplingParams:
     """`temperature` 0 is greedy; `top_k` (None: all) and `top_p` bound from how many of the likeliest tokens
     is drawn; another `seed`, another text."""
 
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float = 0.95
-    seed: int = 0
+    max_new_tokens: Integral = 128
+    temperature: Real = 0.8
+    top_k: Integral | None = None
+    top_p: Real = 0.95
+    seed: Integral = 0
 
     def __post_init__(self):
-        check(self, "max_new_tokens", Integral, 1, LARGEST, "at least 1")
-        check(self, "temperature", Real, 0, LARGEST, "0 (greedy) or more")
-        check(self, "top_k", Integral, 1, LARGEST, "at least 1")
-        check(self, "top_p", Real, sys.float_info.min, 1, "above 0, at most 1")
-        check(self, "seed", Integral, 0, 2**64 - 1, "a number from 0 to 2^64 - 1")
+        check_types(self)
+        check_range(self, "max_new_tokens", 1, LARGEST, "at least 1")
+        check_range(self, "temperature", 0, LARGEST, "0 (greedy) or more")
+        check_range(self, "top_k", 1, LARGEST, "at least 1")
+        check_range(self, "top_p", sys.float_info.min, 1, "above 0, at most 1")
+        check_range(self, "seed", 0, 2**64 - 1, "a number from 0 to 2^64 - 1")
 
 
 def whole_threads(threads: int | str) -> int:

@@ -179,6 +179,7 @@ class Progress:
 
 
 def note(text: str) -> None:
+    """What a user should know, on standard error; the program goes on."""
     print(f"note: {text}", file=sys.stderr)
 
 

@@ -59,6 +59,7 @@ def reading(path: Path):
 
 
 def read_json(path: Path):
+    """What a JSON file holds; `UserError` if it cannot be read or is none."""
     with reading(path) as file:
         try:
             return json.load(file)

@@ -21,8 +21,8 @@ import torch
 from .config import MixtralConfig
 from .errors import UserError
 from .files import Header, read_into, reading
-from .model import Mixtral
-from .quant import ExpertLayout, PackedLinear
+from .model import Expert, Mixtral
+from .quant import ExpertLayout, PackedLinear, group_size
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -57,25 +57,26 @@ def place(name: str) -> tuple[str, str]:
     return f"layer-{int(i):03d}.safetensors", inside
 
 
-def resident_shapes(c: MixtralConfig, largest_group: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (kind, shape) of all that stays on the device, as `Mixtral` has it, what lies outside the
-    layers first; kind is '16' (16 bits, as they came), 'u8' or 'f16'."""
-    with torch.device("meta"):              # (shapes alone: nothing is allocated)
-        state = Mixtral(c, partial(PackedLinear, largest_group=largest_group)).state_dict()
-    if c.tie_word_embeddings:               # the head is the embedding
-        del state["head.weight"]
-    kinds = {torch.float32: "16", torch.uint8: "u8", torch.float16: "f16"}
-    return {name: (kinds[state[name].dtype], tuple(state[name].shape))
-            for name in sorted(state, key=lambda name: name.startswith("layers."))}
-
-
 class ModelShapes:
-    """What a configuration alone says of a packed model: layout of an expert, resident tensors, bytes."""
+    """What a configuration alone says of a packed model: `layout` of an expert, bytes, and `shapes`: name ->
+    (kind, shape) of all that stays on the device, as `Mixtral` has it, what lies outside the layers first;
+    kind is '16' (16 bits, as they came), 'u8' or 'f16'."""
 
     def __init__(self, config: MixtralConfig, largest_group: int = 128):
-        self.config, self.largest_group = config, largest_group
-        self.layout = ExpertLayout.of(config, largest_group)
-        self.shapes = resident_shapes(config, largest_group)
+        self.config = c = config
+        self.largest_group = largest_group
+        for matrix, columns in (("w1 and w3", c.hidden_size), ("w2", c.intermediate_size),
+                                ("attention's output", c.num_attention_heads * c.head_dim)):
+            group_size(columns, largest_group, matrix)              # (an error names the matrix)
+        linear = partial(PackedLinear, largest_group=largest_group)
+        with torch.device("meta"):          # (shapes alone: nothing is allocated)
+            self.layout = ExpertLayout.of(Expert(c, linear))
+            state = Mixtral(c, linear).state_dict()
+        if c.tie_word_embeddings:           # the head is the embedding
+            del state["head.weight"]
+        kinds = {torch.float32: "16", torch.uint8: "u8", torch.float16: "f16"}
+        self.shapes = {name: (kinds[state[name].dtype], tuple(state[name].shape))
+                       for name in sorted(state, key=lambda name: name.startswith("layers."))}
         self.nbytes = self.resident_bytes() + len(config.expert_keys) * self.layout.nbytes
 
     def resident_bytes(self, size: int = 2) -> int:

@@ -14,7 +14,6 @@ from typing import Callable
 import torch
 from torch import Tensor, nn
 
-from .config import MixtralConfig
 from .errors import UserError
 from .files import ALIGN
 
@@ -272,16 +271,12 @@ class ExpertLayout:
     nbytes: int
 
     @classmethod
-    def of(cls, config: MixtralConfig, largest_group: int = 128) -> "ExpertLayout":
+    def of(cls, expert: nn.Module) -> "ExpertLayout":
+        """The layout of a packed `Expert`, which may be on torch's meta device."""
         fields, offset = {}, 0
-        for name, rows, columns in (("w13", 2 * config.intermediate_size, config.hidden_size),
-                                    ("w2", config.hidden_size, config.intermediate_size)):
-            groups = columns // group_size(columns, largest_group, f"expert matrix {name}")
-            for part, dtype, shape in (("q", torch.uint8, (rows, columns // 2)),
-                                       ("scale", torch.float16, (rows, groups)),
-                                       ("zero", torch.float16, (rows, groups))):
-                fields[f"{name}.{part}"] = offset, dtype, shape
-                offset += -(-prod(shape) * dtype.itemsize // ALIGN) * ALIGN
+        for name, tensor in expert.state_dict().items():
+            fields[name] = offset, tensor.dtype, tuple(tensor.shape)
+            offset += -(-tensor.nbytes // ALIGN) * ALIGN
         return cls(fields, offset)
 
     def views(self, block: Tensor) -> dict[str, Tensor]:

@@ -19,14 +19,15 @@ from itertools import cycle
 from typing import Callable
 
 import torch
+import torch._inductor
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from .link import Clock, Key
-from .quant import (IN_ONE_PASS, ExpertLayout, compiled, dots, exact_swiglu, laid_out, silu_table,
+from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out, silu_table,
                     whole_numbers)
 
 ANSWERS = 256                               # buffers for answers on their way to the device
-START = 1e-4                                # seconds for which a thread that begins has the interpreter
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL = sys.getswitchinterval()             # where there is no host
@@ -34,7 +35,7 @@ THREAD = "duoserve-host"
 PAUSE = 3e-3                                # seconds between these: a thread that has slept starts late
 TRIALS = 15                                 # experts computed to see how long one takes
 FOLLOWING = 0.1                             # weight of the newest in a running mean
-FORGET = 0.25                               # seconds in which the mean forgets most of what it has seen
+FORGET = 2.0                                # seconds in which the mean forgets most of what it has seen
 # The generated code runs without holding the interpreter, on as many threads as its caller has set.
 HOST_CODE = {"cpp_wrapper": True, "cpp.dynamic_threads": True,
              "cpp.enable_floating_point_contract_flag": "fast", **IN_ONE_PASS}
@@ -129,7 +130,8 @@ class Host:
         sys.setswitchinterval(SWITCH)
         self.keys, self.dtype = keys, dtype
         self.jobs: dict[Key, Job] = {}
-        self.each, self.since = 0.0, 0.0    # seconds an expert took of late, and when the latest was done
+        self.each, self.since = 0.0, 0.0    # seconds that an expert cost of late, and when this was seen
+        self.last = 0.0                     # when the latest was done
         self.free, self.busy = 0.0, 0.0
         self.log: list | None = None
         self.pump: Callable[[], None] = lambda: None                # what feeds the lane
@@ -171,19 +173,20 @@ class Host:
             self.free = self.free_at() + self.seconds()
             self.jobs[key] = Job(key, x, next(self.rows), self.now())
             self.queue.put(self.jobs[key])
-        time.sleep(START)
 
     def wait(self, key: Key) -> None:
-        job = self.jobs[key]
+        job, waited = self.jobs[key], False
         while not job.ended:
+            waited = True
             with suppress(queue.Empty):
                 job.done.get(timeout=PATIENCE)
             self.pump()
         if job.error is not None:
             raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
-        took = job.ended - job.begun
-        self.busy += took
-        each, self.since = self.seconds(), self.now()
+        self.busy += job.ended - job.begun
+        # What it costs is more than that: the thread has to wake, and so has who waits for it.
+        took = (self.now() if waited else job.ended) - max(job.asked, self.last)
+        each, self.since, self.last = self.seconds(), self.now(), job.ended
         self.each = each + FOLLOWING * (min(took, 3 * each) - each)                 # (one outlier is none)
         if all(other.ended for other in self.jobs.values()):
             self.free = job.ended
@@ -251,21 +254,34 @@ def product(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return dots(stored(laid_out(stored(p))).unbind(2), list(map(stored, sums)), q, scale, zero, None)
 
 
-def run_expert(x: Tensor, w13, w2, table: Tensor, out: Tensor) -> None:
-    """x [1, D] in a 16-bit dtype -> out [D]. Each matrix: its words, scale and zero."""
-    out.copy_(product(stored(exact_swiglu(stored(product(x, *w13)), table, x.dtype)), *w2)[0])
+def run_expert(x: Tensor, table: Tensor, q13, scale13, zero13, q2, scale2, zero2, out: Tensor) -> None:
+    """x [1, D] in a 16-bit dtype -> out [D]. q are words, of four bytes."""
+    h = exact_swiglu(stored(product(x, q13, scale13, zero13)), table, x.dtype)
+    out.copy_(product(stored(h), q2, scale2, zero2)[0])
+
+
+def compiled_expert(*example: Tensor) -> Callable[..., None]:
+    """`run_expert` for tensors like these.
+
+    What a call finds of the interpreter is gone from the processor's caches, behind the 94 MB of the one
+    before. So it is one call, and goes by the graph: `torch.compile` would inspect its arguments, every time.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        like = [torch.empty_like(tensor) for tensor in example]     # (not of inference: those are not traced)
+        graph = make_fx(run_expert, tracing_mode="fake")(*like)
+        return torch._inductor.compile(graph, like, options={**SAME_EVERYWHERE, **HOST_CODE})
 
 
 def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:
-    """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory: one call of compiled code.
-    (Of several, each would find the interpreter's code gone from the processor's caches, behind 94 MB.)"""
-    table, run = silu_table(dtype, torch.device("cpu")), compiled(run_expert, **HOST_CODE)
-    matrices = {}
+    """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory."""
+    table, matrices = silu_table(dtype, torch.device("cpu")), {}
     for key, block in blocks.items():
         w = layout.views(block)
-        matrices[key] = [(w[f"{name}.q"].view(torch.int32), w[f"{name}.scale"], w[f"{name}.zero"])
-                         for name in ("w13", "w2")]
-    return lambda key, x, out: run(x, *matrices[key], table, out)
+        matrices[key] = [w[f"{name}.{part}"].view(torch.int32) if part == "q" else w[f"{name}.{part}"]
+                         for name in ("w13", "w2") for part in ("q", "scale", "zero")]
+    row = torch.zeros(matrices[key][-1].shape[0], dtype=dtype)
+    run = compiled_expert(row[None], table, *matrices[key], row)
+    return lambda key, x, out: run(x, table, *matrices[key], out)
 
 
 def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:

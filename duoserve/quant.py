@@ -18,8 +18,10 @@ from .errors import UserError
 from .files import ALIGN
 
 UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows
-# A product's dot is some thirty operations on nine tensors: beyond 30 and 8 the compiler would store what
-# comes between.
+# What the compiler is told: of everything, to choose no kernel by timing; of a product, not to store what
+# comes between, as it does beyond 30 operations or 8 tensors.
+SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
+                   "assert_indirect_indexing": False}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
 
 
@@ -69,8 +71,7 @@ def compiled(function, **more):
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, options={
-        "deterministic": True, "triton.autotune_pointwise": False, "assert_indirect_indexing": False, **more})
+    return torch.compile(function, dynamic=False, options={**SAME_EVERYWHERE, **more})
 
 
 # One row meets a packed matrix in one pass over its bytes. Scale and zero meet each group's dot product and

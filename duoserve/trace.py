@@ -1,7 +1,7 @@
 """Traces: what the routers did in a whole request, on disk.
 
 A trace is one sequence's router logits and lookahead logits; the predictor is trained on traces, and the
-bench replays them. The format is in the README.
+bench replays them. The format is in bench/README.md.
 """
 
 import uuid

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from duoserve.experts import run_experts
-from duoserve.host import HOST_CODE, run_expert
+from duoserve.host import compiled_expert
 from duoserve.model import Expert
 from duoserve.quant import PackedLinear, compiled, pack, silu_table
 
@@ -77,5 +77,11 @@ def on_the_host(expert, x):
     """The same, in the code of the host's thread."""
     w13, w2 = ((matrix.q.view(torch.int32), matrix.scale, matrix.zero) for matrix in (expert.w13, expert.w2))
     out = torch.empty_like(x)
-    compiled(run_expert, **HOST_CODE)(x, w13, w2, silu_table(x.dtype, x.device), out[0])
+    arguments = x, silu_table(x.dtype, x.device), *w13, *w2, out[0]
+    if x.dtype not in on_the_host.compiled:
+        on_the_host.compiled[x.dtype] = compiled_expert(*arguments)
+    on_the_host.compiled[x.dtype](*arguments)
     return out
+
+
+on_the_host.compiled = {}

@@ -403,6 +403,16 @@ def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
     assert host.seconds() == pytest.approx(0.001, rel=0.01) and host.busy >= 0.06
 
 
+def test_what_an_expert_costs_is_counted_from_when_it_was_asked_for():
+    """A thread that wakes late is the host's affair."""
+    host = a_host(lambda key, x, out: None, {"each": 0.01, "threads": 1})
+    host.take(torch.ones(4))
+    host.submit([(0, 0)])
+    host.jobs[(0, 0)].asked -= 0.025
+    host.wait((0, 0))
+    assert host.seconds() > 0.011 and host.busy < 0.01
+
+
 # What may be asked for
 
 

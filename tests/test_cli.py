@@ -83,7 +83,7 @@ def test_on_a_terminal_the_prompt_comes_before_its_continuation(ask, monkeypatch
 @pytest.mark.parametrize("options, words", [
     (("--simulate-link", "1MB/s", "--cache-experts", 4),
      r"busy (8|9|10)\d* % of the time: more --gpu-memory is what would help"),
-    (("--simulate-link", "1MB/s", "--policy", "on-demand"),
+    (("--simulate-link", "0.5MB/s", "--policy", "on-demand"),
      r"busy (8|9|10)\d* % of the time: --policy duo is what would help"),
     (("--simulate-link", "1MB/s", "--cache-experts", 24), "every expert needed was there: computing set the"),
     (("--simulate-link", "900GB/s"), r"busy [0-4]?\d % of the time: computing set the speed"),

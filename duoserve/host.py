@@ -19,9 +19,7 @@ from itertools import cycle
 from typing import Callable
 
 import torch
-import torch._inductor
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .link import Clock, Key
 from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out, silu_table,
@@ -266,6 +264,8 @@ def compiled_expert(*example: Tensor) -> Callable[..., None]:
     What a call finds of the interpreter is gone from the processor's caches, behind the 94 MB of the one
     before. So it is one call, and goes by the graph: `torch.compile` would inspect its arguments, every time.
     """
+    import torch._inductor                  # (these two take seconds)
+    from torch.fx.experimental.proxy_tensor import make_fx
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(tensor) for tensor in example]     # (not of inference: those are not traced)
         graph = make_fx(run_expert, tracing_mode="fake")(*like)

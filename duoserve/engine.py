@@ -6,7 +6,6 @@ ready.
 """
 
 import os
-import sys
 import time
 import weakref
 from contextlib import closing, contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import Counts, GPUExpertCache
-from .errors import UserError, format_bytes, parse_amount
+from .errors import UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .history import History
 from .host import Host, HostError, SimulatedHost, compiled_experts, on_threads
@@ -30,7 +29,7 @@ from .model import Mixtral, padded, rope_table
 from .options import EngineOptions, SamplingParams, as_ids, check_context
 from .packed import PackedModel
 from .policies import schedulers
-from .predictor import Forecast, Predictor
+from .predictor import Forecast, open_predictor
 from .quant import PackedLinear
 from .sampling import sample
 from .scheduler import THOUGHT
@@ -154,8 +153,7 @@ class Engine:
         total = len(c.expert_keys)
         wanted = options.cache_experts
         if wanted is not None and wanted > total:
-            print(f"note: --cache-experts {wanted} is more than the model's {total} experts; using {total}",
-                  file=sys.stderr)
+            note(f"--cache-experts {wanted} is more than the model's {total} experts; using {total}")
             wanted = total
         if wanted is None and options.gpu_memory is None and device.type == "cpu":
             wanted = max(2, total // 4)
@@ -168,7 +166,10 @@ class Engine:
                             f"{format_bytes(free)} are free on {device}; ask for less (--gpu-memory, "
                             "--cache-experts or --context)")
         self.tokenizer = packed.tokenizer()
-        self.predictor = self._load_predictor()
+        own = packed.directory / "predictor.safetensors"
+        self.predictor = open_predictor(options.predictor, own, packed.fingerprint, c)
+        if self.predictor is None and options.predictor != "none" and self.policy == "duo":
+            note(f"no {own}; predicting by lookahead alone (train_predictor.py makes one)")
         if store is None:
             store = self._fill_store(total, progress)
         self.store = store
@@ -179,18 +180,6 @@ class Engine:
             self._await_host()
         self.load_s = time.perf_counter() - began
 
-    def _load_predictor(self) -> Predictor | None:
-        named, own = self.options.predictor, self.packed.directory / "predictor.safetensors"
-        if named == "none":
-            return None
-        if named is None and not own.exists():
-            if self.policy == "duo":
-                print(f"note: no {own}; predicting by lookahead alone (train_predictor.py makes one)",
-                      file=sys.stderr)
-            return None
-        c = self.config
-        return Predictor.read(named or own, self.packed.fingerprint, c.num_hidden_layers, c.num_local_experts)
-
     def _fill_store(self, total: int, progress) -> ExpertStore:
         """Read the experts that the host's memory is to hold."""
         packed, wanted, cuda = self.packed, self.options.host_memory, self.device.type == "cuda"
@@ -199,7 +188,7 @@ class Engine:
         kept = choose_kept(packed, nbytes, popularity, beside)
         if wanted is not None:
             rest = "; the others are read from the disk" if len(kept) < total else ""
-            print(f"note: {len(kept)} of {total} experts are kept in memory{rest}", file=sys.stderr)
+            note(f"{len(kept)} of {total} experts are kept in memory{rest}")
         bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None
         store = ExpertStore(packed, kept, pin=cuda, progress=bar)
         if bar:
@@ -290,8 +279,8 @@ class Engine:
         if self.host is None:
             return
         if not self.host.compiled.wait(HOST_WAIT):
-            print("note: the host's own code is being compiled, once: a minute or so; until then it computes "
-                  "no experts", file=sys.stderr)
+            note("the host's own code is being compiled, once: a minute or so; until then it computes no "
+                 "experts")
             return
         while not self.host.ready.wait(0 if self.device.type == "cuda" else None):
             self.cache.empty()

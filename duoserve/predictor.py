@@ -107,6 +107,13 @@ class Predictor:
         return cls(tuple(weights), affinity, model)
 
 
+def open_predictor(named: str | Path | None, own: Path, model: str, config) -> Predictor | None:
+    """The predictor that is named; for None the model's `own`, if there is one; for "none" none."""
+    if named == "none" or named is None and not own.exists():
+        return None
+    return Predictor.read(Path(named or own), model, config.num_hidden_layers, config.num_local_experts)
+
+
 def check_exists(path: str | Path) -> None:
     if not Path(path).exists():
         raise UserError(f"{path}: no such predictor; train one with train_predictor.py, or say --predictor "

@@ -21,7 +21,7 @@ from ..memory import plan_memory
 from ..options import check_context
 from ..packed import ModelShapes, PackedModel
 from ..policies import POLICIES, schedulers
-from ..predictor import Forecast, Predictor
+from ..predictor import Forecast, Predictor, open_predictor
 from ..store import most_used
 from ..trace import Trace, decoded_traces
 from .flags import check_policies, table
@@ -250,7 +250,10 @@ def schedule(args) -> dict:
     context = min(2048, config.max_position_embeddings) if args.context is None else args.context
     check_context(context, config.max_position_embeddings)
     traces = routing(args, model)
-    predictor = open_predictor(args, model, traces[0].model)
+    named, file = args.predictor or ("none" if alone else None), Path(args.model, "predictor.safetensors")
+    predictor = open_predictor(named, file, traces[0].model, config)
+    if predictor is None and named is None:
+        note(f"no {file}; duo predicts by lookahead alone")
     costs = Costs(**{field.name: getattr(args, field.name) for field in fields(Costs)})
     if args.expert_transfer_ms is None:
         rate = parse_rate(args.link or "25GB/s", "--link")
@@ -288,17 +291,6 @@ def routing(args, model: ModelShapes) -> list[Trace]:
     note(f"synthetic routing (persistence {args.persistence}, lookahead recall {args.lookahead_recall}, "
          "otherwise uniform): a plan, not a measurement")
     return synthetic_traces(model.config, args.persistence, args.lookahead_recall)
-
-
-def open_predictor(args, model: ModelShapes, fingerprint: str) -> Predictor | None:
-    """The one named, or else the model's own, if it has one."""
-    if args.predictor == "none" or args.model_config and not args.predictor:
-        return None
-    path = Path(args.predictor or model.directory / "predictor.safetensors")
-    if not args.predictor and not path.exists():
-        note(f"no {path}; duo predicts by lookahead alone")
-        return None
-    return Predictor.read(path, fingerprint, model.config.num_hidden_layers, model.config.num_local_experts)
 
 
 def slots_in(gpu_memory: str, model: ModelShapes, context: int, wanted: list[int | None]) -> list[int]:

@@ -274,8 +274,9 @@ class Engine:
         return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, host)
 
     def _await_host(self) -> None:
-        """Until the host is ready, but not for long; the link is kept at work, as what an expert takes on the
-        host is measured meanwhile. (It takes a minute to compile for the first time.)"""
+        """Until the host is ready, but not for long: it takes a minute to compile for the first time. (Its code
+        is traced in the first second or two; nothing compiled may be called meanwhile, by any thread.) Then
+        the link is kept at work, as what an expert takes on the host is measured."""
         if self.host is None:
             return
         if not self.host.compiled.wait(HOST_WAIT):

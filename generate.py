@@ -125,7 +125,8 @@ class Conversation:
         typed = sys.stdin.isatty()
         hello = "> " if typed and sys.stdout.isatty() else ""
         if typed:
-            print("(exit, quit or Ctrl-D leaves; Ctrl-C stops an answer)", file=sys.stderr)
+            print("(exit, quit or Ctrl-D leaves; Ctrl-C stops an answer; an empty line continues it)",
+                  file=sys.stderr)
         if hello:
             with suppress(ImportError):
                 import readline             # noqa: F401 (gives `input` arrow keys and a history)
@@ -195,7 +196,7 @@ def what_bounded(s) -> str:
     if not s.link_busy_fraction:
         return "no link to wait for here: computing set the speed"
     if s.link_busy_fraction < 0.5:
-        return f"{busy}: computing set the speed"
+        return f"{busy}: computing set the speed" + (disk and f", or the disk{disk}")
     mend = "--policy duo" if s.policy == "on-demand" else "more --gpu-memory"      # on-demand keeps nothing
     if s.link_busy_fraction >= 0.8:
         return f"{busy}: {mend} is what would help{disk}"
@@ -208,7 +209,7 @@ def encode_prompt(packed, prompt: str, args, options) -> list[int]:
     if len(ids) >= min(args.context or most, most):
         larger = f" or raise --context {args.context}" if args.context and args.context < most else ""
         raise UserError(f"the prompt has {len(ids)} tokens; shorten it{larger} (--context is {most} at most, "
-                        "and an answer needs one)")
+                        "and an answer needs room for one)")
     if args.context is None:
         options.context = min(most, max(2, len(ids) + args.max_new_tokens))
     return ids

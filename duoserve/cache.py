@@ -119,6 +119,10 @@ class GPUExpertCache:
     def plan(self, keys: list[Key]) -> None:
         """Replace the guesses by these, best first. One no longer wanted stops at its chunk's end."""
         self.pump()                         # what was due before this moment has been sent
+        keys, known = dict.fromkeys(keys), getattr(self.scheduler, "known", None)
+        if known and (unknown := [key for key in keys if key not in known]):
+            raise UserError(f"policy {type(self.scheduler).__name__}: it plans {unknown[0]!r}, which is no "
+                            "(layer, expert) of this model")
         waiting = {transfer.key: transfer for transfer in self.queue}
         self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False)
                       for key in keys if not self.resident(key)]

@@ -39,8 +39,9 @@ from .tokenizer import TextStream
 
 
 HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
-HOST_HELPS = 2.5                            # how many times as long as on the link an expert may take there;
-                                            # beyond, a replay gains less than 3 % (duoserve/bench/README.md)
+HOST_HELPS = 2.5                            # how many times as long as on the link an expert may take there,
+FEW_SLOTS = 1 / 3                           # and what share of the experts may be on the GPU, for the host to
+                                            # help: more than that is measured to lose (bench/README.md)
 
 
 @dataclass
@@ -251,7 +252,7 @@ class Engine:
         if not store.blocks:
             self.host_unused = "all experts are on the disk"
         elif cuda and (not compiled or dtype == torch.float32):
-            self.host_unused = "it has a GPU's bits in compiled code and a 16-bit dtype alone"
+            self.host_unused = "only compiled code in a 16-bit dtype has the GPU's bits"
         if self.host_unused:
             return None
         keys = list(store.blocks)
@@ -274,9 +275,9 @@ class Engine:
         return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, host)
 
     def _await_host(self) -> None:
-        """Until the host is ready, but not for long: it takes a minute to compile for the first time. (Its code
-        is traced in the first second or two; nothing compiled may be called meanwhile, by any thread.) Then
-        the link is kept at work, as what an expert takes on the host is measured."""
+        """Until the host is ready, but not for long: it takes a minute to compile for the first time. (Its
+        code is traced in the first second or two; nothing compiled may be called meanwhile, by any thread.)
+        Then the link is kept at work, as what an expert takes on the host is measured."""
         if self.host is None:
             return
         if not self.host.compiled.wait(HOST_WAIT):
@@ -297,8 +298,11 @@ class Engine:
         link_s, self.host_unused = self.cache.transfer_s(), host.trouble()
         if self.host_unused:
             return None
-        if link_s <= THOUGHT:
-            self.host_unused = "an expert is over the link before anybody has thought"
+        if link_s <= THOUGHT:               # (nor will the scheduler ask it)
+            self.host_unused = "an expert crosses the link faster than that could be decided"
+        elif not asked and self.plan.slots > FEW_SLOTS * len(self.config.expert_keys):
+            self.host_unused = "with so many experts on the GPU the link alone is faster"
+            return None
         elif not asked and host.seconds() > HOST_HELPS * link_s:
             each, link = 1e3 * host.seconds(), 1e3 * link_s
             self.host_unused = f"an expert takes {each:.1f} ms there, {link:.1f} over the link"
@@ -401,9 +405,11 @@ class Engine:
             return self.step(token, position, self.source)
 
     def _rest(self) -> None:
-        """Nothing more is guessed, and every time is known."""
+        """Nothing more is guessed, and every time is known. (The host is let go: it feeds the lane, which
+        feeds from the cache, and its thread would live until such circles are collected.)"""
         self.cache.plan([])
         self.cache.lane.finish()
+        self.cache.host = None
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], *, decode: bool = False) -> Tensor:
@@ -506,7 +512,7 @@ class Engine:
             link_busy_fraction=min(1.0, self.cache.lane.busy / max(end - s.arrived, 1e-9)),
             host_experts=d.host_experts,
             host_busy_fraction=min(1.0, (self.host.busy if self.host else 0.0) / max(end - s.arrived, 1e-9)),
-            host_unused=self.host_unused,
+            host_unused=None if d.host_experts else self.host_unused,
             bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
 
     def peak_bytes(self) -> int:

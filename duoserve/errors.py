@@ -21,10 +21,12 @@ SHARED = {                                  # flags that several programs have, 
     "--device": {"help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
     "--dtype": {"help": "float32, bfloat16 or float16, also as fp32, bf16, fp16 or half (default: float32 on "
                 "the CPU, bfloat16 on CUDA)"},
-    "--gpu-memory": {"metavar": "SIZE|PERCENT", "help": "what torch may reserve; the CUDA context, about "
-                     "0.5 GB, comes on top (default: what is free on the GPU, less 8 %%)"},
-    "--host-memory": {"metavar": "SIZE|PERCENT", "help": "keep the most used experts in this much memory and "
-                      "read the others from the disk (default: keep all)"},
+    "--gpu-memory": {"metavar": "SIZE|PERCENT", "help": "what torch may reserve, a percentage being of the "
+                     "packed model; the CUDA context, 0.5 to 0.8 GB, comes on top (default: what is free on "
+                     "the GPU, less 8 %%)"},
+    "--host-memory": {"metavar": "SIZE|PERCENT", "help": "keep the most used experts in this much memory, a "
+                      "percentage being of the packed model, and read the others from the disk (default: "
+                      "keep all)"},
     "--predictor": {"metavar": "FILE|none",
                     "help": "what duo predicts with (default: the model's own, if it has one)"},
     "--threads": {"type": int, "metavar": "N", "help": "that compute on the CPU (default: one for a small "

@@ -28,10 +28,10 @@ from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swig
 ANSWERS = 256                               # buffers for answers on their way to the device
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
-USUAL = sys.getswitchinterval()             # where there is no host
+USUAL: list[float] = []                     # the last: what it was before there was a host
 THREAD = "duoserve-host"
-PAUSE = 3e-3                                # seconds between these: a thread that has slept starts late
-TRIALS = 15                                 # experts computed to see how long one takes
+TRIALS = 15                                 # experts computed to see how long one takes,
+PAUSE = 3e-3                                # and seconds between two: a thread that has slept starts late
 FOLLOWING = 0.1                             # weight of the newest in a running mean
 FORGET = 2.0                                # seconds in which the mean forgets most of what it has seen
 # The generated code runs without holding the interpreter, on as many threads as its caller has set.
@@ -86,8 +86,8 @@ class SimulatedHost:
         return self.each
 
     def take(self, x: Tensor) -> None:
-        """The bytes of the row that the layer's experts are to be computed for; they may be used again after
-        `submit`."""
+        """The row that the layer's experts are to be computed for: its bytes, as fp32 numbers. They may be
+        overwritten after `submit`."""
         if self.worker:
             self.worker.take(x)
 
@@ -120,12 +120,14 @@ class SimulatedHost:
 
 
 class Host:
-    """A thread that computes experts of these `keys`. `prepare()` is called there first, and gives
-    `compute(key, x [1, D], out [D])`, `compiled`, and `measure()`, which gives what `on_threads` finds; until
-    then the host is not `ready`."""
+    """A thread that computes experts of these `keys`. It first calls `prepare()`, which gives `compute(key, x
+    [1, D], out [D])` and `measure()`; the event `compiled` is set then, and `ready` when it has called
+    `measure()`, which gives what `on_threads` finds."""
 
     def __init__(self, width: int, dtype: torch.dtype, pin: bool, keys, prepare: Callable[[], tuple]):
-        sys.setswitchinterval(SWITCH)
+        if sys.getswitchinterval() > 2 * SWITCH:
+            USUAL.append(sys.getswitchinterval())
+            sys.setswitchinterval(SWITCH)
         self.keys, self.dtype = keys, dtype
         self.jobs: dict[Key, Job] = {}
         self.each, self.since = 0.0, 0.0    # seconds that an expert cost of late, and when this was seen
@@ -156,8 +158,8 @@ class Host:
         return max(self.now(), self.free)
 
     def seconds(self) -> float:
-        """What is found too slow is used no more, and would never be seen to have become faster: so what was
-        seen of late is forgotten after a while, for what was measured at first."""
+        """A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
+        what was seen of late fades, and what was measured at first comes back."""
         first = self.state["each"]
         known = math.exp((self.since - self.now()) / FORGET) if self.each else 0.0
         return first + known * (self.each - first)
@@ -173,19 +175,21 @@ class Host:
             self.queue.put(self.jobs[key])
 
     def wait(self, key: Key) -> None:
-        job, waited = self.jobs[key], False
+        job, seen = self.jobs[key], 0.0     # seen: when the answer was noticed, if it was waited for
         while not job.ended:
-            waited = True
             with suppress(queue.Empty):
                 job.done.get(timeout=PATIENCE)
+            if "gone" in self.state and not job.ended:              # (a Ctrl-C in `is_alive` may spoil it)
+                raise HostError("its thread is gone")
+            seen = self.now()
             self.pump()
         if job.error is not None:
             raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
         self.busy += job.ended - job.begun
-        # What it costs is more than that: the thread has to wake, and so has who waits for it.
-        took = (self.now() if waited else job.ended) - max(job.asked, self.last)
+        # What it costs is more than that: its thread has to wake, and so has the one that waits.
+        cost = max(seen, job.ended) - max(job.asked, self.last)
         each, self.since, self.last = self.seconds(), self.now(), job.ended
-        self.each = each + FOLLOWING * (min(took, 3 * each) - each)                 # (one outlier is none)
+        self.each = each + FOLLOWING * (min(cost, 3 * each) - each)                 # (an outlier counts less)
         if all(other.ended for other in self.jobs.values()):
             self.free = job.ended
         if self.log is not None:
@@ -195,10 +199,10 @@ class Host:
         return self.jobs.pop(key).answer
 
     def abandon(self) -> None:
-        """After a failure or an interruption: what is under way is for nobody."""
+        """After a failure or an interruption: nobody wants the answers that are under way."""
         for job in self.jobs.values():
             job.dropped = True
-        begun = any(job.begun and not job.ended for job in self.jobs.values())      # (it is finished yet)
+        begun = any(job.begun and not job.ended for job in self.jobs.values())      # (which it finishes)
         self.free = self.now() + self.seconds() if begun else 0.0
         self.jobs.clear()
 
@@ -213,6 +217,7 @@ def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: thr
         state |= measure()
     except BaseException as error:          # (a compiler that fails, say)
         state["error"] = error
+        switch_as_usual()
         return
     finally:
         compiled.set()
@@ -227,6 +232,7 @@ def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: thr
         job.ended = time.perf_counter()
         job.done.put(None)
         del job
+    state["gone"] = True
 
 
 def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Event) -> None:
@@ -235,8 +241,15 @@ def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Eve
     jobs.put(None)
     if ready.is_set() and thread is not threading.current_thread():
         thread.join(1)
-    if not any(other.name == THREAD and other is not thread for other in threading.enumerate()):
-        sys.setswitchinterval(USUAL)
+    switch_as_usual(thread)
+
+
+def switch_as_usual(gone: threading.Thread | None = None) -> None:
+    """Unless another host is at work than this thread's, or the one that is gone."""
+    ended = gone or threading.current_thread()
+    if USUAL and not any(other.name == THREAD and other is not ended for other in threading.enumerate()):
+        sys.setswitchinterval(USUAL.pop())
+        USUAL.clear()
 
 
 def stored(values: Tensor) -> Tensor:
@@ -261,13 +274,14 @@ def run_expert(x: Tensor, table: Tensor, q13, scale13, zero13, q2, scale2, zero2
 def compiled_expert(*example: Tensor) -> Callable[..., None]:
     """`run_expert` for tensors like these.
 
-    What a call finds of the interpreter is gone from the processor's caches, behind the 94 MB of the one
-    before. So it is one call, and goes by the graph: `torch.compile` would inspect its arguments, every time.
+    The 94 MB of each expert push the interpreter's code and data out of the processor's caches, so Python is
+    slow here. Hence a single call, and of the compiled graph itself: `torch.compile` would inspect all
+    arguments first. `example`: as `run_expert` takes them; only shapes and dtypes count.
     """
     import torch._inductor                  # (these two take seconds)
     from torch.fx.experimental.proxy_tensor import make_fx
     with torch.inference_mode(False), torch.no_grad():
-        like = [torch.empty_like(tensor) for tensor in example]     # (not of inference: those are not traced)
+        like = [torch.empty_like(tensor) for tensor in example]     # (inference tensors cannot be traced)
         graph = make_fx(run_expert, tracing_mode="fake")(*like)
         return torch._inductor.compile(graph, like, options={**SAME_EVERYWHERE, **HOST_CODE})
 
@@ -279,8 +293,9 @@ def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: tor
         w = layout.views(block)
         matrices[key] = [w[f"{name}.{part}"].view(torch.int32) if part == "q" else w[f"{name}.{part}"]
                          for name in ("w13", "w2") for part in ("q", "scale", "zero")]
-    row = torch.zeros(matrices[key][-1].shape[0], dtype=dtype)
-    run = compiled_expert(row[None], table, *matrices[key], row)
+    example = next(iter(matrices.values()))
+    row = torch.zeros(len(example[-1]), dtype=dtype)
+    run = compiled_expert(row[None], table, *example, row)
     return lambda key, x, out: run(x, table, *matrices[key], out)
 
 

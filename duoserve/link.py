@@ -23,6 +23,7 @@ from .machine import clear_cuda_error, cuda_runtimes
 Key = tuple[int, int]                       # (layer, expert)
 AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
 BY_ADDRESS = 4                              # cudaMemcpyDefault: the addresses say which way
+KERNEL_FAILED = 700                         # CUDA's errors from here on stay (illegal addresses and the like)
 IN_FLIGHT = 2                               # chunks of speculation
 PACE = 0.1                                  # weight of the newest copy in the link's running mean
 PCIE = 25e9                                 # bytes a second: what a GPU's link is taken to move, at least
@@ -169,16 +170,17 @@ class SimulatedLane:
         overwritten after it."""
 
     def fetch(self, values: torch.Tensor) -> torch.Tensor:
-        """Begin to copy a few numbers from the device to the host: what `read` takes."""
+        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous
+        fp32."""
         return values
 
     def behind(self) -> bool:
-        """Is something there to be read, and the device perhaps idle?"""
+        """Has the device finished what it was given, so that it waits for the host?"""
         return False
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
-        """Copy a few numbers from the host's pinned memory to the device, in the order of what is computed;
-        they may not change before it is."""
+        """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
+        may not change until that is done. Both are contiguous, of one dtype and shape."""
         into.copy_(values)
 
     def read(self, fetched: torch.Tensor) -> torch.Tensor:
@@ -262,6 +264,8 @@ class CudaLane:
         code = self.memcpy(to, source, nbytes, BY_ADDRESS, stream.cuda_stream)
         if code:
             clear_cuda_error()
+            if code >= KERNEL_FAILED:       # an earlier one: this process can use the GPU no more
+                raise UserError(f"a computation on {self.device} has failed (CUDA error {code}); start again")
             raise LinkError(f"cudaMemcpyAsync: error {code}")
 
     def fed_by(self, pump: Callable[[], None]) -> None:

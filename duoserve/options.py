@@ -4,6 +4,7 @@
 Every mistake is a `UserError` that names the flag, or the argument if there is no such flag.
 """
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -13,7 +14,7 @@ from typing import get_args
 
 import torch
 
-from .errors import UserError, parse_amount, parse_rate
+from .errors import UserError, note, parse_amount, parse_rate
 from .policies import load_policy
 from .predictor import check_exists
 
@@ -129,12 +130,16 @@ def whole_threads(threads: int | str) -> int:
 
 def check_device(device: torch.device | str | None) -> torch.device:
     asked = device or "cuda"
+    if device is None and not torch.cuda.is_available() and os.path.exists("/dev/nvidiactl"):
+        note("there is an NVIDIA GPU, but torch cannot use it (nvidia-smi shows the driver; CUDA 13 needs "
+             "580 or newer); computing on the CPU")
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {device}: write cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise UserError(f"--device {asked}: no such GPU here; use --device cpu")
+        raise UserError(f"--device {asked}: no such GPU here that torch can use (nvidia-smi shows the "
+                        "driver; CUDA 13 needs 580 or newer); use --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -20,19 +20,21 @@ from .predictor import DISCOUNT, Forecast, worth
 RING = 4                                    # slots that prefill streams through; decode keeps the rest
 LIKELY = 0.5                                # chance from which on a guess is worth the link's time
 HORIZON = 4                                 # layers that prefill looks ahead
-BEYOND = 4                                  # guesses that decode makes beyond the next layer,
-MARGIN = 2                                  # each worth this many times what it evicts (it costs host time)
-BUSY = 0.97                                 # share of its time in use at which the link has none to spare
-THOUGHT = 3e-4                              # seconds; a shorter transfer is over before it is predicted
-LINK_WORTH = 0.6                            # of a second of the link: it brings guesses if it need not fetch
+BEYOND = 4                                  # guesses that decode makes beyond the next layer; each has to be
+MARGIN = 2                                  # worth this many times what it evicts, as making it takes time
+BUSY = 0.97                                 # share of the time at which the link counts as fully used
+THOUGHT = 3e-4                              # seconds to predict; a transfer that is shorter is not predicted
+LINK_WORTH = 0.6                            # what a second of the link is worth: it could bring guesses
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
 class ExpertScheduler:
     """What the engine asks of a policy; this base fetches what the router asked for, and keeps it.
 
-    One is made for each phase of a request: `tokens` are those of its prompt. It is given to the cache
-    (`GPUExpertCache.serve`) before it is used.
+    `duo` makes one for each phase of a request; of any other policy one serves both. `tokens` are those of
+    the prompt. It is given to the cache (`GPUExpertCache.serve`) before it is used. Each layer calls
+    `begin_layer`; `on_routing`, when the history has seen the routing; `victim`, for what is missing;
+    `plan_prefetch`; `on_expert_done` for each expert; `end_layer`.
     """
 
     link_worth = 0.0
@@ -41,12 +43,13 @@ class ExpertScheduler:
         self.cache, self.history, self.forecast, self.tokens = cache, history, forecast, tokens
         self.layers, self.experts_a_layer = history.layers, history.experts
         self.keys = [(layer, e) for layer in range(self.layers) for e in range(self.experts_a_layer)]
+        self.known = set(self.keys)
         self.layer = 0
         self.uses = 0                       # counted for policies that care how long ago the last one was
         self.last_used: dict[Key, int] = {}
 
     def begin_step(self, lookahead: list[float] | None) -> None:
-        """Once a forward pass: layer 0's lookahead (the last token's), or None."""
+        """Once a forward pass: layer 0's lookahead, raw logits [experts]; None in prefill."""
 
     def begin_layer(self, layer: int) -> None:
         """Before a layer's routing is known. (The lane is fed while it is awaited.)"""
@@ -141,7 +144,10 @@ class ExpertScheduler:
         """An expert has been computed and its slot released."""
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
-        """Which slot to give up for `key`; None to leave things as they are (never when `urgent`)."""
+        """Which slot to give up for `key`; None to leave things as they are (not if `key` is needed now).
+
+        No candidate is pinned, needed by the layer under way, or (unless `urgent`) still being filled; it may
+        hold a guess that has not been used yet."""
         return min(candidates, key=lambda slot: self.last_used.get(slot.key, 0))
 
     def distance(self, layer: int) -> int:

@@ -23,7 +23,7 @@ from duoserve.cache import HOST, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import FORGET, THREAD, Host, SimulatedHost
+from duoserve.host import FORGET, THREAD, Host, HostError, SimulatedHost
 from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
@@ -325,7 +325,50 @@ def test_a_host_that_computes_nothing_is_explained(tiny, monkeypatch):
         assert re.search(r"an expert takes 250.0 ms there, \d+.\d over the link", why_unused(engine))
     fast = load(tiny, cache_experts=3, simulate_link=1e12, simulate_host=1e12)
     fast.cache.lane.busy = 1e9              # (or the line would say that computing set the speed)
-    assert fast.generate(SHORT, max_new_tokens=2).stats.host_unused.startswith("an expert is over the link")
+    assert fast.generate(SHORT, max_new_tokens=2).stats.host_unused.startswith("an expert crosses")
+
+
+def test_a_thread_that_is_gone_is_an_error_and_no_hang():
+    host = a_host(adding, {"each": 0.02, "threads": 1})
+    host.queue.put(None)
+    host.thread.join(5)
+    host.take(torch.ones(4))
+    host.submit([(0, 0)])
+    with pytest.raises(HostError, match="gone"):
+        host.wait((0, 0))
+
+
+def test_a_lane_that_takes_its_time_is_not_the_host_s_cost():
+    host = a_host(lambda key, x, out: time.sleep(1e-3), {"each": 0.002, "threads": 1})
+    host.pump = lambda: time.sleep(0.01)
+    for _ in range(10):
+        host.take(torch.ones(4))
+        host.submit([(0, 0)])
+        host.wait((0, 0))
+        host.answer((0, 0))
+    assert host.seconds() < 0.0035
+
+
+def test_the_thread_ends_with_an_engine_that_has_answered_without_a_collection(tiny):
+    engine = load(tiny, cache_experts=3, **SLOW)
+    engine.generate(SHORT, max_new_tokens=3)
+    thread = engine.host.worker.thread
+    gc.disable()
+    try:
+        del engine
+        thread.join(5)
+        assert not thread.is_alive()
+    finally:
+        gc.enable()
+
+
+def test_the_host_is_for_few_slots_unless_it_is_asked_for(tiny, monkeypatch):
+    """As measured; 24 is all of them."""
+    for slots, asked, used in ((7, False, True), (12, False, False), (12, True, True)):
+        engine = load(tiny, cache_experts=slots, **SLOW)
+        if not asked:
+            monkeypatch.setattr(engine, "options", replace(engine.options, simulate_host=None))
+        assert (engine._decoding_host() is not None) == used == (engine.host_unused is None), (slots, asked)
 
 
 def test_one_processor_is_enough_for_a_simulated_host(tiny, monkeypatch):

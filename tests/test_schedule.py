@@ -718,6 +718,17 @@ def test_nothing_is_predicted_where_a_transfer_takes_less_time_than_predicting(t
     assert (r.runs > 20) == thinks and (r.cache.counts.prefetched > 20) == thinks
 
 
+def test_what_is_planned_twice_takes_one_slot_and_what_is_no_expert_is_refused():
+    s = Schedule("cache", 4)
+    s.decode()
+    s.cache.plan([(1, 2), (1, 2)])
+    s.clock.advance(100)
+    assert len(s.cache.slot_of) == sum(slot.key is not None for slot in s.cache.slots) == 1
+    for key in ((0, 99), (77, 0), 3):
+        with pytest.raises(UserError, match="policy .*: it plans .* no .layer, expert. of this model"):
+            s.cache.plan([key])
+
+
 def test_a_host_that_is_late_thinks_at_every_other_layer(monkeypatch):
     """The guesses of the layer before stand meanwhile, but for those at the layer that has been routed."""
     trace, times = skewed_traces(0, sequences=1)[0], []

@@ -178,7 +178,8 @@ def closing_line(result) -> str:
     if s.prompt_tokens_kept:
         line += f" ({s.prompt_tokens_kept} of {result.prompt_tokens} prompt tokens kept)"
     line += f", {1 / s.tpot_s:.1f} tokens/s" if s.tpot_s else ""
-    line += f", {100 * s.in_time / uses:.0f} % of experts were there in time" if uses else ""
+    if uses and s.link_busy_fraction:
+        line += f", {100 * s.in_time / uses:.0f} % of experts were there in time"
     return (f"[{line}; {s.cache_experts} slots, {format_bytes(s.peak_device_bytes)} at peak; "
             f"{what_bounded(s)}]")
 

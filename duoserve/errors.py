@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -224,4 +225,10 @@ def run_main(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:              # a mistake in a policy of one's own; anything else is ours
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in sys.argv[1:]]
+        if not own:
+            raise
+        at = own[-1]
+        message = f"{at.filename}:{at.lineno}, in {at.name}: {type(error).__name__}: {error}"
     fail(message)

@@ -90,7 +90,7 @@ class EngineOptions:
                 setattr(self, name, parse_rate(rate, f"--{name.replace('_', '-')}"))
             check_range(self, name, 1e3, 1e15, "not a speed; write it like 25GB/s")
         if self.simulate_host and (self.device.type != "cpu" or not self.simulate_link):
-            raise UserError("--simulate-host: goes with --device cpu and --simulate-link")
+            raise UserError("--simulate-host: goes with --device cpu and --simulate-link; give both")
 
     def budget(self, model_bytes: int) -> int | None:
         """Bytes of the device that may be used; None: no bound but the number of slots."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .cache import Slot
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, note
 from .history import Routing
 from .link import Key
 from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
@@ -130,7 +130,8 @@ def load_policy(policy: str | Path, flag: str = "--policy", more: tuple[str, ...
     path = Path(str(policy))
     if path.suffix != ".py":
         known, name = (*POLICIES, *more), str(policy)
-        raise UserError(f"{flag} {name}: unknown{did_you_mean(name, known)}; choose from {', '.join(known)}")
+        raise UserError(f"{flag} {name}: unknown{did_you_mean(name, known)}; choose from {', '.join(known)}, "
+                        "or give a FILE.py")
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     return (defined_in(str(path), path.stat().st_mtime_ns),) * 2
@@ -149,6 +150,10 @@ def defined_in(path: str, changed: int) -> type:
            and thing.__module__ == names["__name__"]]
     if len(own) != 1:
         raise UserError(f"{path}: defines {len(own)} subclasses of ExpertScheduler; it takes one")
+    hooks = [name for name in vars(ExpertScheduler) if not name.startswith("_")]
+    for name in vars(own[0]):
+        if not name.startswith("_") and name not in hooks and (meant := did_you_mean(name, hooks)):
+            note(f"{path}: {name} is no method that a policy is asked{meant}")
     return own[0]
 
 

@@ -708,6 +708,30 @@ def test_a_mistake_in_bench_is_one_line(cli, tiny, traces):
         a_line(err, name)
 
 
+def test_a_mistake_in_a_policy_of_ones_own_is_a_line_with_its_place(tiny, traces, tmp_path, cli):
+    policy = tmp_path / "own.py"
+    policy.write_text("from duoserve.scheduler import ExpertScheduler\n\n\n"
+                      "class Own(ExpertScheduler):\n"
+                      "    def victm(self, key, candidates, urgent):\n        return None\n\n"
+                      "    def plan_prefetch(self, layer, routing):\n        self.cache.plan(nothing)\n")
+    model = "--model", tiny, "--predictor", "none"
+    for run in (("bench", "schedule", traces, *model, "--policies", policy, "--cache-experts", 3),
+                ("generate", *model, "--prompt", "a", "--device", "cpu", "--policy", policy)):
+        status, out, err = cli(*run)
+        assert status == 2 and out == ""
+        note, *_, error = err.splitlines()
+        assert note == f"note: {policy}: victm is no method that a policy is asked; did you mean victim?"
+        assert error.startswith(f"error: {policy}:9, in plan_prefetch: NameError:")
+        policy.write_text(policy.read_text() + "\n")               # (a note once a version of the file)
+
+
+def test_a_shape_may_be_named_instead_of_its_config(cli):
+    run = "bench", "schedule", "--policies", "duo", "--cache-experts", 300, "--json", "--model-config"
+    status, out, _ = cli(*run, "mixtral-8x22b")
+    assert status == 0 and json.loads(out)["rows"][0]["cache_experts"] == 300
+    assert cli(*run, "mixtral-9x7b")[0] == 2
+
+
 # For real
 
 

@@ -20,7 +20,7 @@ from .flags import check_lists, number
 COMMANDS = {                                # name: what it calls, what it is, two examples
     "schedule": (replay.schedule, "on a virtual clock: how fast recorded routing would run",
                  "tests/traces --policies duo cache --cache-experts 22 44",
-                 "--model-config config.json --gpu-memory 11GiB --link 25GB/s --policies duo"),
+                 "--model-config mixtral-8x7b --gpu-memory 11GiB --link 25GB/s --policies duo"),
     "run": (live.run, "the engine itself, policies in turn, on this machine",
             "--simulate-link 0.15GB/s", "--policies duo cache --cache-experts 9 --rounds 1"),
     "gpu": (gpu.gpu, "the same at Mixtral's shapes, with random weights; on a GPU",
@@ -44,7 +44,8 @@ def schedule_flags(parser: Parser) -> None:
     parser.shared("--predictor", "--json")
     add("--model", default=DEMO, metavar="DIR", help="a packed directory (default: weights/demo)")
     add("--model-config", metavar="FILE",
-        help="a config.json instead of --model; without traces the routing is made up (default: none)")
+        help="instead of --model: a config.json, mixtral-8x7b or mixtral-8x22b; without traces, routing is "
+        "made up (default: none)")
     add("--policies", nargs="+", metavar="P", help=f"default: all ({', '.join([*POLICIES, 'oracle'])}; with "
         "--host-expert-ms also host-only, which sends every miss there)")
     add("--cache-experts", nargs="+", metavar="N",

@@ -4,8 +4,18 @@ import math
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+from ..config import MixtralConfig
 from ..errors import UserError
 from ..policies import POLICIES, load_policy
+
+SHAPES = {
+    "mixtral-8x7b": MixtralConfig(),
+    "mixtral-8x22b": MixtralConfig(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
+                                   num_attention_heads=48, max_position_embeddings=65536),
+    "tiny": MixtralConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
+                          num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+                          max_position_embeddings=4096),
+}
 
 
 def number(kind: type, low: float, high: float):

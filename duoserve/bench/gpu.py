@@ -41,18 +41,10 @@ from ..predictor import Predictor
 from ..scheduler import DecodeScheduler
 from ..store import ExpertStore
 from ..training import measure_affinity, train
-from .flags import check_policies, table
+from .flags import SHAPES, check_policies, table
 from .replay import Costs, Replay, step_floor, synthetic_traces
 
 LEARNED = 24                                # made-up sequences that duo's predictor is trained on
-SHAPES = {
-    "mixtral-8x7b": MixtralConfig(),
-    "mixtral-8x22b": MixtralConfig(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56,
-                                   num_attention_heads=48, max_position_embeddings=65536),
-    "tiny": MixtralConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=6,
-                          num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-                          max_position_embeddings=4096),
-}
 
 
 class RandomModel(ModelShapes):

@@ -24,7 +24,7 @@ from ..policies import POLICIES, schedulers
 from ..predictor import Forecast, Predictor, open_predictor
 from ..store import most_used
 from ..trace import Trace, decoded_traces
-from .flags import check_policies, table
+from .flags import SHAPES, check_policies, table
 
 
 LEGEND = """
@@ -244,7 +244,8 @@ def schedule(args) -> dict:
     policies = args.policies or [*POLICIES, *told]
     check_policies(policies, told)
     alone = args.model_config               # without a model
-    model = ModelShapes(MixtralConfig.read(alone)) if alone else PackedModel(args.model)
+    shape = SHAPES.get(alone)
+    model = ModelShapes(shape or MixtralConfig.read(alone)) if alone else PackedModel(args.model)
     config, nbytes = model.config, model.layout.nbytes
     k, total = config.num_experts_per_tok, len(config.expert_keys)
     context = min(2048, config.max_position_embeddings) if args.context is None else args.context

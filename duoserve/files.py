@@ -110,7 +110,8 @@ class Header:
             raise UserError(f"{self.path}: {name} is not in it; get or make it again")
         dtype, found = self.tensors[name][:2]
         if found != shape:
-            raise UserError(f"{self.path}: {name} has shape {list(found)}, by {described} {list(shape)}")
+            raise UserError(f"{self.path}: {name} has shape {list(found)}, by {described} {list(shape)}; one "
+                            "of the two belongs to another model")
         if dtype not in dtypes:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise UserError(f"{self.path}: {name} is {dtype}; {wanted} is expected")

@@ -348,7 +348,7 @@ def test_the_command_line_says_it_in_one_line(made, tmp_path, cli):
 
 # Nothing half done
 
-def test_an_interrupted_conversion_goes_on_where_it_was(made, tmp_path, monkeypatch):
+def test_an_interrupted_conversion_goes_on_where_it_was(made, tmp_path, monkeypatch, capsys):
     out, real = tmp_path / "out", checkpoint.write_tensors
 
     def interrupt(path, *rest):
@@ -360,6 +360,8 @@ def test_an_interrupted_conversion_goes_on_where_it_was(made, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         convert(made / "hf", out)
     monkeypatch.undo()
+    assert capsys.readouterr().err.endswith(f"note: {out}: what is done is kept; the same command goes on "
+                                            "from there\n")
     assert set(contents(out)) == {"outer.safetensors", "layer-000.safetensors"}
     refused("not a (complete) packed model", call=PackedModel, args=(out,))
     refused("unfinished", call=ensure_packed, args=(out, tmp_path))

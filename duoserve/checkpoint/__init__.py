@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Iterator
 
-from ..errors import Parser, Progress, UserError, format_bytes, import_requirements
+from ..errors import Parser, Progress, UserError, format_bytes, import_requirements, note
 
 import_requirements()
 import numpy as np
@@ -235,10 +235,14 @@ def convert(src: str | Path, dst: str | Path, group_size: int = 128) -> bool:
             return False
     check_space(dst, sum(size[file] for file in todo))
     (dst / MANIFEST).unlink(missing_ok=True)
-    with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing")) as bar:
-        for file in todo:
-            tensors = packed(source, parts[file], files[file], model.layout)
-            write_tensors(dst / file, files[file], stamp, tensors, bar.add)
+    try:
+        with closing(Progress(sum(size[file] for file in todo), f"{dst}: packing")) as bar:
+            for file in todo:
+                tensors = packed(source, parts[file], files[file], model.layout)
+                write_tensors(dst / file, files[file], stamp, tensors, bar.add)
+    except KeyboardInterrupt:
+        note(f"{dst}: what is done is kept; the same command goes on from there")
+        raise
     copy_config(source.raw, source.tokenizer, dst)
     write_json(dst / MANIFEST, {"format": "duoserve", "version": 1, "group_size": group_size,
                                 "fingerprint": fingerprint(dst, list(files)), "source": source.fingerprint})

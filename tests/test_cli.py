@@ -27,6 +27,7 @@ from duoserve import checkpoint
 from duoserve.bench import __main__ as bench
 from duoserve.config import MixtralConfig
 from duoserve.errors import Parser
+from duoserve.engine import Engine
 from duoserve.options import EngineOptions
 from duoserve.packed import PackedModel
 from duoserve.policies import POLICIES
@@ -557,6 +558,20 @@ def test_bench_run(cli, tiny):
     assert status == 0 and [r["policy"] for r in result["rows"]] == ["duo", "lru"]
     assert all(r["tpot_s"] > 0 and r["ttft_s"] > 0 and 0 < r["link_busy_fraction"] <= 1
                for r in result["rows"])
+
+
+def test_bench_run_finds_a_policy_that_computes_something_else(cli, tiny, monkeypatch):
+    generate = Engine.generate
+
+    def other(engine, *arguments, **options):
+        result = generate(engine, *arguments, **options)
+        result.token_ids += [7] * (engine.policy == "lru")
+        return result
+    monkeypatch.setattr(Engine, "generate", other)
+    status, out, err = cli("bench", "run", "--model", tiny, "--device", "cpu", "--predictor", "none",
+                           "--policies", "duo", "lru", "--max-new-tokens", 3, "--rounds", 1)
+    assert (status, out) == (2, "")
+    a_line(err, "lru and duo gave different tokens")
 
 
 def test_bench_quality(cli, tiny, tmp_path):

@@ -10,7 +10,8 @@ from .flags import check_policies, table
 
 
 def run(args) -> dict:
-    """Several rounds, in each every policy once; medians, and ratios within a round."""
+    """Several rounds, in each every policy once, which must give the same tokens; medians, and the median of
+    the ratios within a round (so it may differ a little from the ratio of the medians)."""
     policies, sizes = args.policies or list(POLICIES), args.cache_experts or [None]
     check_policies(policies)
     if len(sizes) > 1:
@@ -21,6 +22,7 @@ def run(args) -> dict:
         host_threads=args.host_threads, simulate_link=args.simulate_link, simulate_host=args.simulate_host,
         progress=Progress)
     stats: dict[str, list] = {policy: [] for policy in policies}    # of each round
+    said = None
     with closing(Progress(args.rounds * len(policies), "answers", write=count)) as bar:
         for _ in range(args.rounds):        # in turn within a round: a busy machine slows all policies alike
             for engine.policy in policies:
@@ -28,6 +30,9 @@ def run(args) -> dict:
                 result = engine.generate(args.prompt, max_new_tokens=args.max_new_tokens, temperature=0)
                 if result.stats.tpot_s is None:
                     raise UserError("--prompt: the model stops after a single token; give another prompt")
+                said = said or result.token_ids
+                if result.token_ids != said:
+                    raise UserError(f"{engine.policy} and {policies[0]} gave different tokens: one is broken")
                 stats[engine.policy].append(result.stats)
                 bar.add(1)
     first, rows = policies[0], []

@@ -23,7 +23,8 @@ GAP = 50                                    # microseconds; pieces of a transfer
 BLOCKS = 100                                # most in one panel of a picture, to be told apart
 TOKENS = 3                                  # of decode, at most, in a picture
 WIDTH, LEFT, RIGHT, ROW = 960, 74, 944, 24  # its pixels
-COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "waiting for link": "#fbd5ce",
+COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "awaiting link": "#fbd5ce",
+           "awaiting host": "#e6d7ec",
            "prefill transfer": "#dba11c", "demand transfer": "#d55e00", "prefetch": "#2a9d74",
            "wasted": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
 
@@ -91,9 +92,12 @@ class Run:
             while due and due[0] <= start + GAP:
                 arrived = due.popleft()
             self.uses.append((arrived, start))
-            if before < arrived:
-                waiting = {"kind": "waiting for link"}
-                self.lanes[COMPUTE].append((before, min(arrived, start), "", waiting))
+            answers = [stop for _, stop, *_ in self.lanes[HOST] if before < stop <= start + GAP]
+            for kind, until in (("link", arrived), ("host", max(answers, default=-math.inf))):
+                if before < until:
+                    until = min(until, start)
+                    self.lanes[COMPUTE].append((before, until, "", {"kind": f"awaiting {kind}"}))
+                    before = until
             if args["kind"] == "attention":
                 self.steps += [len(self.bounds)] * (args["layer"] == 0)
                 self.bounds.append(start)
@@ -128,7 +132,7 @@ def picture(runs: dict[str, list[dict]], title: str) -> str:
     for name, colour in COLOURS.items():
         if f'fill="{colour}"' in drawn:
             svg += [box(x, 33, 14, 11, colour), text(x + 18, 43, name)]
-            x += 30 + 7.2 * len(name)
+            x += 24 + 7.2 * len(name)
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" font-family="sans-serif">',
         '<pattern id="waste" width="5" height="5" patternUnits="userSpaceOnUse" '
@@ -143,14 +147,14 @@ def panel(title: str, run: Run, begin: float, end: float, scale: float, y: int, 
     top, low, free, svg, marks = y + 38, y + 80, 0.0, [], []
     rows = [(COMPUTE, "compute", top), (LINK, "link", low)]
     rows += [(HOST, "host", low + 30)] * bool(run.lanes[HOST])
-    share = [0.0] * 4                       # of the time: computing, waiting, the link and the host at work
+    share = defaultdict(float)              # of the time, by kind of block or by lane
     at = lambda t: LEFT + scale * (min(max(t, begin), end) - begin)
     width, bottom = at(end) - LEFT, rows[-1][2] + ROW
     for lane, name, row in rows:
         svg += [text(12, row + 16, name), box(LEFT, row, width, ROW, COLOURS["idle"])]
         for start, stop, name, args in (b for b in run.lanes[lane] if b[1] >= begin and b[0] < end):
             x, wide, kind = at(start), at(stop) - at(start), args["kind"]
-            share[lane if lane != COMPUTE else not name] += wide / max(width, 1e-9)
+            share[kind if not name else lane] += wide / max(width, 1e-9)
             if args.get("use") == "wasted":
                 kind = "wasted"
             colour = COLOURS.get(kind) or COLOURS[f"{kind} transfer"]
@@ -176,8 +180,10 @@ def panel(title: str, run: Run, begin: float, end: float, scale: float, y: int, 
         x, ms = at(begin + i * step), i * step / 1e3
         svg += [box(x, bottom, 1, 4, "#777"),
                 text(x, bottom + 14, f"{ms:g}" if ms else "0 ms", anchor="middle")]
-    caption = "{:.0f} ms: computing {:.0%}, waiting for the link {:.0%}; link at work {:.0%}"
-    caption = (caption + ", host {:.0%}" * bool(run.lanes[HOST])).format((end - begin) / 1e3, *share)
+    hosted = bool(run.lanes[HOST])
+    caption = f"{(end - begin) / 1e3:.0f} ms: computing {share[COMPUTE]:.0%}, awaiting link "
+    caption += f"{share['awaiting link']:.0%}" + f", host {share['awaiting host']:.0%}" * hosted
+    caption += f"; at work: link {share[LINK]:.0%}" + f", host {share[HOST]:.0%}" * hosted
     return svg + [text(12, y + 14, title, 14), text(RIGHT, y + 14, caption, anchor="end")]
 
 

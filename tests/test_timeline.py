@@ -163,11 +163,23 @@ def test_a_stall_is_as_long_as_the_wait():
     words, boxes = drawing(picture(timeline.trace(transfers, steps, 20)))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
     stall, = (b for b in boxes
-              if (b["fill"], b["height"]) == (timeline.COLOURS["waiting for link"], str(timeline.ROW)))
+              if (b["fill"], b["height"]) == (timeline.COLOURS["awaiting link"], str(timeline.ROW)))
     # From when nothing else was left to compute, until the expert was there.
     assert float(stall["x"]) == pytest.approx(timeline.LEFT + pixel, abs=0.1)
     assert float(stall["width"]) == pytest.approx(3 * pixel, abs=0.1)
-    assert "10000 ms: computing 30%, waiting for the link 30%; link at work 50%" in words
+    assert "10000 ms: computing 30%, awaiting link 30%; at work: link 50%" in words
+
+
+def test_a_wait_for_the_host_follows_that_for_the_link():
+    steps = [("attention", 0, 0.0, 1.0), ("expert 3", 0, 3.0, 4.0), ("attention", 1, 8.0, 10.0)]
+    transfers, hosted = [moved((0, 3), [(0.5, 3.0)], 100, used=True)], [((0, 4), 1.0, 7.0)]
+    words, boxes = drawing(picture(timeline.trace(transfers, steps, 20, hosted=hosted)))
+    pixel = (timeline.RIGHT - timeline.LEFT) / 10
+    stall, = (b for b in boxes
+              if (b["fill"], b["height"]) == (timeline.COLOURS["awaiting host"], str(timeline.ROW)))
+    assert float(stall["x"]) == pytest.approx(timeline.LEFT + 4 * pixel, abs=0.1)
+    assert float(stall["width"]) == pytest.approx(3 * pixel, abs=0.1)
+    assert "10000 ms: computing 40%, awaiting link 20%, host 30%; at work: link 25%, host 60%" in words
 
 
 def test_of_a_long_run_a_part_is_drawn():

@@ -240,7 +240,7 @@ def test_sampling_uses_nothing_that_is_not_deterministic():
 def test_the_lane_reads_as_many_numbers_as_there_are(directory):
     numbers = torch.arange(9000, device="cuda", dtype=torch.float32)
     lane = engine(directory).cache.lane
-    assert lane.read(lane.fetch(numbers)) == list(range(9000))
+    assert lane.read(lane.fetch(numbers)).tolist() == list(range(9000))
 
 
 @pytest.mark.parametrize("group, dtype", CASES)

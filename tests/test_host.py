@@ -363,13 +363,15 @@ def test_the_thread_ends_with_an_engine_that_has_answered_without_a_collection(t
         gc.enable()
 
 
-def test_the_host_is_for_few_slots_unless_it_is_asked_for(tiny, monkeypatch):
-    """As measured; 24 is all of them."""
-    for slots, asked, used in ((7, False, True), (12, False, False), (12, True, True)):
+def test_where_many_experts_fit_the_host_has_to_be_faster_than_the_link(tiny, monkeypatch):
+    """Unless it was asked for. As measured; 24 is all of them."""
+    for slots, slower, asked, used in ((7, 2.4, False, True), (7, 2.6, False, False), (12, 1.1, False, False),
+                                       (12, 0.9, False, True), (12, 2.6, True, True)):
         engine = load(tiny, cache_experts=slots, **SLOW)
+        engine.host.each = slower * engine.cache.transfer_s()
         if not asked:
             monkeypatch.setattr(engine, "options", replace(engine.options, simulate_host=None))
-        assert (engine._decoding_host() is not None) == used == (engine.host_unused is None), (slots, asked)
+        assert (engine._decoding_host() is not None) == used == (engine.host_unused is None), (slots, slower)
 
 
 def test_one_processor_is_enough_for_a_simulated_host(tiny, monkeypatch):

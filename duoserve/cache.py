@@ -119,8 +119,8 @@ class GPUExpertCache:
     def plan(self, keys: list[Key]) -> None:
         """Replace the guesses by these, best first. One no longer wanted stops at its chunk's end."""
         self.pump()                         # what was due before this moment has been sent
-        keys, known = dict.fromkeys(keys), getattr(self.scheduler, "known", None)
-        if known and (unknown := [key for key in keys if key not in known]):
+        keys = dict.fromkeys(keys)
+        if unknown := [key for key in keys if key not in self.scheduler.known]:
             raise UserError(f"policy {type(self.scheduler).__name__}: it plans {unknown[0]!r}, which is no "
                             "(layer, expert) of this model")
         waiting = {transfer.key: transfer for transfer in self.queue}

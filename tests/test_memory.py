@@ -12,6 +12,7 @@ import time
 from io import StringIO
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,6 +291,7 @@ def test_a_host_that_reads_the_disk_for_guesses_comes_back_after_two_chunks():
             super().send(transfer, nbytes)
             self.flying += 1
     cache = GPUExpertCache(3, 12, Lane(VirtualClock(), 0, 1))
+    cache.serve(SimpleNamespace(known={(0, 0), (0, 1)}))
     cache.plan([(0, 0), (0, 1)])
     sent = [cache.counts.bytes_moved]
     for _ in range(3):

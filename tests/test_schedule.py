@@ -43,6 +43,8 @@ class Lane(SimulatedLane):
 class Victims:
     """A policy that evicts by `choose`, and remembers when it was asked and for whom."""
 
+    known = {(layer, e) for layer in range(8) for e in range(16)}
+
     def __init__(self, clock, choose=lambda key, candidates, urgent: candidates[0]):
         self.clock, self.choose, self.calls = clock, choose, []
 

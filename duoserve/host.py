@@ -28,15 +28,15 @@ from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swig
 ANSWERS = 256                               # buffers for answers on their way to the device
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
-USUAL: list[float] = []                     # the last: what it was before there was a host
+USUAL: list[float] = []                     # what it was before there was a host
 THREAD = "duoserve-host"
 TRIALS = 15                                 # experts computed to see how long one takes,
 PAUSE = 3e-3                                # and seconds between two: a thread that has slept starts late
 FOLLOWING = 0.1                             # weight of the newest in a running mean
 FORGET = 2.0                                # seconds in which the mean forgets most of what it has seen
 # The generated code runs without holding the interpreter, on as many threads as its caller has set.
-HOST_CODE = {"cpp_wrapper": True, "cpp.dynamic_threads": True,
-             "cpp.enable_floating_point_contract_flag": "fast", **IN_ONE_PASS}
+HOST_CODE = {**SAME_EVERYWHERE, **IN_ONE_PASS, "cpp_wrapper": True, "cpp.dynamic_threads": True,
+             "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 class HostError(Exception):
@@ -217,12 +217,10 @@ def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: thr
         state |= measure()
     except BaseException as error:          # (a compiler that fails, say)
         state["error"] = error
-        switch_as_usual()
-        return
     finally:
         compiled.set()
         ready.set()
-    while (job := jobs.get()) is not None:
+    while "error" not in state and (job := jobs.get()) is not None:
         if not job.dropped:
             job.begun = time.perf_counter()
             try:
@@ -233,6 +231,10 @@ def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: thr
         job.done.put(None)
         del job
     state["gone"] = True
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    if USUAL and THREAD not in (thread.name for thread in others):
+        sys.setswitchinterval(USUAL.pop())
+        USUAL.clear()
 
 
 def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Event) -> None:
@@ -241,15 +243,6 @@ def stop(jobs: queue.SimpleQueue, thread: threading.Thread, ready: threading.Eve
     jobs.put(None)
     if ready.is_set() and thread is not threading.current_thread():
         thread.join(1)
-    switch_as_usual(thread)
-
-
-def switch_as_usual(gone: threading.Thread | None = None) -> None:
-    """Unless another host is at work than this thread's, or the one that is gone."""
-    ended = gone or threading.current_thread()
-    if USUAL and not any(other.name == THREAD and other is not ended for other in threading.enumerate()):
-        sys.setswitchinterval(USUAL.pop())
-        USUAL.clear()
 
 
 def stored(values: Tensor) -> Tensor:
@@ -259,7 +252,7 @@ def stored(values: Tensor) -> Tensor:
     return values.as_strided(values.shape, values.stride())
 
 
-def product(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+def stored_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`quant.exact_gemv`, all of it in one piece of generated code."""
     p, sums = whole_numbers(x, scale.shape[-1])
     return dots(stored(laid_out(stored(p))).unbind(2), list(map(stored, sums)), q, scale, zero, None)
@@ -267,8 +260,8 @@ def product(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def run_expert(x: Tensor, table: Tensor, q13, scale13, zero13, q2, scale2, zero2, out: Tensor) -> None:
     """x [1, D] in a 16-bit dtype -> out [D]. q are words, of four bytes."""
-    h = exact_swiglu(stored(product(x, q13, scale13, zero13)), table, x.dtype)
-    out.copy_(product(stored(h), q2, scale2, zero2)[0])
+    h = exact_swiglu(stored(stored_gemv(x, q13, scale13, zero13)), table, x.dtype)
+    out.copy_(stored_gemv(stored(h), q2, scale2, zero2)[0])
 
 
 def compiled_expert(*example: Tensor) -> Callable[..., None]:
@@ -283,16 +276,14 @@ def compiled_expert(*example: Tensor) -> Callable[..., None]:
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(tensor) for tensor in example]     # (inference tensors cannot be traced)
         graph = make_fx(run_expert, tracing_mode="fake")(*like)
-        return torch._inductor.compile(graph, like, options={**SAME_EVERYWHERE, **HOST_CODE})
+        return torch._inductor.compile(graph, like, options=HOST_CODE)
 
 
 def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:
     """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory."""
-    table, matrices = silu_table(dtype, torch.device("cpu")), {}
-    for key, block in blocks.items():
-        w = layout.views(block)
-        matrices[key] = [w[f"{name}.{part}"].view(torch.int32) if part == "q" else w[f"{name}.{part}"]
-                         for name in ("w13", "w2") for part in ("q", "scale", "zero")]
+    table = silu_table(dtype, torch.device("cpu"))
+    matrices = {key: [w.view(torch.int32) if w.dtype == torch.uint8 else w
+                      for w in layout.views(block).values()] for key, block in blocks.items()}
     example = next(iter(matrices.values()))
     row = torch.zeros(len(example[-1]), dtype=dtype)
     run = compiled_expert(row[None], table, *example, row)

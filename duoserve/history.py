@@ -63,8 +63,8 @@ class History:
         """Of this request's tokens, those that chose an expert."""
         return self.counts[layer][expert] / max(1, self.tokens[layer])
 
-    def rates(self, layers: slice = slice(None)) -> np.ndarray:
-        """How often this request's tokens choose each expert of these layers; a few tokens say little, so
-        four even ones are added."""
-        tokens = np.array(self.tokens[layers])[:, None]
+    def rates(self, layers: int | slice = slice(None)) -> np.ndarray:
+        """How often this request's tokens choose each expert of a layer, or of some; a few tokens say little,
+        so four even ones are added."""
+        tokens = np.array(self.tokens)[layers, None]
         return (self.counts[layers] + 4 * self.top_k / self.experts) / (tokens + 4)

@@ -284,7 +284,7 @@ class DecodeScheduler(ExpertScheduler):
         expected."""
         estimate, coming = self.forecast.estimate(self.state, self.lookahead), self.state % self.layers
         self.chance = estimate[coming].tolist()
-        estimate[coming] = worth(estimate[coming], self.history.rates(slice(coming, coming + 1))[0])
+        estimate[coming] = worth(estimate[coming], self.history.rates(coming))
         first = self.distance(0) - 1        # layers are visited in turn, so their distances are too
         self.values = self.discount[first:first + self.layers] * estimate
         self.value = self.values.tolist()   # (for one after the other)

@@ -96,7 +96,8 @@ def open_source(directory: str | Path) -> HuggingFaceSource:
         kind, raw = ConsolidatedSource, consolidated_config(directory / "params.json")
         config = MixtralConfig.from_dict(raw, str(directory / "params.json"))
     else:
-        config, raw = MixtralConfig.read(directory), read_json(directory / "config.json")
+        raw = read_json(directory / "config.json")
+        config = MixtralConfig.from_dict(raw, str(directory / "config.json"))
         kind = QuantizedSource if raw.get("quantization_config") else HuggingFaceSource
         if not hugging:
             raise UserError(f"{directory}: no weights in it; get model*.safetensors with their index, too")

@@ -71,6 +71,14 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
+def last_of(times: deque, by: float) -> float:
+    """The last of these times that is past by then, -infinity if none is; all that are past are taken out."""
+    last = -math.inf
+    while times and times[0] <= by:
+        last = times.popleft()
+    return last
+
+
 class Run:
     """A trace, laid out to be drawn, in microseconds.
 
@@ -87,13 +95,11 @@ class Run:
             self.lanes[e["tid"]].append((e["ts"], end, e["name"], args))
             if args.get("use") == "used":
                 arrivals[args["layer"], args["expert"]].append(end)
+        answers = deque(sorted(end for _, end, *_ in self.lanes[HOST]))
         for start, end, _, args in list(self.lanes[COMPUTE]):
-            arrived, due = -math.inf, arrivals[args["layer"], args.get("expert")]
-            while due and due[0] <= start + GAP:
-                arrived = due.popleft()
+            arrived = last_of(arrivals[args["layer"], args.get("expert")], start + GAP)
             self.uses.append((arrived, start))
-            answers = [stop for _, stop, *_ in self.lanes[HOST] if before < stop <= start + GAP]
-            for kind, until in (("link", arrived), ("host", max(answers, default=-math.inf))):
+            for kind, until in (("link", arrived), ("host", last_of(answers, start + GAP))):
                 if before < until:
                     until = min(until, start)
                     self.lanes[COMPUTE].append((before, until, "", {"kind": f"awaiting {kind}"}))

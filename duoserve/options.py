@@ -22,6 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
           "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "half": torch.float16}
 KINDS = {Integral: "a whole number", Real: "a number"}
 MOST_THREADS = 1024
+DRIVER = "nvidia-smi shows the driver; CUDA 13 needs 580 or newer"
 LARGEST = 1e30                              # beyond any sense, within a float32
 
 
@@ -131,15 +132,13 @@ def whole_threads(threads: int | str) -> int:
 def check_device(device: torch.device | str | None) -> torch.device:
     asked = device or "cuda"
     if device is None and not torch.cuda.is_available() and os.path.exists("/dev/nvidiactl"):
-        note("there is an NVIDIA GPU, but torch cannot use it (nvidia-smi shows the driver; CUDA 13 needs "
-             "580 or newer); computing on the CPU")
+        note(f"there is an NVIDIA GPU, but torch cannot use it ({DRIVER}); computing on the CPU")
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"--device {device}: write cpu, cuda or cuda:N") from None
     if device.type == "cuda" and not 0 <= (device.index or 0) < torch.cuda.device_count():
-        raise UserError(f"--device {asked}: no such GPU here that torch can use (nvidia-smi shows the "
-                        "driver; CUDA 13 needs 580 or newer); use --device cpu")
+        raise UserError(f"--device {asked}: no such GPU here that torch can use ({DRIVER}); use --device cpu")
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

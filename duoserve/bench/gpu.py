@@ -504,15 +504,15 @@ def gpu(args) -> dict:
             engine = build(model, args, store, cache_experts=total)
         except UserError as error:          # (a small GPU)
             note(f"no floors: {error}")
-    if engine is not None and args.resident:
-        measure(engine, "cache", args, traces, 0, "warm")
-        runs = [measure(engine, "duo", args, traces, i, "warm") for i in range(3)]
-        ttft = {n: statistics.median(run["ttft_ms"][n] for run in runs) for n in runs[0]["ttft_ms"]}
-        tpot = statistics.median(run["tpot_ms"] for run in runs)
-        resident = runs[0] | {"policy": "resident", "tpot_ms": tpot, "ttft_ms": ttft}
-        keep(resident)
-        if cuda:
-            keep({"policy": "kernels"} | kernels(engine))
+        else:
+            measure(engine, "cache", args, traces, 0, "warm")
+            runs = [measure(engine, "duo", args, traces, i, "warm") for i in range(3)]
+            ttft = {n: statistics.median(run["ttft_ms"][n] for run in runs) for n in runs[0]["ttft_ms"]}
+            tpot = statistics.median(run["tpot_ms"] for run in runs)
+            resident = runs[0] | {"policy": "resident", "tpot_ms": tpot, "ttft_ms": ttft}
+            keep(resident)
+            if cuda:
+                keep({"policy": "kernels"} | kernels(engine))
     def replayed(row: dict, costs: Costs) -> float:
         if "persistence" not in row:
             return 0.0

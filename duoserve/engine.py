@@ -269,7 +269,7 @@ class Engine:
             return compute, lambda: on_threads(compute, keys, x, counts)
 
         host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare)
-        host.pump = self.cache.pump
+        host.pump, host.wait_for = self.cache.pump, self.cache.lane.wait_for
         if not options.simulate_host:
             return host
         return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, host)
@@ -374,11 +374,9 @@ class Engine:
         return sequence
 
     @contextmanager
-    def _running(self, scheduler, position: int, tokens: int, decoding: bool):
-        """Around each pass, over these positions. After any failure the engine can be used again."""
-        self.kv_written = max(self.kv_written, position + tokens)
+    def _guarded(self):
+        """After any failure in here the engine can be used again."""
         try:
-            self.source.begin(scheduler, position, tokens, decoding)
             yield
         except BaseException as error:
             self.cache.abandon()
@@ -394,13 +392,29 @@ class Engine:
 
     def _prefill(self, tokens: Tensor, start: int) -> Tensor:
         """tokens [T] at positions start.. -> normed hidden states [T, D]."""
-        with self._running(self.sequence.schedulers[0], start, len(tokens), False):
+        with self._guarded():
+            self._begin_pass(0, start, len(tokens))
             return self.model(tokens[None], self.source, self.kv, start)[0]
 
     def _decode(self, token: Tensor, position: int) -> Tensor:
         """token [1] at `position` -> logits [vocab] of the next."""
-        with self._running(self.sequence.schedulers[1], position, 1, True):
+        with self._guarded():
+            self._begin_pass(1, position, 1)
             return self.step(token, position, self.source)
+
+    def _begin_pass(self, phase: int, position: int, tokens: int) -> None:
+        self.kv_written = max(self.kv_written, position + tokens)
+        self.source.begin(self.sequence.schedulers[phase], position, tokens, decoding=bool(phase))
+
+    def _fetch(self, values: Tensor) -> Tensor:
+        """values [n] of the device -> in fp32 on the host, until more are fetched; all that led to them has
+        been computed without a failure."""
+        lane, host = self.cache.lane, self.cache.host
+        with self._guarded():
+            fetched = lane.read(lane.fetch(values.float()))
+            if host is not None:
+                host.collect()
+            return fetched
 
     def _rest(self) -> None:
         """Nothing more is guessed, and every time is known. (The host is let go: it feeds the lane, which
@@ -422,7 +436,8 @@ class Engine:
                 out = [self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)]
                 if decode:
                     self.cache.serve(self.sequence.schedulers[1], self._decoding_host())
-                    out += (self._decode(tokens[i:i + 1], i).cpu().clone()[None] for i in range(1, len(ids)))
+                    out += (self._fetch(self._decode(tokens[i:i + 1], i)).clone()[None]
+                            for i in range(1, len(ids)))
                 return torch.cat(out)
             finally:
                 self._rest()
@@ -467,8 +482,7 @@ class Engine:
                 sequence.decode = self.cache.counts
                 while True:
                     token = sample(logits, params, generator).view(1)
-                    lane = self.cache.lane
-                    token_id = int(lane.read(lane.fetch(token.float())))            # (exact below 2^24)
+                    token_id = int(self._fetch(token))                              # (exact below 2^24)
                     now = time.perf_counter()
                     sequence.first = sequence.first or now
                     if token_id < 0:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swig
                     whole_numbers)
 
 ANSWERS = 256                               # buffers for answers on their way to the device
+LAST = 2**31 - 1                            # number of a job that never comes
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL: list[float] = []                     # what it was before there was a host
@@ -45,9 +47,11 @@ class HostError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One expert for the row `x` [1, D] of one request; `answer` [D] holds what came of it once it has
-    `ended`. (`done` wakes who waits. No `threading.Event`: a Ctrl-C in its `wait` may leave it locked.)"""
+    """One expert for the row `x` [1, D] of one request, the `number`-th; `answer` [D] holds what came of it
+    once it has `ended`. (`done` wakes who waits. No `threading.Event`: a Ctrl-C in its `wait` may leave it
+    locked.)"""
 
+    number: int
     key: Key
     x: Tensor
     answer: Tensor
@@ -56,6 +60,7 @@ class Job:
     dropped: bool = False                   # its request has ended
     begun: float = 0.0
     ended: float = 0.0
+    seen: float = 0.0                       # when who waited for it noticed, if anybody did
     error: BaseException | None = None
 
 
@@ -103,14 +108,21 @@ class SimulatedHost:
             self.worker.submit(keys)
 
     def wait(self, key: Key) -> None:
-        """Until an expert is computed; the lane is fed meanwhile."""
+        """What is computed from here on finds an expert's answer: the device waits for it, or we do, and the
+        lane is fed meanwhile."""
         if self.worker:
             self.worker.wait(key)
         self.clock.wait_until(self.due.pop(key))
 
     def answer(self, key: Key) -> Tensor:
-        """What came of it, [D], for a while."""
+        """Where it is, [D], for a while; the device may copy it from there."""
         return self.worker.answer(key)
+
+    def collect(self) -> None:
+        """The device has done what it was told so far, so what it waited for is there. Raises `HostError` if
+        something is not."""
+        if self.worker:
+            self.worker.collect()
 
     def abandon(self) -> None:
         self.due.clear()
@@ -129,19 +141,23 @@ class Host:
             USUAL.append(sys.getswitchinterval())
             sys.setswitchinterval(SWITCH)
         self.keys, self.dtype = keys, dtype
-        self.jobs: dict[Key, Job] = {}
+        self.jobs: dict[Key, Job] = {}      # not seen to be done
+        self.answers: dict[Key, Tensor] = {}
+        self.done = torch.zeros(1, dtype=torch.int32, pin_memory=pin)           # the number of the last one
+        self.number = 0                     # of the last that was asked for
         self.each, self.since = 0.0, 0.0    # seconds that an expert cost of late, and when this was seen
         self.last = 0.0                     # when the latest was done
         self.free, self.busy = 0.0, 0.0
         self.log: list | None = None
-        self.pump: Callable[[], None] = lambda: None                # what feeds the lane
+        self.pump: Callable[[], None] = lambda: None                # what feeds the lane; and its `wait_for`
+        self.wait_for: Callable[[Tensor, int], bool] = lambda word, value: False
         self.now = time.perf_counter
         self.rows = cycle(torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind())
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.compiled, self.ready = threading.Event(), threading.Event()
         self.state: dict = {}               # `each` and `threads`, or the `error`
         self.thread = threading.Thread(target=work, daemon=True, name=THREAD, args=(
-            self.queue, prepare, self.compiled, self.ready, self.state))
+            self.queue, self.done.numpy(), prepare, self.compiled, self.ready, self.state))
         self.thread.start()
         self.close = weakref.finalize(self, stop, self.queue, self.thread, self.ready)
 
@@ -165,38 +181,54 @@ class Host:
         return first + known * (self.each - first)
 
     def take(self, x: Tensor) -> None:
+        self.collect()
         self.x = x
 
     def submit(self, keys: list[Key]) -> None:
         x = self.x.view(self.dtype)[None].clone()
         for key in keys:
             self.free = self.free_at() + self.seconds()
-            self.jobs[key] = Job(key, x, next(self.rows), self.now())
-            self.queue.put(self.jobs[key])
+            self.number += 1
+            self.jobs[key] = job = Job(self.number, key, x, next(self.rows), self.now())
+            self.answers[key] = job.answer
+            self.queue.put(job)
 
     def wait(self, key: Key) -> None:
-        job, seen = self.jobs[key], 0.0     # seen: when the answer was noticed, if it was waited for
+        job = self.jobs.get(key)            # (or it has been seen to be done)
+        if job is None or not job.ended and self.wait_for(self.done, job.number):
+            return
         while not job.ended:
             with suppress(queue.Empty):
                 job.done.get(timeout=PATIENCE)
-            if "gone" in self.state and not job.ended:              # (a Ctrl-C in `is_alive` may spoil it)
-                raise HostError("its thread is gone")
-            seen = self.now()
+            self.check(job)
+            job.seen = self.now()
             self.pump()
+        self.collect()
+
+    def check(self, job: Job) -> None:
         if job.error is not None:
             raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
-        self.busy += job.ended - job.begun
-        # What it costs is more than that: its thread has to wake, and so has the one that waits.
-        cost = max(seen, job.ended) - max(job.asked, self.last)
-        each, self.since, self.last = self.seconds(), self.now(), job.ended
-        self.each = each + FOLLOWING * (min(cost, 3 * each) - each)                 # (an outlier counts less)
-        if all(other.ended for other in self.jobs.values()):
-            self.free = job.ended
-        if self.log is not None:
-            self.log.append((key, job.begun, job.ended))
+        if "gone" in self.state and not job.ended:                  # (a Ctrl-C in `is_alive` may spoil it)
+            raise HostError("its thread is gone")
 
     def answer(self, key: Key) -> Tensor:
-        return self.jobs.pop(key).answer
+        return self.answers.pop(key)
+
+    def collect(self) -> None:
+        for job in list(self.jobs.values()):
+            self.check(job)
+            if not job.ended:               # (its turn comes)
+                break
+            self.busy += job.ended - job.begun
+            # What it costs is more than that: its thread has to wake, and so has who waits, if anybody does.
+            cost = max(job.seen, job.ended) - max(job.asked, self.last)
+            each, self.since, self.last = self.seconds(), self.now(), job.ended
+            self.each = each + FOLLOWING * (min(cost, 3 * each) - each)             # (an outlier counts less)
+            del self.jobs[job.key]
+            if not self.jobs:
+                self.free = job.ended
+            if self.log is not None:
+                self.log.append((job.key, job.begun, job.ended))
 
     def abandon(self) -> None:
         """After a failure or an interruption: nobody wants the answers that are under way."""
@@ -205,12 +237,14 @@ class Host:
         begun = any(job.begun and not job.ended for job in self.jobs.values())      # (which it finishes)
         self.free = self.now() + self.seconds() if begun else 0.0
         self.jobs.clear()
+        self.answers.clear()
 
 
 @torch.inference_mode()
-def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: threading.Event,
-         state: dict) -> None:
-    """The thread's life. It knows nothing of the `Host`, which may be gone."""
+def work(jobs: queue.SimpleQueue, done: np.ndarray, prepare, compiled: threading.Event,
+         ready: threading.Event, state: dict) -> None:
+    """The thread's life. It knows nothing of the `Host`, which may be gone. Whatever comes, nobody may wait
+    for `done [1]` in vain: a GPU that does cannot be interrupted."""
     try:
         compute, measure = prepare()
         compiled.set()
@@ -228,9 +262,11 @@ def work(jobs: queue.SimpleQueue, prepare, compiled: threading.Event, ready: thr
             except BaseException as error:
                 job.error = error
         job.ended = time.perf_counter()
+        done[0] = job.number
         job.done.put(None)
         del job
     state["gone"] = True
+    done[0] = LAST
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
     if USUAL and THREAD not in (thread.name for thread in others):
         sys.setswitchinterval(USUAL.pop())

@@ -18,11 +18,12 @@ from typing import Any, Callable
 import torch
 
 from .errors import UserError
-from .machine import clear_cuda_error, cuda_runtimes
+from .machine import clear_cuda_error, cuda_runtimes, stream_wait_value
 
 Key = tuple[int, int]                       # (layer, expert)
 AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
 BY_ADDRESS = 4                              # cudaMemcpyDefault: the addresses say which way
+AT_LEAST = 0                                # CU_STREAM_WAIT_VALUE_GEQ
 KERNEL_FAILED = 700                         # CUDA's errors from here on stay (illegal addresses and the like)
 IN_FLIGHT = 2                               # chunks of speculation
 PACE = 0.1                                  # weight of the newest copy in the link's running mean
@@ -182,6 +183,11 @@ class SimulatedLane:
         """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
         may not change until that is done. Both are contiguous, of one dtype and shape."""
         into.copy_(values)
+
+    def wait_for(self, word: torch.Tensor, value: int) -> bool:
+        """Tell the device to go on only when the host has written `value`, or more, into `word` [1], int32 in
+        pinned memory. False if it cannot be told: then the host has to wait before it tells it anything."""
+        return False
 
     def read(self, fetched: torch.Tensor) -> torch.Tensor:
         """The numbers, on the host, until others are fetched; the lane is fed meanwhile."""
@@ -344,6 +350,10 @@ class CudaLane:
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute)
+
+    def wait_for(self, word: torch.Tensor, value: int) -> bool:
+        wait = stream_wait_value()          # (not every system has it: a code other than 0)
+        return wait is not None and wait(self.compute.cuda_stream, word.data_ptr(), value, AT_LEAST) == 0
 
     def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> torch.Tensor:
         buffer, copied = fetched

@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Callable
 
 import torch
 
@@ -80,6 +81,15 @@ def cuda_runtimes() -> list[ctypes.CDLL]:
     for library in libraries:
         library.cudaMemcpyAsync.argtypes = pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer
     return libraries
+
+
+@cache
+def stream_wait_value() -> Callable[..., int] | None:
+    """The driver's `cuStreamWaitValue32`, for which the runtime has no call; None if there is no driver."""
+    with suppress(OSError, AttributeError):
+        wait = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2
+        wait.argtypes = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint
+        return wait
 
 
 def clear_cuda_error() -> None:

@@ -1,11 +1,14 @@
 """On a GPU: the same tokens whatever moves when, and nothing extra crosses the link. Skipped without one."""
 
 import random
+import time
+from itertools import cycle
 
 import pytest
 import torch
 
 from duoserve import Engine, scheduler
+from duoserve import engine as engine_module
 from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
 from duoserve.sampling import sample
@@ -82,6 +85,54 @@ def test_same_tokens_wherever_an_expert_is_computed(directory, compiled, dtype, 
         for _ in range(3):
             assert tokens(e) == expected
         assert e.result.stats.host_experts > 0
+
+
+def test_the_device_waits_for_an_answer_of_the_host(directory, compiled, monkeypatch):
+    """Nobody else does; and the wait is what makes it right."""
+    if not compiled:
+        pytest.skip("an eager engine has no host")
+    expected, make = tokens(engine(directory, cache_experts=24), 0), engine_module.compiled_experts
+
+    def late(*arguments):
+        compute = make(*arguments)
+        return lambda key, x, out: time.sleep(2e-3) or compute(key, x, out)
+    monkeypatch.setattr(engine_module, "compiled_experts", late)
+    monkeypatch.setattr(scheduler.ExpertScheduler, "for_host", lambda self, keys: keys[:1])
+    e = engine(directory, cache_experts=5, host_threads=2)
+    assert e.host.ready.wait(180) and e.host.trouble() is None, e.host.trouble()
+    waits, wait_for = [], e.host.wait_for
+    nan = torch.full((300, e.config.hidden_size), torch.nan, dtype=torch.bfloat16, device="cpu")
+    poisoned = lambda: cycle(nan.clone().pin_memory().unbind())
+    e.host.wait_for = lambda *word: waits.append(wait_for(*word)) or waits[-1]
+    e.host.rows = poisoned()
+    assert greedy(e) == expected and all(waits) and len(waits) > 100
+    e.host.rows = poisoned()
+    e.host.wait_for = lambda *word: True
+    assert greedy(e) != expected
+
+
+def test_a_host_that_fails_or_is_interrupted_leaves_a_gpu_that_works(directory, compiled, monkeypatch):
+    if not compiled:
+        pytest.skip("an eager engine has no host")
+    monkeypatch.setattr(scheduler.ExpertScheduler, "for_host", lambda self, keys: keys[:1])
+    e = engine(directory, cache_experts=5, host_threads=2)
+    assert e.host.ready.wait(180) and e.host.trouble() is None, e.host.trouble()
+    expected, submit, left = tokens(e), e.host.submit, [20]
+
+    def interrupted(keys):
+        submit(keys)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    def broken(keys):
+        e.host.x = e.host.x[1:]             # of the wrong width
+        submit(keys)
+    for wrong, error in ((interrupted, KeyboardInterrupt), (broken, UserError)):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(e.host, "submit", wrong)
+            tokens(e)
+        assert tokens(e) == expected
 
 
 def test_a_simulated_link_gives_the_same_tokens(directory):

@@ -23,7 +23,7 @@ from duoserve.cache import HOST, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import FORGET, THREAD, Host, HostError, SimulatedHost
+from duoserve.host import FORGET, THREAD, Host, HostError, Job, SimulatedHost
 from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
@@ -229,13 +229,11 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
 
     def interrupted(self, key):
         if next(calls) == 2:
-            job = self.jobs[key]
-            while not job.ended:
+            while self.done[0] < self.number:
                 time.sleep(1e-4)
-            late = type(job)(job.key, job.x, job.answer, job.asked)
-            late.x = torch.full_like(job.x, torch.nan)
-            self.queue.put(late)            # as if it was computed only now, into the same row
-            raise KeyboardInterrupt
+            x = torch.full_like(self.x.view(self.dtype)[None], torch.nan)
+            self.queue.put(Job(self.number, key, x, self.answers[key], self.now()))
+            raise KeyboardInterrupt         # as if it was computed only now, into the same row
         wait(self, key)
     monkeypatch.setattr(Host, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -337,6 +335,68 @@ def test_a_thread_that_is_gone_is_an_error_and_no_hang():
     host.submit([(0, 0)])
     with pytest.raises(HostError, match="gone"):
         host.wait((0, 0))
+
+
+def test_where_the_device_can_wait_for_an_answer_we_do_not():
+    """It is told for which number, and reads that when the answer lies where it copies it from."""
+    host, told = a_host(adding, {"each": 0.02, "threads": 1}), []
+    host.wait_for = lambda word, number: told.append(number) or True
+    for n in (1, 2):
+        host.take(torch.full((4,), float(n)))
+        host.submit([(0, 0)])
+        host.wait((0, 0))
+        answer = host.answer((0, 0))
+        assert host.done[0] == n - 1 and (0, 0) in host.jobs
+        while host.done[0] < told[-1]:
+            time.sleep(1e-4)
+        assert answer.tolist() == [n + 1.0] * 4
+    host.collect()
+    assert told == [1, 2] and not host.jobs and host.busy > 0.035
+
+
+def test_nothing_makes_the_device_wait_in_vain():
+    """A job that is dropped, one that fails, and a thread that ends."""
+    def compute(key, x, out):
+        time.sleep(0.005)
+        raise ValueError("no")
+    host = a_host(compute, {"each": 0.02, "threads": 1})
+    host.wait_for = lambda word, number: True
+    until = time.monotonic() + 10
+    for n in (1, 2):
+        host.take(torch.ones(4))
+        host.submit([(0, 0)])
+        host.wait((0, 0))
+        if n == 1:
+            host.abandon()
+        while host.done[0] < n:
+            assert time.monotonic() < until
+    with pytest.raises(HostError, match="ValueError: no"):
+        host.take(torch.ones(4))
+    host.abandon()
+    host.queue.put(None)
+    host.thread.join(5)
+    assert host.done[0] > 10**9
+    host.submit([(0, 0)])
+    host.wait((0, 0))
+    with pytest.raises(HostError, match="gone"):
+        host.collect()
+
+
+def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
+    """Where the device waits, a token is sampled before anybody looks at what became of its last layer."""
+    monkeypatch.setattr(ExpertScheduler, "for_host", lambda self, keys: keys if self.layer == 2 else [])
+    engine = load(tiny, cache_experts=3, host_threads=1)
+    want, host = answers(engine), engine.host
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "wait_for", lambda word, number: time.sleep(0.01) or True)
+        patch.setattr(host, "wait", lambda key: Host.wait(host, key) or host.answers[key].fill_(7))
+        patch.setattr(host, "submit", lambda keys: [
+            Host.submit(host, keys), setattr(host.jobs[keys[-1]], "error", ValueError("late"))])
+        for run in (lambda: engine.generate(SHORT, **SAMPLED), lambda: engine.logits(SHORT, decode=True)):
+            with pytest.raises(UserError, match="ValueError: late"):
+                run()
+        assert len(engine.result.token_ids) == 1 and engine.result.finish_reason == "interrupted"
+    assert same(answers(engine), want)
 
 
 def test_a_lane_that_takes_its_time_is_not_the_host_s_cost():

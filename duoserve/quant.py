@@ -127,7 +127,7 @@ def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = 
 def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
             at: Tensor | None) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
-    run = fused_dots if torch.compiler.is_compiling() else dots
+    run = fused_dots if torch.compiler.is_compiling() else dots if q.is_cuda else partial(dots, at_once=1)
     return run(list(laid_out(x).unbind(2)), sums, q.view(torch.int32), scale, zero, at)
 
 
@@ -143,10 +143,10 @@ def laid_out(x: Tensor) -> Tensor:
 
 
 def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
-         at: Tensor | None) -> Tensor:
-    """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes."""
+         at: Tensor | None, at_once: int = 4) -> Tensor:
+    """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes. Compiled, x is read once
+    for that many rows `at_once`."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
-    at_once = 4 if q.is_cuda else 1                 # (four rows read x once)
     w = q.view(len(q), at_once, -1, *parts[0].shape[1:])            # [B, 4, N / 4, groups, words]
     parts = [part[:, None] for part in parts]
     dot = [reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w.unbind(1)]

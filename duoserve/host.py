@@ -40,6 +40,10 @@ FORGET = 2.0                                # seconds in which the mean forgets 
 HOST_CODE = {**SAME_EVERYWHERE, **IN_ONE_PASS, "cpp_wrapper": True, "cpp.dynamic_threads": True,
              "cpp.enable_floating_point_contract_flag": "fast"}
 
+# Inductor tries at every start which vector instructions the compiler knows, each set of them in an
+# interpreter that imports torch: 8 s with a warm disk, 50 with a slow one.
+BELIEVED = {"cpp.vec_isa_ok": True}
+
 
 class HostError(Exception):
     """An expert that the host could not compute."""
@@ -312,7 +316,10 @@ def compiled_expert(*example: Tensor) -> Callable[..., None]:
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(tensor) for tensor in example]     # (inference tensors cannot be traced)
         graph = make_fx(run_expert, tracing_mode="fake")(*like)
-        return torch._inductor.compile(graph, like, options=HOST_CODE)
+        try:
+            return torch._inductor.compile(graph, like, options=HOST_CODE | BELIEVED)
+        except Exception:                   # (an old compiler)
+            return torch._inductor.compile(graph, like, options=HOST_CODE)
 
 
 def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:

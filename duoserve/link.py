@@ -18,7 +18,7 @@ from typing import Any, Callable
 import torch
 
 from .errors import UserError
-from .machine import clear_cuda_error, cuda_runtimes, stream_wait_value
+from .machine import clear_cuda_error, cuda_runtimes, on_device, stream_wait_value, yield_processor
 
 Key = tuple[int, int]                       # (layer, expert)
 AHEAD = 64                                  # buffers for numbers on their way to the host, made at a time
@@ -235,6 +235,7 @@ class CudaLane:
         self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way
         self.events: list = []              # with a time, to be used again
         self.ring: list = []                # if needed: two pinned buffers, each with its last copy's event
+        self.seen: dict[int, torch.Tensor] = {}                     # address -> what `put` takes from there
         self.buffers = defaultdict(list)    # size -> free pinned buffers, for numbers on their way
         self.busy = 0.0
         self.pace, self.free = 1 / PCIE, 0.0                        # seconds a byte, lately; when all is sent
@@ -349,7 +350,12 @@ class CudaLane:
         return bool(self.unread) and self.unread[0].query()
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
-        self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute)
+        """By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms
+        instead of 19 us (H200)."""
+        seen = self.seen.get(values.data_ptr())
+        if seen is None:
+            seen = self.seen[values.data_ptr()] = on_device(values, self.device)
+        torch.mul(seen, 1, out=into)
 
     def wait_for(self, word: torch.Tensor, value: int) -> bool:
         wait = stream_wait_value()          # (not every system has it: a code other than 0)
@@ -359,7 +365,7 @@ class CudaLane:
         buffer, copied = fetched
         while not copied.query():
             self.pump()
-            time.sleep(0)                   # (whoever else wants the interpreter has it)
+            yield_processor()               # (to the host's thread)
         self.unread.popleft()
         self.buffers[len(buffer)].append(fetched)
         return buffer

@@ -5,6 +5,7 @@ import os
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import torch
@@ -13,6 +14,7 @@ from .config import MixtralConfig
 from .errors import UserError, note
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
+SYSTEM = ctypes.CDLL(None)
 TORCH_THREADS = torch.get_num_threads()     # what torch takes if it is not told
 
 
@@ -36,6 +38,12 @@ def set_threads(threads: int | None, config: MixtralConfig) -> None:
         threads = 1 if small else min(usable_cpus(), TORCH_THREADS)
     if threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
+
+
+def yield_processor() -> None:
+    """Whoever else wants the processor or the interpreter has it. (`time.sleep(0)` would sleep for 60 us, and
+    `os.sched_yield` keeps the interpreter before Python 3.12.)"""
+    SYSTEM.sched_yield()
 
 
 def available_memory() -> int | None:
@@ -81,6 +89,13 @@ def cuda_runtimes() -> list[ctypes.CDLL]:
     for library in libraries:
         library.cudaMemcpyAsync.argtypes = pointer, pointer, ctypes.c_size_t, ctypes.c_int, pointer
     return libraries
+
+
+def on_device(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The same memory, as the device's kernels see it: they reach across the link for it."""
+    view = SimpleNamespace(memory=pinned, __cuda_array_interface__={
+        "shape": (pinned.nbytes,), "typestr": "|u1", "data": (pinned.data_ptr(), False), "version": 3})
+    return torch.as_tensor(view, device=device).view(pinned.dtype).view(pinned.shape)
 
 
 @cache

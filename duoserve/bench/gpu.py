@@ -33,7 +33,7 @@ from ..config import MixtralConfig
 from ..engine import Engine
 from ..errors import UserError, note, parse_amount, parse_rate
 from ..experts import StreamedExperts
-from ..machine import usable_cpus
+from ..machine import usable_cpus, yield_processor
 from ..model import Layer
 from ..options import EngineOptions, check_device
 from ..packed import ModelShapes
@@ -319,7 +319,7 @@ def host_speed(engine: Engine) -> dict:
             job = host.jobs[key]
             while not job.ended:            # as in decode, while a routing is awaited
                 cache.pump()
-                time.sleep(0)
+                yield_processor()
             host.collect()
             took.append(job.ended - job.begun)
             waits.append(job.begun - job.asked)

@@ -107,11 +107,17 @@ class GPUExpertCache:
                 row[e] = slot.index
         return row
 
-    def require(self, keys: list[Key]) -> None:
-        """The router asks for these of a layer: none may be evicted before it is computed."""
+    def require(self, keys: list[Key], on_host: list[Key] = []) -> None:
+        """The router asks for these of a layer: none may be evicted before it is computed. Those `on_host`
+        the host computes: what has begun to move of them stops."""
+        for guess in [transfer for transfer in self.queue if transfer.key in on_host]:
+            self.queue.remove(guess)
+            self._drop(guess)
+        self.counts.host_experts += len(on_host)
         self.needed.update(keys)
         if self.launched:
-            self.launched = {key for key in self.launched if key[0] != keys[0][0] or key in self.needed}
+            layer = (keys or on_host)[0][0]
+            self.launched = {key for key in self.launched if key[0] != layer or key in self.needed}
         for key in filter(self.resident, keys):
             transfer = self.slot_of[key].transfer
             transfer.in_time = self.lane.arrived(transfer)
@@ -181,6 +187,10 @@ class GPUExpertCache:
             return self.demand(key)         # a prefetch that fails is tried again as a demand
         return True
 
+    def read(self, fetched):
+        """The lane's `read`, beside the host."""
+        return self.lane.read(fetched) if self.host is None else self.lane.read(fetched, self.host.pause)
+
     def acquire(self, key: Key) -> int:
         """Wait for an expert, pin it, and return its slot; or LAUNCHED, if the device computes it anyway."""
         slot = self.slot_of[key]
@@ -204,16 +214,6 @@ class GPUExpertCache:
         else:
             self.lane.used([slot.index])
         self.reconsider()
-
-    def leave(self, keys: list[Key]) -> None:
-        """The host computes these: what has begun to move of them stops."""
-        for key in keys:
-            self.needed.discard(key)
-            guess = next((transfer for transfer in self.queue if transfer.key == key), None)
-            if guess is not None:
-                self.queue.remove(guess)
-                self._drop(guess)
-        self.counts.host_experts += len(keys)
 
     def drop(self, key: Key) -> None:
         """Empty an expert's slot, unless it is pinned."""

@@ -409,11 +409,11 @@ class Engine:
     def _fetch(self, values: Tensor) -> Tensor:
         """values [n] of the device -> in fp32 on the host, until more are fetched; all that led to them has
         been computed without a failure."""
-        lane, host = self.cache.lane, self.cache.host
+        cache = self.cache
         with self._guarded():
-            fetched = lane.read(lane.fetch(values.float()))
-            if host is not None:
-                host.collect()
+            fetched = cache.read(cache.lane.fetch(values.float()))
+            if cache.host is not None:
+                cache.host.collect()
             return fetched
 
     def _rest(self) -> None:

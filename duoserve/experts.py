@@ -116,7 +116,7 @@ class StreamedExperts:
             self._record("router", layer, logits)
             for ahead in lookahead:
                 self._record("lookahead", layer + 1, ahead)
-        read, n = self.lane.read(self.fetched.pop(0)), len(numbers)
+        read, n = self.cache.read(self.fetched.pop(0)), len(numbers)
         if self.cache.host is not None:
             self.cache.host.take(read[n:])
         return Routing.unpack(read[:n].tolist(), E, K)

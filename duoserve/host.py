@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from .link import Clock, Key
+from .machine import yield_processor
 from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out, silu_table,
                     whole_numbers)
 
 ANSWERS = 256                               # buffers for answers on their way to the device
 LAST = 2**31 - 1                            # number of a job that never comes
+START = 1e-4                                # seconds within which its thread should have begun, and
+MOMENT = 1e-6                               # what it then needs to be in compiled code (Linux makes it 50 us)
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL: list[float] = []                     # what it was before there was a host
@@ -122,6 +125,9 @@ class SimulatedHost:
         """Where it is, [D], for a while; the device may copy it from there."""
         return self.worker.answer(key)
 
+    def pause(self) -> None:
+        """For a moment, while the device is awaited."""
+
     def collect(self) -> None:
         """The device has done what it was told so far, so what it waited for is there. Raises `HostError` if
         something is not."""
@@ -196,6 +202,11 @@ class Host:
             self.jobs[key] = job = Job(self.number, key, x, next(self.rows), self.now())
             self.answers[key] = job.answer
             self.queue.put(job)
+        # Its thread needs the interpreter for a moment. What we would do meanwhile can wait.
+        until = self.now() + START
+        while not job.begun and self.now() < until:
+            yield_processor()
+        time.sleep(MOMENT)
 
     def wait(self, key: Key) -> None:
         job = self.jobs.get(key)            # (or it has been seen to be done)
@@ -208,6 +219,18 @@ class Host:
             job.seen = self.now()
             self.pump()
         self.collect()
+
+    def pause(self) -> None:
+        """The device waits for our answer, so until that is there our threads shall have all processors; who
+        awaits the device then is to know at once."""
+        job = next(iter(self.jobs.values()), None)
+        if job is None:
+            yield_processor()
+        elif job.ended:
+            self.collect()
+        else:
+            with suppress(queue.Empty):
+                job.done.get(timeout=PATIENCE)
 
     def check(self, job: Job) -> None:
         if job.error is not None:

@@ -189,8 +189,9 @@ class SimulatedLane:
         pinned memory. False if it cannot be told: then the host has to wait before it tells it anything."""
         return False
 
-    def read(self, fetched: torch.Tensor) -> torch.Tensor:
-        """The numbers, on the host, until others are fetched; the lane is fed meanwhile."""
+    def read(self, fetched: torch.Tensor, pause: Callable[[], None] | None = None) -> torch.Tensor:
+        """The numbers, on the host, until others are fetched; the lane is fed meanwhile, with a `pause` in
+        between."""
         self.clock.pump()
         return fetched.cpu()                # (on a GPU with a simulated link they are not there yet)
 
@@ -361,11 +362,12 @@ class CudaLane:
         wait = stream_wait_value()          # (not every system has it: a code other than 0)
         return wait is not None and wait(self.compute.cuda_stream, word.data_ptr(), value, AT_LEAST) == 0
 
-    def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event]) -> torch.Tensor:
+    def read(self, fetched: tuple[torch.Tensor, torch.cuda.Event],
+             pause: Callable[[], None] = yield_processor) -> torch.Tensor:
         buffer, copied = fetched
         while not copied.query():
             self.pump()
-            yield_processor()               # (to the host's thread)
+            pause()
         self.unread.popleft()
         self.buffers[len(buffer)].append(fetched)
         return buffer

@@ -63,24 +63,22 @@ class ExpertScheduler:
         """Yields (expert, place) of each expert with a token as it is ready. The place is a slot, pinned
         until resumed or closed; LAUNCHED where the device has been told to compute it already; or HOST, where
         the host has computed it."""
-        self.history.observe(layer, routing)
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
-        cache.require(remaining)
-        self.on_routing(layer, routing)
         on_host = []
         if cache.host is not None:          # (what is launched is computed whatever we say)
             on_host = self.for_host([key for key in remaining if key not in cache.launched])
-        if on_host:
-            cache.leave(on_host)
+        if on_host:                         # (first of all: it takes longest)
+            cache.host.submit(on_host)
             remaining = [key for key in remaining if key not in on_host]
+        self.history.observe(layer, routing)
+        cache.require(remaining, on_host)
+        self.on_routing(layer, routing)
         planned = False
         try:
             while True:
                 for key in self.to_demand(remaining):               # as many as fit, before any guess
                     cache.demand(key)
-                if not planned:             # (the demands first: a thread that wakes takes the interpreter)
-                    if on_host:
-                        cache.host.submit(on_host)
+                if not planned:
                     self.plan_prefetch(layer, routing)
                     planned = True
                 if not remaining:

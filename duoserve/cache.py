@@ -166,9 +166,11 @@ class GPUExpertCache:
     def demand(self, key: Key) -> bool:
         """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it
         yet."""
+        if self.resident(key):
+            return True
         self.pump()
         slot = self.slot_of.get(key)
-        if slot is not None and slot.whole:
+        if slot is not None and slot.whole:                         # (just now)
             return True
         begun = slot is not None
         guess = slot.transfer if begun else next((t for t in self.queue if t.key == key), None)

@@ -175,10 +175,6 @@ class SimulatedLane:
         fp32."""
         return values
 
-    def behind(self) -> bool:
-        """Has the device finished what it was given, so that it waits for the host?"""
-        return False
-
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
         may not change until that is done. Both are contiguous, of one dtype and shape."""
@@ -281,7 +277,6 @@ class CudaLane:
 
     def begin_pass(self) -> None:
         self.compute = torch.cuda.current_stream(self.device)
-        self.unread: deque = deque()        # events: what is on its way to the host, the oldest first
 
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
@@ -344,11 +339,7 @@ class CudaLane:
         buffer, copied = free.pop()
         self.enqueue(buffer.data_ptr(), values.data_ptr(), buffer.nbytes, self.compute)
         copied.record(self.compute)
-        self.unread.append(copied)
         return buffer, copied
-
-    def behind(self) -> bool:
-        return bool(self.unread) and self.unread[0].query()
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms
@@ -368,7 +359,6 @@ class CudaLane:
         while not copied.query():
             self.pump()
             pause()
-        self.unread.popleft()
         self.buffers[len(buffer)].append(fetched)
         return buffer
 

@@ -230,7 +230,7 @@ class DecodeScheduler(ExpertScheduler):
         # once somebody asks: the next layer's `chance [experts]`, and `value [layers][experts]`. If nothing
         # has to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
-        self.thinks, self.planned = True, True
+        self.thinks = True
         self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
@@ -246,13 +246,14 @@ class DecodeScheduler(ExpertScheduler):
         self.state, self.lookahead = layer + 1, routing.lookahead
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
-        """What is missing is under way by now. While the device waits, what was thought at the layer before
-        will do, once."""
-        self.planned = self.value is None or not self.planned or not self.cache.lane.behind()
-        if self.planned:
+        """What is missing is under way by now. Thinking takes longer than a layer whose experts are there. So
+        where the lookahead's favourites are there, what was thought before will do."""
+        cache, chances = self.cache, routing.lookahead or []
+        likely = sorted(range(len(chances)), key=lambda e: -chances[e])[:len(routing.ids)]
+        if self.value is None or not likely or not all(cache.resident((layer + 1, e)) for e in likely):
             self.replan()
         else:
-            self.cache.plan([guess.key for guess in self.cache.queue if guess.key[0] != layer])
+            cache.plan([guess.key for guess in cache.queue if guess.key[0] != layer])
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as

@@ -203,8 +203,8 @@ class Host:
             self.answers[key] = job.answer
             self.queue.put(job)
         # Its thread needs the interpreter for a moment. What we would do meanwhile can wait.
-        until = self.now() + START
-        while not job.begun and self.now() < until:
+        first, until = self.jobs[keys[0]], self.now() + START
+        while not first.begun and self.now() < until:
             yield_processor()
         time.sleep(MOMENT)
 

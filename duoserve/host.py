@@ -39,9 +39,10 @@ TRIALS = 15                                 # experts computed to see how long o
 PAUSE = 3e-3                                # and seconds between two: a thread that has slept starts late
 FOLLOWING = 0.1                             # weight of the newest in a running mean
 FORGET = 2.0                                # seconds in which the mean forgets most of what it has seen
-# The generated code runs without holding the interpreter, on as many threads as its caller has set.
+# The generated code runs without holding the interpreter, on as many threads as its caller has set. (What is
+# compiled for one thread would be wrong on several: each does what no loop divides.)
 HOST_CODE = {**SAME_EVERYWHERE, **IN_ONE_PASS, "cpp_wrapper": True, "cpp.dynamic_threads": True,
-             "cpp.enable_floating_point_contract_flag": "fast"}
+             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast"}
 
 # Inductor tries at every start which vector instructions the compiler knows, each set of them in an
 # interpreter that imports torch: 8 s with a warm disk, 50 with a slow one.

@@ -78,9 +78,10 @@ def on_the_host(expert, x):
     w13, w2 = ((matrix.q.view(torch.int32), matrix.scale, matrix.zero) for matrix in (expert.w13, expert.w2))
     out = torch.empty_like(x)
     arguments = x, silu_table(x.dtype, x.device), *w13, *w2, out[0]
-    if x.dtype not in on_the_host.compiled:
-        on_the_host.compiled[x.dtype] = compiled_expert(*arguments)
-    on_the_host.compiled[x.dtype](*arguments)
+    key = x.dtype, x.shape
+    if key not in on_the_host.compiled:
+        on_the_host.compiled[key] = compiled_expert(*arguments)
+    on_the_host.compiled[key](*arguments)
     return out
 
 

@@ -143,6 +143,21 @@ def test_a_compiled_expert(dtype):
         assert dtype == FP16 or same(eager(x), on_the_host(eager, x))           # (it compiles for 10 s)
 
 
+@pytest.mark.compiles
+@needs_compiler
+def test_the_host_s_code_on_more_threads_than_there_were_when_it_was_compiled():
+    """An engine on a GPU lets torch have one. With a single group there is more that no loop divides."""
+    expert, threads = an_expert(64, hidden=64, ffn=64), torch.get_num_threads()
+    x = torch.randn(200, 1, 64, generator=torch.Generator().manual_seed(5)).to(FP16)
+    try:
+        torch.set_num_threads(1)
+        on_the_host(expert, x[0])
+        torch.set_num_threads(2)
+        assert all(same(expert(row), on_the_host(expert, row)) for row in x)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_one_row_of_fp32_is_the_plain_product():
     w, x = matrices(8, 256, 64)["plain"], torch.randn(1, 256, generator=torch.Generator().manual_seed(4))
     linear = PackedLinear(256, 8, largest_group=64)

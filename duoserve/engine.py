@@ -39,9 +39,9 @@ from .tokenizer import TextStream
 
 
 HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
-FEW_SLOTS = 1 / 3                           # share of the experts on the GPU up to which the host may take
-HOST_HELPS = 2.5                            # this many times as long as the link for one, and help; with more
-                                            # it has to be faster (bench/README.md)
+FEW_SLOTS = 1 / 3                           # share of the experts that fit on the GPU
+HOST_HELPS = 2.5, 1.5                       # how many times as long as the link the host may take for one, and
+                                            # help: up to that share, and above it (bench/README.md)
 
 
 @dataclass
@@ -300,8 +300,8 @@ class Engine:
             return None
         if link_s <= THOUGHT:               # (nor will the scheduler ask it)
             self.host_unused = "an expert crosses the link faster than that could be decided"
-        few = self.plan.slots <= FEW_SLOTS * len(self.config.expert_keys)
-        if not asked and host.seconds() > (HOST_HELPS if few else 1) * link_s:
+        many = self.plan.slots > FEW_SLOTS * len(self.config.expert_keys)
+        if not asked and host.seconds() > HOST_HELPS[many] * link_s:
             each, link = 1e3 * host.seconds(), 1e3 * link_s
             self.host_unused = f"an expert takes {each:.1f} ms there, {link:.1f} over the link"
             return None

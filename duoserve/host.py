@@ -29,13 +29,11 @@ from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swig
 
 ANSWERS = 256                               # buffers for answers on their way to the device
 LAST = 2**31 - 1                            # number of a job that never comes
-START = 1e-4                                # seconds within which its thread should have begun, and
-MOMENT = 1e-6                               # what it then needs to be in compiled code (Linux makes it 50 us)
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL: list[float] = []                     # what it was before there was a host
 THREAD = "duoserve-host"
-TRIALS = 15                                 # experts computed to see how long one takes,
+TRIALS = 9                                  # experts computed to see how long one takes,
 PAUSE = 3e-3                                # and seconds between two: a thread that has slept starts late
 FOLLOWING = 0.1                             # weight of the newest in a running mean
 FORGET = 2.0                                # seconds in which the mean forgets most of what it has seen
@@ -203,11 +201,6 @@ class Host:
             self.jobs[key] = job = Job(self.number, key, x, next(self.rows), self.now())
             self.answers[key] = job.answer
             self.queue.put(job)
-        # Its thread needs the interpreter for a moment. What we would do meanwhile can wait.
-        first, until = self.jobs[keys[0]], self.now() + START
-        while not first.begun and self.now() < until:
-            yield_processor()
-        time.sleep(MOMENT)
 
     def wait(self, key: Key) -> None:
         job = self.jobs.get(key)            # (or it has been seen to be done)
@@ -360,10 +353,11 @@ def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: tor
 def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:
     """Set how many threads this one computes with: the fastest of these counts. -> `threads`, and `each`: the
     seconds of an expert."""
-    took, out = {}, torch.empty_like(x[0])
-    for n in sorted(counts, reverse=True):
+    took, out = dict.fromkeys(counts, math.inf), torch.empty_like(x[0])
+    for n in 2 * sorted(counts):            # (twice, as somebody may disturb one of them)
         torch.set_num_threads(n)
-        took[n] = statistics.median(seconds(compute, keys[i % len(keys)], x, out) for i in range(TRIALS))
+        trials = (seconds(compute, keys[i % len(keys)], x, out) for i in range(TRIALS))
+        took[n] = min(took[n], statistics.median(trials))
     best = min(took, key=took.get)
     torch.set_num_threads(best)
     return {"threads": best, "each": took[best]}

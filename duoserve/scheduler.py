@@ -67,9 +67,7 @@ class ExpertScheduler:
         on_host = []
         if cache.host is not None:          # (what is launched is computed whatever we say)
             on_host = self.for_host([key for key in remaining if key not in cache.launched])
-        if on_host:                         # (first of all: it takes longest)
-            cache.host.submit(on_host)
-            remaining = [key for key in remaining if key not in on_host]
+        remaining = [key for key in remaining if key not in on_host]
         self.history.observe(layer, routing)
         cache.require(remaining, on_host)
         self.on_routing(layer, routing)
@@ -78,7 +76,9 @@ class ExpertScheduler:
             while True:
                 for key in self.to_demand(remaining):               # as many as fit, before any guess
                     cache.demand(key)
-                if not planned:
+                if not planned:             # (the demands first: a thread that wakes takes the interpreter)
+                    if on_host:
+                        cache.host.submit(on_host)
                     self.plan_prefetch(layer, routing)
                     planned = True
                 if not remaining:

@@ -40,7 +40,7 @@ from .tokenizer import TextStream
 
 HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
 FEW_SLOTS = 1 / 3                           # share of the experts that fit on the GPU
-HOST_HELPS = 2.5, 1.5                       # how many times as long as the link the host may take for one, and
+HOST_HELPS = 2.5, 1.5                       # how many times as long as the link the host may take for one and
                                             # help: up to that share, and above it (bench/README.md)
 
 

@@ -66,7 +66,6 @@ class Job:
     dropped: bool = False                   # its request has ended
     begun: float = 0.0
     ended: float = 0.0
-    seen: float = 0.0                       # when who waited for it noticed, if anybody did
     error: BaseException | None = None
 
 
@@ -204,15 +203,10 @@ class Host:
 
     def wait(self, key: Key) -> None:
         job = self.jobs.get(key)            # (or it has been seen to be done)
-        if job is None or not job.ended and self.wait_for(self.done, job.number):
-            return
-        while not job.ended:
-            with suppress(queue.Empty):
-                job.done.get(timeout=PATIENCE)
-            self.check(job)
-            job.seen = self.now()
-            self.pump()
-        self.collect()
+        if job is not None and (job.ended or not self.wait_for(self.done, job.number)):
+            while key in self.jobs:
+                self.pause()
+                self.pump()
 
     def pause(self) -> None:
         """The device waits for our answer, so until that is there our threads shall have all processors; who
@@ -220,29 +214,25 @@ class Host:
         job = next(iter(self.jobs.values()), None)
         if job is None:
             yield_processor()
-        elif job.ended:
+        elif job.ended or "gone" in self.state:
             self.collect()
         else:
             with suppress(queue.Empty):
                 job.done.get(timeout=PATIENCE)
-
-    def check(self, job: Job) -> None:
-        if job.error is not None:
-            raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
-        if "gone" in self.state and not job.ended:                  # (a Ctrl-C in `is_alive` may spoil it)
-            raise HostError("its thread is gone")
 
     def answer(self, key: Key) -> Tensor:
         return self.answers.pop(key)
 
     def collect(self) -> None:
         for job in list(self.jobs.values()):
-            self.check(job)
+            if job.error is not None:
+                raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error
+            if "gone" in self.state and not job.ended:              # (a Ctrl-C in `is_alive` may spoil it)
+                raise HostError("its thread is gone")
             if not job.ended:               # (its turn comes)
                 break
             self.busy += job.ended - job.begun
-            # What it costs is more than that: its thread has to wake, and so has who waits, if anybody does.
-            cost = max(job.seen, job.ended) - max(job.asked, self.last)
+            cost = job.ended - max(job.asked, self.last)            # (its thread has to wake first)
             each, self.since, self.last = self.seconds(), self.now(), job.ended
             self.each = each + FOLLOWING * (min(cost, 3 * each) - each)             # (an outlier counts less)
             del self.jobs[job.key]

@@ -30,9 +30,9 @@ SHARED = {                                  # flags that several programs have, 
                       "keep all)"},
     "--predictor": {"metavar": "FILE|none",
                     "help": "what duo predicts with (default: the model's own, if it has one)"},
-    "--threads": {"type": int, "metavar": "N", "help": "that compute on the CPU (default: one for a small "
+    "--threads": {"type": int, "metavar": "N", "help": "threads for the CPU (default: one for a small "
                   "model, else one a core; or what OMP_NUM_THREADS says)"},
-    "--host-threads": {"default": "auto", "metavar": "N|auto", "help": "that compute missing experts beside "
+    "--host-threads": {"default": "auto", "metavar": "N|auto", "help": "threads for missing experts beside "
                        "a GPU; 0 never (default: all but one, if that helps here; with --device cpu 0, "
                        "or else as many as --threads)"},
     "--compile": {"action": argparse.BooleanOptionalAction,

@@ -4,6 +4,10 @@ A weight is `(q - zero) * scale` with q in 0..15, and one fp16 scale and zero fo
 columns. Within a group of G columns, byte j holds column j in its low nibble and column j + G/2 in its high
 one: both nibbles of a row of bytes are contiguous runs of columns, so unpacking needs no shuffle and fuses
 into the product.
+
+If a group had four columns: scale 0.5 and zero 2 make of q = 5, 0, 2, 15 the weights 1.5, -1, 0, 6.5. Byte 0
+holds columns 0 and 2: 5 + 16 * 2 = 37, and byte 1 columns 1 and 3: 0 + 16 * 15 = 240. A row x meets the group
+as ((5 x0 + 0 x1 + 2 x2 + 15 x3) - 2 (x0 + x1 + x2 + x3)) * 0.5.
 """
 
 from dataclasses import dataclass

@@ -30,8 +30,8 @@ COMMANDS = {                                # name: what it calls, what it is, t
 MILLISECONDS = (                            # the defaults are those of `replay.Costs`
     ("--attention-ms", "A", "to compute a layer without its experts (default %(default)s)"),
     ("--expert-ms", "B", "to compute an expert (default %(default)s)"),
-    ("--host-expert-ms", "H", "that the host takes for an expert (default: it computes none)"),
-    ("--predict-ms", "X", "that the trained predictor adds to a layer visit (default %(default)s)"),
+    ("--host-expert-ms", "H", "for an expert on the host (default: it computes none)"),
+    ("--predict-ms", "X", "more for a layer visit with the trained predictor (default %(default)s)"),
     ("--prefill-attention-ms", "A", "for a prompt (default: --attention-ms x (1 + tokens / 128))"),
     ("--prefill-expert-ms", "B", "for a prompt (default: --expert-ms x (1 + its tokens / 128))"))
 PERSISTENCE = "made-up routing: the chance that the next token chooses an expert again (default 0.30)"

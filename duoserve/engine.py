@@ -419,9 +419,12 @@ class Engine:
     def _rest(self) -> None:
         """Nothing more is guessed, and every time is known. (The host is let go: it feeds the lane, which
         feeds from the cache, and its thread would live until such circles are collected.)"""
-        self.cache.plan([])
-        self.cache.lane.finish()
-        self.cache.host = None
+        cache = self.cache
+        cache.plan([])
+        cache.lane.finish()
+        if cache.host is not None:
+            cache.host.abandon()            # (it may have answers that an interruption left)
+        cache.host = None
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], *, decode: bool = False) -> Tensor:

@@ -27,6 +27,7 @@ from duoserve.host import FORGET, THREAD, Host, HostError, Job, SimulatedHost
 from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
+from duoserve.sampling import sample
 from duoserve.scheduler import DecodeScheduler, ExpertScheduler
 
 SLOW = dict(simulate_link=8e6, simulate_host=8e6)                   # an expert takes about a millisecond
@@ -396,6 +397,28 @@ def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
                 run()
         assert len(engine.result.token_ids) == 1 and engine.result.finish_reason == "interrupted"
     assert same(answers(engine), want)
+
+
+def test_an_interruption_before_the_answers_are_collected_is_not_the_next_request_s(tiny, monkeypatch):
+    """Where the device waits, the last layer's are still to be collected when the next token is sampled."""
+    monkeypatch.setattr(ExpertScheduler, "for_host", lambda self, keys: keys if self.layer == 2 else [])
+    engine = load(tiny, cache_experts=3, host_threads=1)
+    want, host = answers(engine), engine.host
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "wait", lambda key: host.jobs[key].done.get(timeout=10))
+        patch.setattr(host, "pause", lambda: None)
+        calls = itertools.count()
+
+        def interrupted(*arguments):
+            if next(calls) == 1:
+                for job in host.jobs.values():
+                    job.error = ValueError("of the request before")
+                raise KeyboardInterrupt
+            return sample(*arguments)
+        patch.setattr(engine_module, "sample", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(SHORT, **SAMPLED)
+    assert not host.jobs and same(answers(engine), want)
 
 
 def test_a_lane_that_takes_its_time_is_not_the_host_s_cost():

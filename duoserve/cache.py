@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .errors import UserError
 from .link import Key, LinkError, Transfer
 
-# In place of a slot: the device has found the expert by itself; the host has computed it.
+# In place of a slot: the device has found the expert by itself; the host computes it.
 LAUNCHED, HOST = -1, -2
 
 

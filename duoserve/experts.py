@@ -135,7 +135,7 @@ class StreamedExperts:
                     self._span(f"expert {e}", layer)
 
     def answer(self, layer: int, expert: int) -> Tensor:
-        """[D], on the host: what came of an expert that it has computed."""
+        """[D], on the host: where it puts what comes of an expert."""
         return self.cache.host.answer((layer, expert))
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:

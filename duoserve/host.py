@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .link import Clock, Key
-from .machine import yield_processor
+from .machine import HOST_THREAD, yield_processor
 from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out, silu_table,
                     whole_numbers)
 
@@ -32,7 +32,6 @@ LAST = 2**31 - 1                            # number of a job that never comes
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL: list[float] = []                     # what it was before there was a host
-THREAD = "duoserve-host"
 TRIALS = 9                                  # experts computed to see how long one takes,
 PAUSE = 3e-3                                # and seconds between two: a thread that has slept starts late
 FOLLOWING = 0.1                             # weight of the newest in a running mean
@@ -40,11 +39,8 @@ FORGET = 2.0                                # seconds in which the mean forgets 
 # The generated code runs without holding the interpreter, on as many threads as its caller has set. (What is
 # compiled for one thread would be wrong on several: each does what no loop divides.)
 HOST_CODE = {**SAME_EVERYWHERE, **IN_ONE_PASS, "cpp_wrapper": True, "cpp.dynamic_threads": True,
-             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast"}
-
-# Inductor tries at every start which vector instructions the compiler knows, each set of them in an
-# interpreter that imports torch: 8 s with a warm disk, 50 with a slow one.
-BELIEVED = {"cpp.vec_isa_ok": True}
+             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast",
+             "cpp.vec_isa_ok": True}        # (else tried anew at each start, in new interpreters: 8 to 50 s)
 
 
 class HostError(Exception):
@@ -164,7 +160,7 @@ class Host:
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.compiled, self.ready = threading.Event(), threading.Event()
         self.state: dict = {}               # `each` and `threads`, or the `error`
-        self.thread = threading.Thread(target=work, daemon=True, name=THREAD, args=(
+        self.thread = threading.Thread(target=work, daemon=True, name=HOST_THREAD, args=(
             self.queue, self.done.numpy(), prepare, self.compiled, self.ready, self.state))
         self.thread.start()
         self.close = weakref.finalize(self, stop, self.queue, self.thread, self.ready)
@@ -265,21 +261,23 @@ def work(jobs: queue.SimpleQueue, done: np.ndarray, prepare, compiled: threading
     finally:
         compiled.set()
         ready.set()
-    while "error" not in state and (job := jobs.get()) is not None:
-        if not job.dropped:
-            job.begun = time.perf_counter()
-            try:
-                compute(job.key, job.x, job.answer)
-            except BaseException as error:
-                job.error = error
-        job.ended = time.perf_counter()
-        done[0] = job.number
-        job.done.put(None)
-        del job
-    state["gone"] = True
-    done[0] = LAST
+    try:
+        while "error" not in state and (job := jobs.get()) is not None:
+            if not job.dropped:
+                job.begun = time.perf_counter()
+                try:
+                    compute(job.key, job.x, job.answer)
+                except BaseException as error:
+                    job.error = error
+            job.ended = time.perf_counter()
+            done[0] = job.number
+            job.done.put(None)
+            del job
+    finally:
+        state["gone"] = True
+        done[0] = LAST
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    if USUAL and THREAD not in (thread.name for thread in others):
+    if USUAL and HOST_THREAD not in (thread.name for thread in others):
         sys.setswitchinterval(USUAL.pop())
         USUAL.clear()
 
@@ -323,10 +321,7 @@ def compiled_expert(*example: Tensor) -> Callable[..., None]:
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(tensor) for tensor in example]     # (inference tensors cannot be traced)
         graph = make_fx(run_expert, tracing_mode="fake")(*like)
-        try:
-            return torch._inductor.compile(graph, like, options=HOST_CODE | BELIEVED)
-        except Exception:                   # (an old compiler)
-            return torch._inductor.compile(graph, like, options=HOST_CODE)
+        return torch._inductor.compile(graph, like, options=HOST_CODE)
 
 
 def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:

@@ -347,7 +347,10 @@ class CudaLane:
         seen = self.seen.get(values.data_ptr())
         if seen is None:
             seen = self.seen[values.data_ptr()] = on_device(values, self.device)
-        torch.mul(seen, 1, out=into)
+        if seen.data_ptr() == values.data_ptr():
+            torch.mul(seen, 1, out=into)
+        else:                               # (torch has made a copy: it took the memory for another GPU's)
+            self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute)
 
     def wait_for(self, word: torch.Tensor, value: int) -> bool:
         wait = stream_wait_value()          # (not every system has it: a code other than 0)

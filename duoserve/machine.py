@@ -15,6 +15,7 @@ from .errors import UserError, note
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
 SYSTEM = ctypes.CDLL(None)
+HOST_THREAD = "duoserve-host"               # the name of those that compute experts
 TORCH_THREADS = torch.get_num_threads()     # what torch takes if it is not told
 
 

@@ -62,7 +62,7 @@ class ExpertScheduler:
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, int]]:
         """Yields (expert, place) of each expert with a token as it is ready. The place is a slot, pinned
         until resumed or closed; LAUNCHED where the device has been told to compute it already; or HOST, where
-        the host has computed it."""
+        what is computed from here on finds the host's answer."""
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
         on_host = []
         if cache.host is not None:          # (what is launched is computed whatever we say)

@@ -9,6 +9,7 @@ asks for them.
 
 import mmap
 import os
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +19,7 @@ import torch
 from .errors import UserError, format_bytes, note
 from .files import read_into, reading
 from .link import Key, LinkError
-from .machine import available_memory, clear_cuda_error
+from .machine import HOST_THREAD, available_memory, clear_cuda_error
 from .packed import PackedModel
 
 REGION = 2**30                              # bytes registered at a time
@@ -146,6 +147,9 @@ class ExpertStore:
             done.append(base + start)
 
         def release(memory, regions=done):  # holding the map: it must outlive its registration
+            thread = threading.current_thread()
+            if thread.name == HOST_THREAD:  # (it collects garbage, too; and the GPU may be waiting for it)
+                return threading.Thread(target=release, args=(memory,)).start()
             torch.cuda.synchronize()
             for address in regions:
                 runtime.cudaHostUnregister(address)

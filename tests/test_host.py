@@ -23,7 +23,7 @@ from duoserve.cache import HOST, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import FORGET, THREAD, Host, HostError, Job, SimulatedHost
+from duoserve.host import FORGET, HOST_THREAD, Host, HostError, Job, SimulatedHost
 from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
@@ -388,8 +388,7 @@ def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
     engine = load(tiny, cache_experts=3, host_threads=1)
     want, host = answers(engine), engine.host
     with monkeypatch.context() as patch:
-        patch.setattr(host, "wait_for", lambda word, number: time.sleep(0.01) or True)
-        patch.setattr(host, "wait", lambda key: Host.wait(host, key) or host.answers[key].fill_(7))
+        patch.setattr(host, "wait", lambda key: host.answers[key].fill_(7))         # (all is well so far)
         patch.setattr(host, "submit", lambda keys: [
             Host.submit(host, keys), setattr(host.jobs[keys[-1]], "error", ValueError("late"))])
         for run in (lambda: engine.generate(SHORT, **SAMPLED), lambda: engine.logits(SHORT, decode=True)):
@@ -464,7 +463,7 @@ def test_one_processor_is_enough_for_a_simulated_host(tiny, monkeypatch):
 def test_the_interpreter_switches_as_before_when_no_host_is_left():
     gc.collect()                            # (other tests' engines)
     for thread in threading.enumerate():
-        if thread.name == THREAD:
+        if thread.name == HOST_THREAD:
             thread.join(5)
     usual = sys.getswitchinterval()
     one, two = a_host(adding, {"each": 0.02, "threads": 1}), a_host(adding, {"each": 0.02, "threads": 1})

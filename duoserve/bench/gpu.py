@@ -33,7 +33,7 @@ from ..config import MixtralConfig
 from ..engine import Engine
 from ..errors import UserError, note, parse_amount, parse_rate
 from ..experts import StreamedExperts
-from ..machine import usable_cpus, yield_processor
+from ..machine import usable_cpus
 from ..model import Layer
 from ..options import EngineOptions, check_device
 from ..packed import ModelShapes
@@ -317,10 +317,9 @@ def host_speed(engine: Engine) -> dict:
             host.take(x)
             host.submit([key])
             job = host.jobs[key]
-            while not job.ended:            # as in decode, while a routing is awaited
+            while host.jobs:                # as in decode, while a routing is awaited
                 cache.pump()
-                yield_processor()
-            host.collect()
+                host.pause()
             took.append(job.ended - job.begun)
             waits.append(job.begun - job.asked)
             host.answer(key)

@@ -166,11 +166,10 @@ class GPUExpertCache:
     def demand(self, key: Key) -> bool:
         """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it
         yet."""
-        if self.resident(key):
-            return True
-        self.pump()
+        if not self.resident(key):
+            self.pump()                     # (which may send the rest of it)
         slot = self.slot_of.get(key)
-        if slot is not None and slot.whole:                         # (just now)
+        if slot is not None and slot.whole:
             return True
         begun = slot is not None
         guess = slot.transfer if begun else next((t for t in self.queue if t.key == key), None)

@@ -16,7 +16,7 @@ from .cache import Slot
 from .errors import UserError, did_you_mean, note
 from .history import Routing
 from .link import Key
-from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler
+from .scheduler import DecodeScheduler, ExpertScheduler, PrefillScheduler, ranked
 
 
 class OnDemand(ExpertScheduler):
@@ -58,8 +58,7 @@ class LookaheadLru(ExpertScheduler):
         self.predict(layer + 1, routing.lookahead)
 
     def predict(self, layer: int, lookahead: list[float] | None) -> None:
-        best = sorted(range(self.experts_a_layer), key=lambda e: -lookahead[e]) if lookahead else []
-        self.cache.plan([(layer, e) for e in best[:self.history.top_k]])
+        self.cache.plan([(layer, e) for e in ranked(lookahead)[:self.history.top_k]])
 
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         share = max(1, len(self.cache.slots) // self.layers)

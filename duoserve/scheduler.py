@@ -28,6 +28,11 @@ LINK_WORTH = 0.6                            # what a second of the link is worth
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
 
+def ranked(scores: list[float] | None) -> list[int]:
+    """Experts by falling score; none where there are no scores."""
+    return sorted(range(len(scores or ())), key=lambda e: -scores[e])
+
+
 class ExpertScheduler:
     """What the engine asks of a policy; this base fetches what the router asked for, and keeps it.
 
@@ -248,8 +253,7 @@ class DecodeScheduler(ExpertScheduler):
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
         """What is missing is under way by now. Thinking takes longer than a layer whose experts are there. So
         where the lookahead's favourites are there, what was thought before will do."""
-        cache, chances = self.cache, routing.lookahead or []
-        likely = sorted(range(len(chances)), key=lambda e: -chances[e])[:len(routing.ids)]
+        cache, likely = self.cache, ranked(routing.lookahead)[:len(routing.ids)]
         if self.value is None or not likely or not all(cache.resident((layer + 1, e)) for e in likely):
             self.replan()
         else:
@@ -265,8 +269,7 @@ class DecodeScheduler(ExpertScheduler):
             return cache.plan([])
         if not all(cache.resident((layer, e)) for e in range(self.experts_a_layer)):
             self.update_values()
-            best = sorted(range(self.experts_a_layer), key=lambda e: -self.chance[e])
-            wanted = [(layer, e) for e in best if self.chance[e] >= LIKELY]
+            wanted = [(layer, e) for e in ranked(self.chance) if self.chance[e] >= LIKELY]
         beyond = BEYOND if self.forecast.predictor and cache.link_use() < BUSY else 0
         more = max(len(cache.slots) - len(cache.slot_of), beyond)
         if more:

@@ -46,6 +46,12 @@ def engine(directory, **options):
                                   **{"compile": COMPILE, "predictor": "none", **options})
 
 
+def ready(e):
+    """An engine whose host computes."""
+    assert e.host.ready.wait(180) and e.host.trouble() is None, e.host.trouble()
+    return e
+
+
 def tokens(e, temperature=0.8):
     return e.generate(PROMPT, max_new_tokens=24, temperature=temperature).token_ids
 
@@ -79,7 +85,7 @@ def test_same_tokens_wherever_an_expert_is_computed(directory, compiled, dtype, 
     e = engine(directory, cache_experts=5, dtype=dtype, host_threads=2)
     assert (e.host is not None) == compiled
     if compiled:
-        assert e.host.ready.wait(180) and e.host.trouble() is None, e.host.trouble()
+        ready(e)
         monkeypatch.setattr(scheduler.ExpertScheduler, "for_host",
                             lambda self, keys: [key for key in keys if rng.random() < 0.5])
         for _ in range(3):
@@ -99,8 +105,7 @@ def test_the_device_waits_for_an_answer_of_the_host(directory, compiled, monkeyp
         return lambda key, x, out: time.sleep(2e-3) or compute(key, x, out)
     monkeypatch.setattr(engine_module, "compiled_experts", late)
     monkeypatch.setattr(scheduler.ExpertScheduler, "for_host", lambda self, keys: keys[:1])
-    e = engine(directory, cache_experts=5, host_threads=2)
-    assert e.host.ready.wait(180) and e.host.trouble() is None, e.host.trouble()
+    e = ready(engine(directory, cache_experts=5, host_threads=2))
     waits, wait_for = [], e.host.wait_for
     nan = torch.full((300, e.config.hidden_size), torch.nan, dtype=torch.bfloat16, device="cpu")
     poisoned = lambda: cycle(nan.clone().pin_memory().unbind())
@@ -116,8 +121,7 @@ def test_a_host_that_fails_or_is_interrupted_leaves_a_gpu_that_works(directory, 
     if not compiled:
         pytest.skip("an eager engine has no host")
     monkeypatch.setattr(scheduler.ExpertScheduler, "for_host", lambda self, keys: keys[:1])
-    e = engine(directory, cache_experts=5, host_threads=2)
-    assert e.host.ready.wait(180) and e.host.trouble() is None, e.host.trouble()
+    e = ready(engine(directory, cache_experts=5, host_threads=2))
     expected, submit, left = tokens(e), e.host.submit, [20]
 
     def interrupted(keys):

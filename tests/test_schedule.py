@@ -760,7 +760,7 @@ def test_where_the_lookahead_s_favourites_are_there_nobody_thinks(monkeypatch):
 
 
 def test_the_replay_charges_for_the_predictor_where_it_runs():
-    """In each layer visit in which it does (nearly all, with few slots), and not in the floor: with every
+    """In each layer visit in which it does (most of them, with few slots), and not in the floor: with every
     expert there it never runs."""
     trace = skewed_traces(0, sequences=1)[0]
     visits = (len(trace.logits) - trace.prompt) * 6

@@ -13,6 +13,8 @@ from .link import Key, LinkError, Transfer
 
 # In place of a slot: the device has found the expert by itself; the host computes it.
 LAUNCHED, HOST = -1, -2
+# What the host does of an expert: some of the BLOCKS, equal in rows, of its first matrix; or the WHOLE.
+BLOCKS, WHOLE = 4, 5
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +41,7 @@ class Counts:
     prefetched: int = 0                     # guesses whose first chunk moved
     prefetched_used: int = 0
     host_experts: int = 0
+    split: int = 0                          # of misses and used prefetches: the host computed a part of it
     in_time: int = 0                        # of hits and used prefetches: was there when it was routed to
     wasted: float = 0.0                     # guesses evicted or dropped before a use, in experts' bytes
     bytes_moved: int = 0
@@ -84,6 +87,11 @@ class GPUExpertCache:
         """Seconds of the link that the rest of an expert takes."""
         slot = self.slot_of.get(key)
         return self.lane.seconds_of(self.expert_bytes - (slot.transfer.sent if slot else 0))
+
+    def ready(self, key: Key) -> bool:
+        """All of it is here or enqueued, but for what the host makes unnecessary."""
+        slot = self.slot_of.get(key)
+        return slot is not None and not slot.transfer.missing
 
     def link_use(self) -> float:
         """The share of the time since `serve` that the link takes for what was used: with 1 it has none to
@@ -163,11 +171,12 @@ class GPUExpertCache:
         """Something has changed for which a guess that found no slot may find one now."""
         self.blocked = None
 
-    def demand(self, key: Key) -> bool:
-        """Have all of an expert enqueued now, at the head of the lane; False if no slot can be freed for it
-        yet."""
-        if not self.resident(key):
-            self.pump()                     # (which may send the rest of it)
+    def demand(self, key: Key, skip: int = 0) -> bool:
+        """Have all of an expert but its first `skip` bytes enqueued now, at the head of the lane; False if no
+        slot can be freed for it yet."""
+        if self.ready(key):
+            return True
+        self.pump()                         # (which may send the rest of it)
         slot = self.slot_of.get(key)
         if slot is not None and slot.whole:
             return True
@@ -178,14 +187,17 @@ class GPUExpertCache:
             return False
         if transfer in self.queue:
             self.queue.remove(transfer)
-        transfer.urgent, transfer.asked = True, self.lane.now()
+        transfer.urgent, transfer.asked, transfer.skip = True, self.lane.now(), skip
+        if transfer.used:                   # ... by a layer visit that the host helped: this is another
+            transfer.used = transfer.counted = transfer.predicted = False
         try:
-            self._send(transfer, transfer.size - transfer.sent)
+            if transfer.missing:
+                self._send(transfer, transfer.missing)
         except LinkError:
             self._drop(transfer)
             if not begun:
                 raise
-            return self.demand(key)         # a prefetch that fails is tried again as a demand
+            return self.demand(key, skip)   # a prefetch that fails is tried again as a demand
         return True
 
     def read(self, fetched):
@@ -210,6 +222,10 @@ class GPUExpertCache:
         slot = self.slot_of[key]
         slot.pinned = False
         self.needed.discard(key)
+        if not slot.whole:                  # the rest follows if nothing is worth more
+            self.counts.split += 1
+            slot.transfer.skip, slot.transfer.urgent, slot.transfer.asked = 0, False, self.lane.now()
+            self.queue.append(slot.transfer)
         if key in self.launched:
             self.launched.discard(key)
         else:
@@ -258,7 +274,7 @@ class GPUExpertCache:
             if self.log is not None:
                 self.log.append(transfer)
         self.counts.bytes_moved += nbytes
-        if transfer.sent == transfer.size:
+        if not transfer.missing:
             self.sent += 1
             transfer.order = self.sent
             self.reconsider()
@@ -271,7 +287,8 @@ class GPUExpertCache:
         else:                               # a guess never takes a slot that is being filled
             barred = set(map(self.slot_of.get, self.needed | self.launched))
             if not urgent:
-                barred.update(self.slots[begun.slot] for begun in self.queue if begun.slot >= 0)
+                barred.update(self.slots[begun.slot] for begun in self.queue
+                              if begun.slot >= 0 and not begun.used)
             candidates = [slot for slot in self.slots if slot not in barred and not slot.pinned]
             if candidates:
                 slot = self.scheduler.victim(transfer.key, candidates, urgent)

@@ -17,7 +17,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from .cache import Counts, GPUExpertCache
+from .cache import BLOCKS, WHOLE, Counts, GPUExpertCache
 from .errors import UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .history import History
@@ -264,15 +264,22 @@ class Engine:
             else:
                 slots = ExpertSlots(c, layout, store.stacked, linear, compiled)
                 index, counts = {key: i for i, key in enumerate(keys)}, {torch.get_num_threads()}
-                compute = lambda key, x, out: out.copy_(slots[index[key]](x)[0])
-            compute(keys[0], x, torch.empty_like(x[0]))             # (compiles)
-            return compute, lambda: on_threads(compute, keys, x, counts)
 
-        host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare)
+                def compute(key, blocks, x, out):
+                    if blocks < WHOLE:
+                        slots.first_rows(index[key], blocks, x, out)
+                    else:
+                        out.copy_(slots[index[key]](x)[0])
+            compute(keys[0], WHOLE, x, torch.empty_like(x[0]))      # (compiles)
+            return compute, lambda: on_threads(compute, keys, x, torch.empty_like(given), counts)
+
+        given = self.step.given
+        block = c.hidden_size // 2 * len(given) // BLOCKS if self.step.divisible else 0             # its bytes
+        host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given)
         host.pump, host.wait_for = self.cache.pump, self.cache.lane.wait_for
         if not options.simulate_host:
             return host
-        return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, host)
+        return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, block, host)
 
     def _await_host(self) -> None:
         """Until the host is ready, but not for long: it takes a minute to compile for the first time. (Its

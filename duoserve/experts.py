@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import HOST, LAUNCHED, GPUExpertCache
+from .cache import BLOCKS, HOST, LAUNCHED, GPUExpertCache
 from .config import MixtralConfig
 from .history import Routing
 from .model import Expert
@@ -37,29 +37,50 @@ class ExpertSlots:
     def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
         return partial(self._compute, slot)
 
-    def _compute(self, slot: int, x: Tensor) -> Tensor:
-        """x [T, D] -> [T, D]."""
+    def _compute(self, slot: int, x: Tensor, given: Tensor | None = None) -> Tensor:
+        """As `Expert.forward`."""
+        self.choose(slot)
+        return self.expert(x, given)
+
+    def choose(self, slot: int) -> None:
         if self.slot is not None:
             self.slot.fill_(slot)
         else:
             for matrix in self.matrices:
                 matrix.at = slot
-        return self.expert(x)
 
-    def run(self, at: Tensor, x: Tensor, out: Tensor) -> None:
-        """x [1, D] through the experts in the slots `at [n]`, read on the device, into out [n, D]."""
+    def first_rows(self, slot: int, blocks: int, x: Tensor, out: Tensor) -> None:
+        """x [1, D] -> so many blocks of out [2F], `given` to `Expert.forward`."""
+        self.choose(slot)
+        w13, each = self.expert.w13, len(out) // BLOCKS
+        product = w13.gemv if x.dtype == torch.float32 else w13.exact_gemv
+        for i in range(0, blocks * each, each):
+            out[i:i + each] = product(x, *w13.matrix(slice(i, i + each)))[0]
+
+    def run(self, at: Tensor, x: Tensor, out: Tensor, given: tuple[Tensor, Tensor] | None = None) -> None:
+        """x [1, D] through the experts in the slots `at [n]`, read on the device, into out [n, D]. `given`:
+        numbers of w13's product [2F], and how many of them are [1]."""
         w13, w2 = ([any_number(w) for w in (matrix.q, matrix.scale, matrix.zero)] for matrix in self.matrices)
         table = None if x.dtype == torch.float32 else silu_table(x.dtype, x.device)
-        self.compiled(w13, w2, table, at, x, out)
+        self.compiled(w13, w2, table, at, x, out, given)
 
 
-def run_experts(w13, w2, table: Tensor | None, at: Tensor, x: Tensor, out: Tensor) -> None:
+def run_experts(w13, w2, table: Tensor | None, at: Tensor, x: Tensor, out: Tensor, given) -> None:
     if table is not None:
-        out.copy_(exact_gemv(exact_swiglu(exact_gemv(x, *w13, at), table, x.dtype), *w2, at))
+        y = beside(exact_gemv(x, *w13, at), given)
+        out.copy_(exact_gemv(exact_swiglu(y, table, x.dtype), *w2, at))
         return
     for i in range(len(at)):                # (a product's bits may depend on how many there are)
-        gate, up = gemv(x, *w13, at[i:i + 1]).chunk(2, -1)
+        gate, up = beside(gemv(x, *w13, at[i:i + 1]), given).chunk(2, -1)
         out[i:i + 1].copy_(gemv(F.silu(gate) * up, *w2, at[i:i + 1]))
+
+
+def beside(y: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
+    """y [n, 2F], of which the first numbers may be given."""
+    if given is None:
+        return y
+    numbers, n = given
+    return torch.where(torch.arange(len(numbers), device=y.device) < n, numbers, y)
 
 
 class StreamedExperts:
@@ -134,8 +155,12 @@ class StreamedExperts:
                 if place not in (LAUNCHED, HOST):
                     self._span(f"expert {e}", layer)
 
+    def given(self, slot: int) -> int:
+        """How many numbers of its first product the host computes of the expert in a slot."""
+        return self.cache.slots[slot].transfer.skip // (self.config.hidden_size // 2)
+
     def answer(self, layer: int, expert: int) -> Tensor:
-        """[D], on the host: where it puts what comes of an expert."""
+        """On the host: where it puts what comes of an expert, or these numbers."""
         return self.cache.host.answer((layer, expert))
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:

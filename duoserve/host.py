@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache import BLOCKS, WHOLE
 from .link import Clock, Key
 from .machine import HOST_THREAD, yield_processor
 from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out, silu_table,
@@ -49,12 +50,13 @@ class HostError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One expert for the row `x` [1, D] of one request, the `number`-th; `answer` [D] holds what came of it
-    once it has `ended`. (`done` wakes who waits. No `threading.Event`: a Ctrl-C in its `wait` may leave it
-    locked.)"""
+    """One expert, or so many `blocks` of it, for the row `x` [1, D] of one request, the `number`-th; `answer`
+    holds what came of it once it has `ended`. (`done` wakes who waits. No `threading.Event`: a Ctrl-C in its
+    `wait` may leave it locked.)"""
 
     number: int
     key: Key
+    blocks: int
     x: Tensor
     answer: Tensor
     asked: float
@@ -69,8 +71,8 @@ class SimulatedHost:
     """A host that takes `each` seconds for an expert, one after the other, on a clock; if there is a
     `worker` it computes them."""
 
-    def __init__(self, clock: Clock, each: float, worker: "Host | None" = None):
-        self.clock, self.each, self.worker = clock, each, worker
+    def __init__(self, clock: Clock, each: float, block: int = 0, worker: "Host | None" = None):
+        self.clock, self.each, self.block, self.worker = clock, each, block, worker
         self.compiled, self.ready = (worker.compiled, worker.ready) if worker else (None, None)
         self.free, self.busy = 0.0, 0.0     # when it has done all; seconds so far
         self.due: dict[Key, float] = {}
@@ -87,9 +89,9 @@ class SimulatedHost:
     def free_at(self) -> float:
         return max(self.clock.now(), self.free)
 
-    def seconds(self) -> float:
-        """Of one expert."""
-        return self.each
+    def seconds(self, blocks: int = WHOLE) -> float:
+        """How long so much of an expert takes."""
+        return self.each if blocks == WHOLE else self.each * 2 / 3 * blocks / BLOCKS
 
     def take(self, x: Tensor) -> None:
         """The row that the layer's experts are to be computed for: its bytes, as fp32 numbers. They may be
@@ -97,16 +99,16 @@ class SimulatedHost:
         if self.worker:
             self.worker.take(x)
 
-    def submit(self, keys: list[Key]) -> None:
-        """Begin to compute these experts of a layer, in this order."""
-        for key in keys:
+    def submit(self, experts: dict[Key, int]) -> None:
+        """Begin to compute these experts of a layer, or so many of their blocks, in this order."""
+        for key, blocks in experts.items():
             start = self.free_at()
-            self.free = self.due[key] = start + self.each
-            self.busy += self.each
+            self.free = self.due[key] = start + self.seconds(blocks)
+            self.busy += self.seconds(blocks)
             if self.log is not None:
                 self.log.append((key, start, self.free))
         if self.worker:
-            self.worker.submit(keys)
+            self.worker.submit(experts)
 
     def wait(self, key: Key) -> None:
         """What is computed from here on finds an expert's answer: the device waits for it, or we do, and the
@@ -116,7 +118,8 @@ class SimulatedHost:
         self.clock.wait_until(self.due.pop(key))
 
     def answer(self, key: Key) -> Tensor:
-        """Where it is, [D], for a while; the device may copy it from there."""
+        """Where it is for a while; the device may copy it from there: what comes of the expert, [D]; or where
+        some blocks were asked for, the first numbers of its first matrix's product [2F], in fp32."""
         return self.worker.answer(key)
 
     def pause(self) -> None:
@@ -136,15 +139,17 @@ class SimulatedHost:
 
 
 class Host:
-    """A thread that computes experts of these `keys`. It first calls `prepare()`, which gives `compute(key, x
-    [1, D], out [D])` and `measure()`; the event `compiled` is set then, and `ready` when it has called
-    `measure()`, which gives what `on_threads` finds."""
+    """A thread that computes experts of these `keys`. It first calls `prepare()`, which gives `compute(key,
+    blocks, x [1, D], out)` and `measure()`; the event `compiled` is set then, and `ready` when it has called
+    `measure()`, which gives what `on_threads` finds. A `block` takes so many bytes of an expert (0: it is not
+    to be divided), and goes `into` [2F], fp32."""
 
-    def __init__(self, width: int, dtype: torch.dtype, pin: bool, keys, prepare: Callable[[], tuple]):
+    def __init__(self, width: int, dtype: torch.dtype, pin: bool, keys, prepare: Callable[[], tuple],
+                 block: int, into: Tensor):
         if sys.getswitchinterval() > 2 * SWITCH:
             USUAL.append(sys.getswitchinterval())
             sys.setswitchinterval(SWITCH)
-        self.keys, self.dtype = keys, dtype
+        self.keys, self.dtype, self.block, self.into = keys, dtype, block, into
         self.jobs: dict[Key, Job] = {}      # not seen to be done
         self.answers: dict[Key, Tensor] = {}
         self.done = torch.zeros(1, dtype=torch.int32, pin_memory=pin)           # the number of the last one
@@ -159,7 +164,7 @@ class Host:
         self.rows = cycle(torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind())
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.compiled, self.ready = threading.Event(), threading.Event()
-        self.state: dict = {}               # `each` and `threads`, or the `error`
+        self.state: dict = {}               # `each`, `block` and `threads`, or the `error`
         self.thread = threading.Thread(target=work, daemon=True, name=HOST_THREAD, args=(
             self.queue, self.done.numpy(), prepare, self.compiled, self.ready, self.state))
         self.thread.start()
@@ -177,23 +182,28 @@ class Host:
     def free_at(self) -> float:
         return max(self.now(), self.free)
 
-    def seconds(self) -> float:
+    def seconds(self, blocks: int = WHOLE) -> float:
         """A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
         what was seen of late fades, and what was measured at first comes back."""
         first = self.state["each"]
         known = math.exp((self.since - self.now()) / FORGET) if self.each else 0.0
-        return first + known * (self.each - first)
+        return (first + known * (self.each - first)) * self.part(blocks)
+
+    def part(self, blocks: int) -> float:
+        """... of an expert's time."""
+        return 1.0 if blocks == WHOLE else blocks * self.state["block"] / self.state["each"]
 
     def take(self, x: Tensor) -> None:
         self.collect()
         self.x = x
 
-    def submit(self, keys: list[Key]) -> None:
+    def submit(self, experts: dict[Key, int]) -> None:
         x = self.x.view(self.dtype)[None].clone()
-        for key in keys:
-            self.free = self.free_at() + self.seconds()
+        for key, blocks in experts.items():
+            self.free = self.free_at() + self.seconds(blocks)
             self.number += 1
-            self.jobs[key] = job = Job(self.number, key, x, next(self.rows), self.now())
+            answer = next(self.rows) if blocks == WHOLE else self.into
+            self.jobs[key] = job = Job(self.number, key, blocks, x, answer, self.now())
             self.answers[key] = job.answer
             self.queue.put(job)
 
@@ -228,7 +238,7 @@ class Host:
             if not job.ended:               # (its turn comes)
                 break
             self.busy += job.ended - job.begun
-            cost = job.ended - max(job.asked, self.last)            # (its thread has to wake first)
+            cost = (job.ended - max(job.asked, self.last)) / self.part(job.blocks)  # (its thread has to wake)
             each, self.since, self.last = self.seconds(), self.now(), job.ended
             self.each = each + FOLLOWING * (min(cost, 3 * each) - each)             # (an outlier counts less)
             del self.jobs[job.key]
@@ -266,7 +276,7 @@ def work(jobs: queue.SimpleQueue, done: np.ndarray, prepare, compiled: threading
             if not job.dropped:
                 job.begun = time.perf_counter()
                 try:
-                    compute(job.key, job.x, job.answer)
+                    compute(job.key, job.blocks, job.x, job.answer)
                 except BaseException as error:
                     job.error = error
             job.ended = time.perf_counter()
@@ -309,43 +319,58 @@ def run_expert(x: Tensor, table: Tensor, q13, scale13, zero13, q2, scale2, zero2
     out.copy_(stored_gemv(stored(h), q2, scale2, zero2)[0])
 
 
-def compiled_expert(*example: Tensor) -> Callable[..., None]:
-    """`run_expert` for tensors like these.
+def run_block(x: Tensor, q13, scale13, zero13, out: Tensor) -> None:
+    """x [1, D] and some rows of the first matrix -> out [rows], fp32."""
+    out.copy_(stored_gemv(x, q13, scale13, zero13)[0])
+
+
+def compiled_graph(function: Callable[..., None], *example: Tensor) -> Callable[..., None]:
+    """`run_expert` or `run_block` for tensors like these.
 
     The 94 MB of each expert push the interpreter's code and data out of the processor's caches, so Python is
     slow here. Hence a single call, and of the compiled graph itself: `torch.compile` would inspect all
-    arguments first. `example`: as `run_expert` takes them; only shapes and dtypes count.
+    arguments first. `example`: as the function takes them; only shapes and dtypes count.
     """
     import torch._inductor                  # (these two take seconds)
     from torch.fx.experimental.proxy_tensor import make_fx
     with torch.inference_mode(False), torch.no_grad():
         like = [torch.empty_like(tensor) for tensor in example]     # (inference tensors cannot be traced)
-        graph = make_fx(run_expert, tracing_mode="fake")(*like)
+        graph = make_fx(function, tracing_mode="fake")(*like)
         return torch._inductor.compile(graph, like, options=HOST_CODE)
 
 
-def compiled_experts(layout: ExpertLayout, blocks: dict[Key, Tensor], dtype: torch.dtype) -> Callable:
-    """-> `compute(key, x [1, D], out [D])` of an expert in the store's memory."""
+def compiled_experts(layout: ExpertLayout, store: dict[Key, Tensor], dtype: torch.dtype) -> Callable:
+    """-> `Host`'s `compute`, of an expert in the store's memory."""
     table = silu_table(dtype, torch.device("cpu"))
     matrices = {key: [w.view(torch.int32) if w.dtype == torch.uint8 else w
-                      for w in layout.views(block).values()] for key, block in blocks.items()}
-    example = next(iter(matrices.values()))
+                      for w in layout.views(block).values()] for key, block in store.items()}
+    blocks = {key: list(zip(*(w.chunk(BLOCKS) for w in several[:3]))) for key, several in matrices.items()}
+    example, (block, *_) = next(iter(matrices.values())), next(iter(blocks.values()))
     row = torch.zeros(len(example[-1]), dtype=dtype)
-    run = compiled_expert(row[None], table, *example, row)
-    return lambda key, x, out: run(x, table, *matrices[key], out)
+    run = compiled_graph(run_expert, row[None], table, *example, row)
+    run_one = compiled_graph(run_block, row[None], *block, torch.zeros(len(block[0])))
+
+    def compute(key: Key, n: int, x: Tensor, out: Tensor) -> None:
+        if n == WHOLE:
+            return run(x, table, *matrices[key], out)
+        for block, into in zip(blocks[key][:n], out.chunk(BLOCKS)):
+            run_one(x, *block, into)
+    return compute
 
 
-def on_threads(compute, keys: list[Key], x: Tensor, counts: set[int]) -> dict:
-    """Set how many threads this one computes with: the fastest of these counts. -> `threads`, and `each`: the
-    seconds of an expert."""
+def on_threads(compute, keys: list[Key], x: Tensor, into: Tensor, counts: set[int]) -> dict:
+    """Set how many threads this one computes with: the fastest of these counts. -> `threads`, and the seconds
+    of an expert, `each`, and of a `block`."""
     took, out = dict.fromkeys(counts, math.inf), torch.empty_like(x[0])
+
+    def median(blocks: int, out: Tensor) -> float:
+        return statistics.median(seconds(compute, keys[i % len(keys)], blocks, x, out) for i in range(TRIALS))
     for n in 2 * sorted(counts):            # (twice, as somebody may disturb one of them)
         torch.set_num_threads(n)
-        trials = (seconds(compute, keys[i % len(keys)], x, out) for i in range(TRIALS))
-        took[n] = min(took[n], statistics.median(trials))
+        took[n] = min(took[n], median(WHOLE, out))
     best = min(took, key=took.get)
     torch.set_num_threads(best)
-    return {"threads": best, "each": took[best]}
+    return {"threads": best, "each": took[best], "block": median(BLOCKS, into) / BLOCKS}
 
 
 def seconds(function, *arguments) -> float:

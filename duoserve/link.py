@@ -45,15 +45,25 @@ class Transfer:
     urgent: bool
     predicted: bool = False                 # moved on a guess
     slot: int = -1
-    sent: int = 0
-    loaded: Any = None                      # the lane's mark for "all of it is there": an event, or a time
+    sent: int = 0                           # ... from the expert's end towards its beginning, of which the
+    skip: int = 0                           # host may make these bytes unnecessary
+    loaded: Any = None                      # the lane's mark for "that is there": an event, or a time
     order: int = 0                          # the lane delivers in this order
-    arrived: bool = False                   # the host has seen that all of it is there: nothing need wait
+    arrived: bool = False                   # the host has seen that it is there: nothing need wait
     used: bool = False                      # something was computed with it
     in_time: bool = False                   # all of it had arrived when its layer was routed
     counted: bool = False                   # it has been used, or moved in prefill: its next use is a hit
     held: bool = False                      # a guess that found no slot: it starts when it gets one
     spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
+
+    @property
+    def missing(self) -> int:
+        """Bytes still to be sent before it can be computed with."""
+        return max(0, self.size - self.skip - self.sent)
+
+    def following(self, nbytes: int) -> tuple[int, int]:
+        """Where the next bytes to be sent begin and end in the expert."""
+        return self.size - self.sent - nbytes, self.size - self.sent
 
 
 def chunk_size(expert_bytes: int, rate: float) -> int:
@@ -140,14 +150,13 @@ class SimulatedLane:
     def send(self, transfer: Transfer, nbytes: int) -> None:
         """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
         if self.copy:
-            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+            self.copy(transfer, *transfer.following(nbytes))
         start = max(transfer.asked, self.ends[-1])
         end = start + self.seconds_of(nbytes)
         self.ends.append(end)
         self.busy += end - start
         transfer.spans.append((start, end))
-        if transfer.sent + nbytes == transfer.size:
-            transfer.loaded = end           # before it counts as whole: an interruption may come in between
+        transfer.loaded = end               # before it counts as sent: an interruption may come in between
         transfer.sent += nbytes
 
     def free_at(self) -> float:
@@ -159,7 +168,7 @@ class SimulatedLane:
         return nbytes / self.rate if self.rate else 0.0
 
     def arrived(self, transfer: Transfer) -> bool:
-        """Is all of it there, as far as the host has seen?"""
+        """Is what was sent of it there, as far as the host has seen?"""
         return transfer.loaded is not None and transfer.loaded <= self.now()
 
     def wait(self, transfer: Transfer) -> None:
@@ -210,8 +219,8 @@ class SimulatedLane:
 class CudaLane:
     """A side stream, and an event each way: compute waits for a load, a load for the slot's last use.
 
-    CUDA takes a wait on an event that was never recorded as done. So `loaded` exists only once the last chunk
-    is enqueued, and a slot's first chunk waits for the event that `used` recorded.
+    CUDA takes a wait on an event that was never recorded as done. So `loaded` is set only once a chunk is
+    enqueued, and a slot's first chunk waits for the event that `used` recorded.
     """
 
     def __init__(self, slots: torch.Tensor, chunk: int, store):
@@ -301,14 +310,14 @@ class CudaLane:
         start, end = self.timed_event(), self.timed_event()
         start.record(self.stream)
         try:
-            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+            self.copy(transfer, *transfer.following(nbytes))
         except RuntimeError as error:       # (no pinned memory for the ring)
             raise LinkError(str(error)) from error
         end.record(self.stream)
         self.flying.append((start, end, transfer, nbytes))
         self.free = self.free_at() + self.seconds_of(nbytes)
-        if transfer.sent + nbytes == transfer.size:
-            transfer.loaded = end           # before it counts as whole: an interruption may come in between
+        # Before it counts as sent: an interruption may come in between.
+        transfer.loaded, transfer.arrived = end, False
         transfer.sent += nbytes
 
     def free_at(self) -> float:

@@ -142,11 +142,15 @@ class Expert(nn.Module):
         self.w13 = linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.w2 = linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.w13, PackedLinear) and len(x) == 1 and x.dtype != torch.float32:
-            h = exact_swiglu(self.w13.exact(x), silu_table(x.dtype, x.device), x.dtype)
-            return self.w2.exact(h).to(x.dtype)
-        gate, up = self.w13(x).chunk(2, -1)
+    def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+        """x [T, D] -> [T, D]. `given [n]`: the first of w13's product with a single row; its own are rubbish."""
+        exact = isinstance(self.w13, PackedLinear) and len(x) == 1 and x.dtype != torch.float32
+        y = self.w13.exact(x) if exact else self.w13(x)
+        if given is not None:
+            y[0, :len(given)] = given
+        if exact:
+            return self.w2.exact(exact_swiglu(y, silu_table(x.dtype, x.device), x.dtype)).to(x.dtype)
+        gate, up = y.chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
 

@@ -6,12 +6,14 @@ and learns which only when it reads the router: it fetches what is missing first
 time (DuoServe-MoE, arXiv 2509.07379). Both share one cache, which is the hand-over between them.
 """
 
+import math
 from itertools import islice, product
+from operator import itemgetter
 from typing import Iterator
 
 import numpy as np
 
-from .cache import HOST, GPUExpertCache, Slot
+from .cache import BLOCKS, HOST, WHOLE, GPUExpertCache, Slot
 from .errors import UserError
 from .history import History, Routing
 from .link import Key
@@ -24,6 +26,7 @@ BEYOND = 4                                  # guesses that decode makes beyond t
 MARGIN = 2                                  # worth this many times what it evicts, as making it takes time
 BUSY = 0.97                                 # share of the time at which the link counts as fully used
 THOUGHT = 3e-4                              # seconds to predict; a transfer that is shorter is not predicted
+REST = 0.5                                  # what the rest of an expert is worth, by the byte, of a whole one
 LINK_WORTH = 0.6                            # what a second of the link is worth: it could bring guesses
 CERTAIN = 64                                # tokens from which on a prompt is taken to need every expert
 
@@ -69,9 +72,12 @@ class ExpertScheduler:
         until resumed or closed; LAUNCHED where the device has been told to compute it already; or HOST, where
         what is computed from here on finds the host's answer."""
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
-        on_host = []
+        for_host: dict[Key, int] = {}
         if cache.host is not None:          # (what is launched is computed whatever we say)
-            on_host = self.for_host([key for key in remaining if key not in cache.launched])
+            for_host = self.for_host([key for key in remaining if key not in cache.launched])
+        on_host = [key for key, blocks in for_host.items() if blocks == WHOLE]
+        if len(for_host) > len(on_host) + 1:
+            raise UserError(f"policy {type(self).__name__}: its `for_host` divides more than one expert")
         remaining = [key for key in remaining if key not in on_host]
         self.history.observe(layer, routing)
         cache.require(remaining, on_host)
@@ -80,20 +86,22 @@ class ExpertScheduler:
         try:
             while True:
                 for key in self.to_demand(remaining):               # as many as fit, before any guess
-                    cache.demand(key)
+                    cache.demand(key, cache.host.block * for_host[key] if key in for_host else 0)
                 if not planned:             # (the demands first: a thread that wakes takes the interpreter)
-                    if on_host:
-                        cache.host.submit(on_host)
+                    if for_host:
+                        cache.host.submit(for_host)
                     self.plan_prefetch(layer, routing)
                     planned = True
                 if not remaining:
                     break
                 # The lane delivers in the order of asking, so the oldest transfer is the next to be ready.
-                ready = list(filter(cache.resident, remaining))
+                ready = list(filter(cache.ready, remaining))
                 if not ready:
                     raise UserError(f"policy {type(self).__name__}: its `victim` gives up no slot for an "
                                     "expert that is needed now")
                 key = min(ready, key=lambda key: cache.slot_of[key].transfer.order)
+                if key in for_host:
+                    cache.host.wait(key)
                 slot = cache.acquire(key)
                 try:
                     yield key[1], slot
@@ -113,25 +121,34 @@ class ExpertScheduler:
         self.last_used[key] = self.uses
         self.on_expert_done(key)
 
-    def for_host(self, keys: list[Key]) -> list[Key]:
-        """Which of the experts that a layer needs the host computes. Of all ways to divide what is missing
-        between link and host: the one that is soonest done, link time being worth something in itself."""
+    def for_host(self, keys: list[Key]) -> dict[Key, int]:
+        """What the host does of the experts that a layer needs: the WHOLE of some, and of one perhaps some
+        blocks, while the link brings the rest of it. Of all ways to divide what is missing between the two:
+        the one that is soonest done, link time being worth something in itself."""
         cache, lane, host = self.cache, self.cache.lane, self.cache.host
         absent = [key for key in keys if not cache.resident(key)]
         if not any(map(host.has, absent)) or cache.transfer_s() <= THOUGHT:
-            return []
-        now, each = lane.now(), host.seconds()
+            return {}
+        now, each, block = lane.now(), host.seconds(), host.seconds(1)
         link_free, host_free = lane.free_at() - now, host.free_at() - now
-        left = [cache.missing_s(key) for key in absent]
-
-        def cost(on_host: tuple[bool, ...]) -> float:
-            n, link_s = sum(on_host), sum(s for s, there in zip(left, on_host) if not there)
-            link_done = link_free + link_s if n < len(left) else 0.0
-            host_done = host_free + n * each if n else 0.0
-            return max(link_done, host_done) + self.link_worth * link_s
-
-        ways = product(*((False, True) if host.has(key) else (False,) for key in absent))
-        return [key for key, there in zip(absent, min(ways, key=cost)) if there]
+        left, link_block = [cache.missing_s(key) for key in absent], lane.seconds_of(host.block)
+        best, least = {}, math.inf
+        for way in product(*((0, WHOLE) if host.has(key) else (0,) for key in absent)):
+            link_s, host_s = sum(s for s, n in zip(left, way) if not n), each * sum(map(bool, way))
+            link_done = link_free + link_s if not all(way) else 0.0
+            host_done = host_free + host_s if any(way) else 0.0
+            ways = [(max(link_done, host_done) + self.link_worth * link_s, {})]
+            both = [i for i, n in enumerate(way) if not n and host.has(absent[i])]
+            if both and host.block:         # the last of them is divided so that both are done at once
+                balance = (link_done - host_free - host_s) / (link_block + block)
+                for n in {math.floor(balance), math.floor(balance) + 1} & {*range(1, BLOCKS + 1)}:
+                    saved = min(left[both[-1]], n * link_block)
+                    done = max(link_done - saved, host_free + host_s + n * block)
+                    ways.append((done + self.link_worth * (link_s - saved), {absent[both[-1]]: n}))
+            cost, divided = min(ways, key=itemgetter(0))
+            if cost < least:
+                best, least = divided | {key: n for key, n in zip(absent, way) if n}, cost
+        return best
 
     def on_routing(self, layer: int, routing: Routing) -> None:
         """A layer's routing is known, and nothing has been demanded yet."""
@@ -271,10 +288,13 @@ class DecodeScheduler(ExpertScheduler):
             self.update_values()
             wanted = [(layer, e) for e in ranked(self.chance) if self.chance[e] >= LIKELY]
         beyond = BEYOND if self.forecast.predictor and cache.link_use() < BUSY else 0
-        more = max(len(cache.slots) - len(cache.slot_of), beyond)
+        rests = [transfer for transfer in cache.queue if transfer.used]             # the host did the others
+        more = max(len(cache.slots) - len(cache.slot_of) + len(rests), beyond)
         if more:
             if self.value is None:
                 self.update_values()
+            for rest in rests:              # it is had for less
+                self.values[rest.key] *= REST * rest.size / rest.missing
             here, coming = cache.slot_of, {transfer.key for transfer in cache.queue}
             best = map(self.keys.__getitem__, np.argsort(-self.values, axis=None, kind="stable").tolist())
             absent = (key for key in best if (key not in here or key in coming) and key[0] != layer)

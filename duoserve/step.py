@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .cache import HOST, LAUNCHED
+from .machine import on_device
 from .model import Mixtral, combine_experts, key_sizes, padded, rope_table
 from .quant import compiled
 
@@ -51,6 +52,9 @@ class DecodeStep:
                         for n, report in zip(sizes, self.report)]
         self.table = [new(E, dtype=torch.long) for _ in range(layers)]
         self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
+        # Where the host puts the first numbers of w13's product, if the link brings the rest of an expert.
+        self.given = torch.zeros(2 * c.intermediate_size, pin_memory=device.type == "cuda")
+        self.given_rows, self.divisible = new(1, dtype=torch.long), True
         self.capturing = compile and device.type == "cuda"
         self.sizes = key_sizes(kv.shape[3]) if compile else []
         self.run_layer = compiled(run_layer) if compile else run_layer
@@ -66,6 +70,10 @@ class DecodeStep:
         if self.capturing:
             self.present = self.capture(self._present)
             self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
+            seen = on_device(self.given, device)
+            self.divisible = seen.data_ptr() == self.given.data_ptr()               # (else it is a copy)
+            given = seen, self.given_rows
+            self.divided = [self.capture(partial(self._expert, rank, given)) for rank in range(K)]
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
@@ -148,16 +156,18 @@ class DecodeStep:
                 if place == HOST:
                     source.put(source.answer(i, e), self.expert_out[0, rank])
                 elif place != LAUNCHED:
-                    self.compute(place, rank)
+                    self.compute(place, rank, source.given(place))
         source.end_layer(i)
 
-    def compute(self, slot: int, rank: int) -> None:
-        """The router's choice of this rank, from its slot."""
-        if self.capturing:
-            self.slot.fill_(slot)
-            self.experts[rank]()
-        else:
-            self.expert_out[:, rank] = self.slots[slot](self.x)
+    def compute(self, slot: int, rank: int, given: int) -> None:
+        """The router's choice of this rank, from its slot; of w13's product so many numbers are given."""
+        if not self.capturing:
+            self.expert_out[:, rank] = self.slots[slot](self.x, self.given[:given].to(self.x.device))
+            return
+        self.slot.fill_(slot)
+        if given:
+            self.given_rows.fill_(given)
+        (self.divided if given else self.experts)[rank]()
 
     def _begin(self) -> None:
         h = self.model.embed(self.token)
@@ -175,8 +185,8 @@ class DecodeStep:
     def _present(self) -> None:
         self.slots.run(self.chosen, self.x, self.expert_out[0])
 
-    def _expert(self, rank: int) -> None:
-        self.slots.run(self.slot, self.x, self.expert_out[0, rank:rank + 1])
+    def _expert(self, rank: int, given=None) -> None:
+        self.slots.run(self.slot, self.x, self.expert_out[0, rank:rank + 1], given)
 
     def _end(self) -> None:
         h = self.model.norm(combine_experts(self.h, self.weights, self.expert_out))

@@ -293,7 +293,9 @@ def by_table(engine):
     step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
     step.row_values = step.rows.numpy()
     step.known = [[] for _ in range(c.num_hidden_layers)]
-    step.experts = [partial(step._expert, rank) for rank in range(c.num_experts_per_tok)]
+    given, ranks = (step.given, step.given_rows), range(c.num_experts_per_tok)
+    step.experts = [partial(step._expert, rank) for rank in ranks]
+    step.divided = [partial(step._expert, rank, given) for rank in ranks]
 
 
 def hostile(engine, seed=0):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from duoserve.experts import run_experts
-from duoserve.host import compiled_expert
+from duoserve.host import compiled_graph, run_expert
 from duoserve.model import Expert
 from duoserve.quant import PackedLinear, compiled, pack, silu_table
 
@@ -67,7 +67,7 @@ def of_several(expert, x, compile=False):
                 for matrix in (expert.w13, expert.w2)]
     at, out = torch.tensor([1, 0, 1], device=x.device), x.new_zeros(3, x.shape[1])
     run = compiled(run_experts) if compile else run_experts
-    run(*matrices, silu_table(x.dtype, x.device), at, x, out)
+    run(*matrices, silu_table(x.dtype, x.device), at, x, out, None)
     assert torch.equal(out[0], out[2]) or out.isnan().any()
     return out[2:]
 
@@ -80,7 +80,7 @@ def on_the_host(expert, x):
     arguments = x, silu_table(x.dtype, x.device), *w13, *w2, out[0]
     key = x.dtype, x.shape
     if key not in on_the_host.compiled:
-        on_the_host.compiled[key] = compiled_expert(*arguments)
+        on_the_host.compiled[key] = compiled_graph(run_expert, *arguments)
     on_the_host.compiled[key](*arguments)
     return out
 

@@ -9,6 +9,7 @@ import torch
 
 from duoserve import Engine, scheduler
 from duoserve import engine as engine_module
+from duoserve.cache import WHOLE
 from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
 from duoserve.sampling import sample
@@ -87,7 +88,8 @@ def test_same_tokens_wherever_an_expert_is_computed(directory, compiled, dtype, 
     if compiled:
         ready(e)
         monkeypatch.setattr(scheduler.ExpertScheduler, "for_host",
-                            lambda self, keys: [key for key in keys if rng.random() < 0.5])
+                            lambda self, keys: {key: WHOLE for key in keys if rng.random() < 0.5}
+                            | {key: rng.randint(1, WHOLE) for key in keys[:1]})
         for _ in range(3):
             assert tokens(e) == expected
         e.host.wait_for = lambda word, number: False                # as where the driver has no such wait
@@ -102,9 +104,10 @@ def test_the_device_waits_for_an_answer_of_the_host(directory, compiled, monkeyp
 
     def late(*arguments):
         compute = make(*arguments)
-        return lambda key, x, out: time.sleep(2e-3) or compute(key, x, out)
+        return lambda *job: time.sleep(2e-3) or compute(*job)
     monkeypatch.setattr(engine_module, "compiled_experts", late)
-    monkeypatch.setattr(scheduler.ExpertScheduler, "for_host", lambda self, keys: keys[:1])
+    monkeypatch.setattr(scheduler.ExpertScheduler, "for_host",
+                        lambda self, keys: dict.fromkeys(keys[:1], WHOLE))
     e = ready(engine(directory, cache_experts=5, host_threads=2))
     waits, wait_for = [], e.host.wait_for
     nan = torch.full((300, e.config.hidden_size), torch.nan, dtype=torch.bfloat16, device="cpu")
@@ -120,23 +123,31 @@ def test_the_device_waits_for_an_answer_of_the_host(directory, compiled, monkeyp
 def test_a_host_that_fails_or_is_interrupted_leaves_a_gpu_that_works(directory, compiled, monkeypatch):
     if not compiled:
         pytest.skip("an eager engine has no host")
-    monkeypatch.setattr(scheduler.ExpertScheduler, "for_host", lambda self, keys: keys[:1])
+    monkeypatch.setattr(scheduler.ExpertScheduler, "for_host",
+                        lambda self, keys: dict.fromkeys(keys[:1], WHOLE))
+    make, fails = engine_module.compiled_experts, []
+
+    def failing(*arguments):
+        compute = make(*arguments)
+        return lambda *job: {}["no expert"] if fails else compute(*job)
+    monkeypatch.setattr(engine_module, "compiled_experts", failing)
     e = ready(engine(directory, cache_experts=5, host_threads=2))
     expected, submit, left = tokens(e), e.host.submit, [20]
 
-    def interrupted(keys):
-        submit(keys)
+    def interrupted(experts):
+        submit(experts)
         left[0] -= 1
         if not left[0]:
             raise KeyboardInterrupt
 
-    def broken(keys):
-        e.host.x = e.host.x[1:]             # of the wrong width
-        submit(keys)
+    def broken(experts):
+        fails.append(True)
+        submit(experts)
     for wrong, error in ((interrupted, KeyboardInterrupt), (broken, UserError)):
         with monkeypatch.context() as patch, pytest.raises(error):
             patch.setattr(e.host, "submit", wrong)
             tokens(e)
+        fails.clear()
         assert tokens(e) == expected
 
 

@@ -19,7 +19,7 @@ from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
 import generate
 from duoserve import engine as engine_module
 from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
-from duoserve.cache import HOST, GPUExpertCache
+from duoserve.cache import HOST, WHOLE, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
@@ -35,9 +35,13 @@ SPLIT = ExpertScheduler.for_host
 
 
 def anywhere(seed):
-    """Any needed expert goes anywhere, also one that is there."""
+    """Any needed expert goes anywhere, also one that is there; or link and host divide it anyhow."""
     rng = random.Random(seed)
-    return lambda self, keys: [key for key in keys if self.cache.host.has(key) and rng.random() < 0.5]
+
+    def for_host(self, keys):
+        some = {key: WHOLE for key in keys if self.cache.host.has(key) and rng.random() < 0.7}
+        return some | {key: rng.randint(1, WHOLE) for key in list(some)[:1]}
+    return for_host
 
 
 # The same bits
@@ -74,7 +78,7 @@ def test_a_host_of_threads_without_a_simulated_link(tiny, monkeypatch):
 
 def test_what_lies_on_the_disk_goes_over_the_link(tiny, monkeypatch):
     monkeypatch.setattr(DecodeScheduler, "for_host",
-                        lambda self, keys: [key for key in keys if self.cache.host.has(key)])
+                        lambda self, keys: {key: WHOLE for key in keys if self.cache.host.has(key)})
     engine = load(tiny, cache_experts=3, host_memory="30%", **SLOW)
     assert same(answers(engine), answers(load(tiny, cache_experts=24)))
     assert engine.result.stats.host_experts and engine.result.stats.misses
@@ -91,12 +95,12 @@ def test_the_warm_up_is_given_what_a_decode_gives(tiny, monkeypatch):
     """A tensor of inference or not is a difference to compiled code: it would be compiled anew, in decode."""
     given, on_threads, submit = [], engine_module.on_threads, Host.submit
 
-    def warm(compute, keys, x, counts):
+    def warm(compute, keys, x, *more):
         given.append(x)
-        return on_threads(compute, keys, x, counts)
+        return on_threads(compute, keys, x, *more)
 
-    def submitted(self, keys):
-        submit(self, keys)
+    def submitted(self, experts):
+        submit(self, experts)
         given.extend(job.x for job in self.jobs.values())
     monkeypatch.setattr(engine_module, "on_threads", warm)
     monkeypatch.setattr(Host, "submit", submitted)
@@ -139,10 +143,10 @@ def test_what_the_link_and_the_host_have_to_do_already_counts():
     made, cache, clock = scheduler()
     for e in (4, 5):
         cache.demand((0, e))                                        # the link is busy for 8 s
-    assert made.for_host([(0, 0), (0, 1)]) == [(0, 0), (0, 1)]
+    assert made.for_host([(0, 0), (0, 1)]) == {(0, 0): WHOLE, (0, 1): WHOLE}
     clock.wait_until(clock.now() + 8)
-    cache.host.submit([(0, 6), (0, 7)])                             # now the host is, for 6
-    assert made.for_host([(0, 0)]) == []
+    cache.host.submit({(0, 6): WHOLE, (0, 7): WHOLE})                             # now the host is, for 6
+    assert made.for_host([(0, 0)]) == {}
 
 
 def test_a_guess_that_is_nearly_there_goes_on_and_another_is_dropped():
@@ -233,7 +237,7 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
             while self.done[0] < self.number:
                 time.sleep(1e-4)
             x = torch.full_like(self.x.view(self.dtype)[None], torch.nan)
-            self.queue.put(Job(self.number, key, x, self.answers[key], self.now()))
+            self.queue.put(Job(self.number, key, WHOLE, x, self.answers[key], self.now()))
             raise KeyboardInterrupt         # as if it was computed only now, into the same row
         wait(self, key)
     monkeypatch.setattr(Host, "wait", interrupted)
@@ -243,14 +247,14 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
 
 
 def test_ctrl_c_at_any_moment_of_a_wait_leaves_the_thread_at_work():
-    def compute(key, x, out):
+    def compute(key, blocks, x, out):
         time.sleep(6e-4)
     host, rng = a_host(compute, {"each": 1e-3, "threads": 1}), random.Random(5)
     before, interrupted = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
     try:
         for _ in range(600):
             host.take(torch.ones(4))
-            host.submit([(0, 0)])
+            host.submit({(0, 0): WHOLE})
             job = host.jobs[(0, 0)]
             try:
                 try:
@@ -286,12 +290,12 @@ def test_a_host_that_fails_ends_the_request_and_not_the_engine(tiny, monkeypatch
 
 
 def a_host(compute, costs):
-    host = Host(4, torch.float32, False, {(0, 0)}, lambda: (compute, lambda: costs))
+    host = Host(4, torch.float32, False, {(0, 0)}, lambda: (compute, lambda: costs), 0, torch.zeros(16))
     assert host.ready.wait(10)
     return host
 
 
-def adding(key, x, out):
+def adding(key, blocks, x, out):
     time.sleep(0.02)
     out.copy_(x[0] + 1)
 
@@ -299,7 +303,7 @@ def adding(key, x, out):
 def test_a_host_that_cannot_be_prepared_is_not_used():
     def prepare():
         raise RuntimeError("no compiler")
-    host = Host(4, torch.float32, False, {(0, 0)}, prepare)
+    host = Host(4, torch.float32, False, {(0, 0)}, prepare, 0, torch.zeros(16))
     assert host.compiled.wait(10) and host.ready.wait(10) and host.trouble() == "RuntimeError: no compiler"
 
 
@@ -333,7 +337,7 @@ def test_a_thread_that_is_gone_is_an_error_and_no_hang():
     host.queue.put(None)
     host.thread.join(5)
     host.take(torch.ones(4))
-    host.submit([(0, 0)])
+    host.submit({(0, 0): WHOLE})
     with pytest.raises(HostError, match="gone"):
         host.wait((0, 0))
 
@@ -344,7 +348,7 @@ def test_where_the_device_can_wait_for_an_answer_we_do_not():
     host.wait_for = lambda word, number: told.append(number) or True
     for n in (1, 2):
         host.take(torch.full((4,), float(n)))
-        host.submit([(0, 0)])
+        host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         answer = host.answer((0, 0))
         assert host.done[0] == n - 1 and (0, 0) in host.jobs
@@ -356,7 +360,7 @@ def test_where_the_device_can_wait_for_an_answer_we_do_not():
 
 def test_nothing_makes_the_device_wait_in_vain():
     """A job that is dropped, one that fails, and a thread that ends."""
-    def compute(key, x, out):
+    def compute(key, blocks, x, out):
         time.sleep(0.005)
         raise ValueError("no")
     host = a_host(compute, {"each": 0.02, "threads": 1})
@@ -364,7 +368,7 @@ def test_nothing_makes_the_device_wait_in_vain():
     until = time.monotonic() + 10
     for n in (1, 2):
         host.take(torch.ones(4))
-        host.submit([(0, 0)])
+        host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         if n == 1:
             host.abandon()
@@ -376,7 +380,7 @@ def test_nothing_makes_the_device_wait_in_vain():
     host.queue.put(None)
     host.thread.join(5)
     assert host.done[0] > 10**9
-    host.submit([(0, 0)])
+    host.submit({(0, 0): WHOLE})
     host.wait((0, 0))
     with pytest.raises(HostError, match="gone"):
         host.collect()
@@ -384,7 +388,8 @@ def test_nothing_makes_the_device_wait_in_vain():
 
 def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
     """Where the device waits, a token is sampled before anybody looks at what became of its last layer."""
-    monkeypatch.setattr(ExpertScheduler, "for_host", lambda self, keys: keys if self.layer == 2 else [])
+    monkeypatch.setattr(ExpertScheduler, "for_host",
+                        lambda self, keys: dict.fromkeys(keys, WHOLE) if self.layer == 2 else {})
     engine = load(tiny, cache_experts=3, host_threads=1)
     want, host = answers(engine), engine.host
     with monkeypatch.context() as patch:
@@ -394,7 +399,7 @@ def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
             host.answers[key].fill_(7)
         patch.setattr(host, "wait", waited)
         patch.setattr(host, "submit", lambda keys: [
-            Host.submit(host, keys), setattr(host.jobs[keys[-1]], "error", ValueError("late"))])
+            Host.submit(host, keys), setattr(host.jobs[list(keys)[-1]], "error", ValueError("late"))])
         for run in (lambda: engine.generate(SHORT, **SAMPLED), lambda: engine.logits(SHORT, decode=True)):
             with pytest.raises(UserError, match="ValueError: late"):
                 run()
@@ -404,7 +409,8 @@ def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
 
 def test_an_interruption_before_the_answers_are_collected_is_not_the_next_request_s(tiny, monkeypatch):
     """Where the device waits, the last layer's are still to be collected when the next token is sampled."""
-    monkeypatch.setattr(ExpertScheduler, "for_host", lambda self, keys: keys if self.layer == 2 else [])
+    monkeypatch.setattr(ExpertScheduler, "for_host",
+                        lambda self, keys: dict.fromkeys(keys, WHOLE) if self.layer == 2 else {})
     engine = load(tiny, cache_experts=3, host_threads=1)
     want, host = answers(engine), engine.host
     with monkeypatch.context() as patch:
@@ -425,11 +431,11 @@ def test_an_interruption_before_the_answers_are_collected_is_not_the_next_reques
 
 
 def test_a_lane_that_takes_its_time_is_not_the_host_s_cost():
-    host = a_host(lambda key, x, out: time.sleep(1e-3), {"each": 0.002, "threads": 1})
+    host = a_host(lambda key, blocks, x, out: time.sleep(1e-3), {"each": 0.002, "threads": 1})
     host.pump = lambda: time.sleep(0.01)
     for _ in range(10):
         host.take(torch.ones(4))
-        host.submit([(0, 0)])
+        host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         host.answer((0, 0))
     assert host.seconds() < 0.0035
@@ -481,7 +487,7 @@ def test_the_interpreter_switches_as_before_when_no_host_is_left():
 def test_what_was_begun_for_nobody_still_takes_its_time():
     host = a_host(adding, {"each": 0.02, "threads": 1})
     host.take(torch.ones(4))
-    host.submit([(0, 0)])
+    host.submit({(0, 0): WHOLE})
     while not host.jobs[(0, 0)].begun:
         time.sleep(1e-4)
     host.abandon()
@@ -493,7 +499,7 @@ def test_what_was_begun_for_nobody_still_takes_its_time():
 def test_the_thread_ends_with_its_engine_also_at_work(tiny):
     host = a_host(adding, {"each": 0.02, "threads": 1})
     host.take(torch.ones(4))
-    host.submit([(0, 0)])
+    host.submit({(0, 0): WHOLE})
     thread, gone = host.thread, weakref.ref(host)
     del host
     gc.collect()
@@ -514,7 +520,7 @@ def test_what_an_expert_is_given_may_be_overwritten_at_once():
     for _ in range(3):
         x.fill_(1)
         host.take(x)
-        host.submit([(0, 0)])
+        host.submit({(0, 0): WHOLE})
         x.fill_(7)
         host.wait((0, 0))
         assert host.answer((0, 0)).tolist() == [2.0] * 4
@@ -525,7 +531,7 @@ def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
     assert host.seconds() == 0.001
     for _ in range(3):                      # each takes twenty times as long; one alone counts as three times
         host.take(torch.ones(4))
-        host.submit([(0, 0)])
+        host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         assert host.answer((0, 0)).tolist() == [2.0] * 4
     assert 0.001 < host.seconds() < 0.003
@@ -536,9 +542,9 @@ def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
 
 def test_what_an_expert_costs_is_counted_from_when_it_was_asked_for():
     """A thread that wakes late is the host's affair."""
-    host = a_host(lambda key, x, out: None, {"each": 0.01, "threads": 1})
+    host = a_host(lambda key, blocks, x, out: None, {"each": 0.01, "threads": 1})
     host.take(torch.ones(4))
-    host.submit([(0, 0)])
+    host.submit({(0, 0): WHOLE})
     host.jobs[(0, 0)].asked -= 0.025
     host.wait((0, 0))
     assert host.seconds() > 0.011 and host.busy < 0.01

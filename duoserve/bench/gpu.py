@@ -29,6 +29,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ..cache import WHOLE
 from ..config import MixtralConfig
 from ..engine import Engine
 from ..errors import UserError, note, parse_amount, parse_rate
@@ -315,7 +316,7 @@ def host_speed(engine: Engine) -> dict:
                 cache.demand(key)
             key = keys[i % len(keys)]
             host.take(x)
-            host.submit([key])
+            host.submit({key: WHOLE})
             job = host.jobs[key]
             while host.jobs:                # as in decode, while a routing is awaited
                 cache.pump()

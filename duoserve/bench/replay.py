@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..cache import HOST, GPUExpertCache
+from ..cache import BLOCKS, HOST, WHOLE, GPUExpertCache
 from ..config import MixtralConfig
 from ..errors import Progress, UserError, count, format_bytes, note, parse_amount, parse_rate
 from ..history import History, Routing
@@ -36,6 +36,8 @@ link           how much of decode it was busy
 on-host, host  accesses that the host computed; how much of decode it was busy"""
 
 
+CHUNK = 1000                                # bytes of a replay's; and the share of an expert's bytes that its
+FIRST_MATRIX = 2 / 3 * 16 / 17              # first matrix takes, without scales and zeros, in groups of 128
 TOLD = "oracle", "host-only"                # ours, but for what it is told
 
 
@@ -82,8 +84,9 @@ class Replay:
         self.top = trace.top(top_k)
         _, self.layers, self.experts = trace.logits.shape
         self.clock = VirtualClock()
-        lane = SimulatedLane(self.clock, costs.chunks / (costs.expert_transfer_ms / 1e3), 1)
-        self.cache = GPUExpertCache(slots, costs.chunks, lane)      # an expert is `chunks` bytes long
+        nbytes = CHUNK * costs.chunks       # of an expert
+        lane = SimulatedLane(self.clock, nbytes / (costs.expert_transfer_ms / 1e3), CHUNK)
+        self.cache = GPUExpertCache(slots, nbytes, lane)
         self.runs = 0                       # of the predictor, each of which takes the host some time
 
         def counted(*state):
@@ -95,9 +98,10 @@ class Replay:
         self.prefill, self.decode = schedulers("duo" if policy in TOLD else policy, self.cache, history,
                                                self.forecast, trace.prompt)
         each = costs.host_expert_ms
-        self.host = None if each is None else SimulatedHost(self.clock, each / 1e3)
+        self.host = None if each is None else \
+            SimulatedHost(self.clock, each / 1e3, int(nbytes * FIRST_MATRIX / BLOCKS))
         if policy == "host-only":
-            self.decode.for_host = lambda keys: [key for key in keys if not self.cache.resident(key)]
+            self.decode.for_host = lambda keys: {key: WHOLE for key in keys if not self.cache.resident(key)}
         self.floor = 0.0
         if start == "warm":                 # as an engine does when it is loaded, before the clock counts
             self.cache.fill(most_used(self.prefill.keys, predictor and predictor.popularity()))
@@ -200,7 +204,7 @@ def row(traces: list[Trace], top_k: int, policy: str, slots: int, costs: Costs,
             "ttft_ms": 1e3 * statistics.mean(run.ttft for run in runs), "tpot_ms": 1e3 * decode_s / steps,
             "hits": hits, "prefetched_used": used, "misses": misses,
             "needed_transfers_per_token": (misses + used) / steps,
-            "moved_transfers_per_token": total("bytes_moved") / costs.chunks / steps,
+            "moved_transfers_per_token": total("bytes_moved") / (CHUNK * costs.chunks) / steps,
             "host_experts": total("host_experts"),
             "host_busy": sum(run.host.busy for run in runs if run.host) / decode_s if decode_s else 0.0,
             "link_busy": min(1.0, sum(run.cache.lane.busy for run in runs) / decode_s) if decode_s else 0.0,

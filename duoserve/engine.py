@@ -274,7 +274,7 @@ class Engine:
             return compute, lambda: on_threads(compute, keys, x, torch.empty_like(given), counts)
 
         given = self.step.given
-        block = c.hidden_size // 2 * len(given) // BLOCKS if self.step.divisible else 0             # its bytes
+        block = c.hidden_size // 2 * len(given) // BLOCKS if self.step.divisible else 0     # its bytes
         host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given)
         host.pump, host.wait_for = self.cache.pump, self.cache.lane.wait_for
         if not options.simulate_host:

@@ -143,7 +143,7 @@ class Expert(nn.Module):
         self.w2 = linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
-        """x [T, D] -> [T, D]. `given [n]`: the first of w13's product with a single row; its own are rubbish."""
+        """x [T, D] -> [T, D]. `given [n]`: of w13's product with one row, where its weights are not there."""
         exact = isinstance(self.w13, PackedLinear) and len(x) == 1 and x.dtype != torch.float32
         y = self.w13.exact(x) if exact else self.w13(x)
         if given is not None:

@@ -10,8 +10,8 @@ import torch
 from duoserve.quant import PackedLinear, compiled, dequantize, exact_gemv, silu_table, pack, unpack
 from duoserve.quantize import quantize
 from models import load
-from products import (BF16, CASES, FP16, an_expert, matrices, of_several, on_the_host, rows,
-                      same)
+from products import (BF16, CASES, FP16, a_block_on_the_host, an_expert, matrices, of_several, on_the_host,
+                      rows, same)
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
                                     reason="torch.compile needs a C++ compiler")
@@ -151,9 +151,11 @@ def test_the_host_s_code():
               *torch.randn(100, 1, 64, generator=torch.Generator().manual_seed(5)).to(BF16)]
     try:
         torch.set_num_threads(1)
-        on_the_host(expert, inputs[0])
+        on_the_host(expert, inputs[0]), a_block_on_the_host(expert, inputs[0])
         torch.set_num_threads(2)
-        assert all(same(expert(x), on_the_host(expert, x)) for x in inputs)
+        for x in inputs:
+            assert same(expert(x), on_the_host(expert, x))
+            assert same(expert.w13.exact(x)[0, :192], a_block_on_the_host(expert, x))
     finally:
         torch.set_num_threads(threads)
 

@@ -19,7 +19,7 @@ from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
 import generate
 from duoserve import engine as engine_module
 from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
-from duoserve.cache import HOST, WHOLE, GPUExpertCache
+from duoserve.cache import HOST, LAUNCHED, WHOLE, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
@@ -56,7 +56,7 @@ def test_the_same_bits_wherever_an_expert_is_computed(dtype, tiny, monkeypatch):
         engine = load(tiny, dtype=dtype, policy=policy, cache_experts=slots, simulate_link=2e7,
                       simulate_host=2e7)
         assert same(answers(engine), want), (policy, slots, seed)
-        assert engine.cache.counts.host_experts or split is SPLIT
+        assert engine.cache.counts.split or split is SPLIT
 
 
 def test_the_same_bits_where_the_device_runs_ahead(tiny, monkeypatch):
@@ -65,7 +65,8 @@ def test_the_same_bits_where_the_device_runs_ahead(tiny, monkeypatch):
     monkeypatch.setattr(ExpertScheduler, "for_host", anywhere(1))
     engine = load(tiny, dtype="bfloat16", cache_experts=12, **SLOW)
     by_table(engine)
-    assert same(answers(engine), want) and engine.cache.counts.host_experts
+    assert same(answers(engine), want)
+    assert engine.cache.counts.host_experts + engine.cache.counts.split
 
 
 def test_a_host_of_threads_without_a_simulated_link(tiny, monkeypatch):
@@ -112,13 +113,13 @@ def test_the_warm_up_is_given_what_a_decode_gives(tiny, monkeypatch):
 # Who computes what
 
 
-def scheduler(transfer=4.0, host=3.0, there=(), policy=DecodeScheduler):
+def scheduler(transfer=4.0, host=3.0, there=(), policy=DecodeScheduler, block=0):
     """A policy with room for six experts, some of layer 0's being `there`; an expert is eight chunks."""
     clock = VirtualClock()
     lane = SimulatedLane(clock, 8 / transfer, 1)
     cache = GPUExpertCache(6, 8, lane)
     made = policy(cache, History(2, 8), Forecast(History(2, 8), None, 2), 4)
-    cache.serve(made, SimulatedHost(clock, host))
+    cache.serve(made, SimulatedHost(clock, host, block))
     for e in there:
         cache.demand((0, e))
     lane.finish()
@@ -137,6 +138,69 @@ def test_the_split_is_the_one_that_is_soonest_done():
     assert split(2, host=1.0) == [0, 1] and split(2, host=99.0) == []
     assert split(1, host=5.0) == [0] and split(1, host=5.0, policy=ExpertScheduler) == []
     assert split(2, transfer=2e-4, host=1e-5) == []                 # over before anybody has thought
+
+
+def test_an_expert_is_divided_so_that_both_are_done_at_once():
+    """A block is an eighth of the bytes, and half a second of the link; a sixth of the host's time."""
+    def division(n, **options):
+        made, _, _ = scheduler(**{"block": 1, "policy": ExpertScheduler} | options)
+        return {e: blocks for (_, e), blocks in made.for_host([(0, e) for e in range(n)]).items()}
+    assert division(1, host=4.8) == {0: 3}                          # 2.5 and 2.4, not 4 or 4.8
+    assert division(1, host=9.0) == {0: 2}                          # 3 and 3
+    assert division(1, host=1.0) == {0: WHOLE}
+    assert division(1, host=99.0) == {}
+    assert division(3, host=4.0) == {1: 3, 2: WHOLE}                # 6.5 and 6, not 8 and 4
+    assert division(2, host=4.0) == {1: WHOLE}                      # one each
+    assert division(2, host=4.0, there=(0,)) == {1: 3}              # 2.5 and 2
+    assert division(1, host=6.2, policy=DecodeScheduler) == {0: 3}  # (2, if the link had nothing else to do)
+    assert division(1, host=6.2) == {0: 2}
+    assert division(1, host=4.8, block=0) == {}
+
+
+def test_the_rest_of_a_divided_expert_follows_when_the_link_has_nothing_better_to_do():
+    made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
+    routing = Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)
+    (_, place), = made.experts(0, routing)
+    slot = cache.slots[place]
+    assert clock.now() == 2.5 and slot.transfer.sent == 5 and not cache.resident((0, 0))
+    assert cache.launch(0, 8) == [LAUNCHED] * 8 and not cache.launched
+    clock.wait_until(10.0)
+    assert cache.resident((0, 0)) and slot.transfer.loaded == pytest.approx(4.0)
+    assert cache.launch(0, 8)[0] == place
+    cache.launched.clear()
+    list(made.experts(0, routing))
+    assert (cache.counts.misses, cache.counts.hits, cache.counts.split) == (1, 1, 1)
+
+
+def test_the_rest_of_a_divided_expert_that_is_needed_again_is_a_miss():
+    made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
+    routing = Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)
+    list(made.experts(0, routing))
+    cache.host = None
+    (_, place), = made.experts(0, routing)
+    assert cache.slots[place].transfer.skip == 0 and clock.now() == pytest.approx(4.0)
+    assert (cache.counts.misses, cache.counts.hits, cache.counts.split) == (2, 0, 1)
+
+
+def test_the_rest_of_a_divided_expert_gives_way():
+    """To a guess that needs its slot, and to a plan that is worth more."""
+    made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
+    list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
+    for e in range(1, 6):
+        cache.demand((0, e))
+        cache.slot_of[(0, e)].pinned = True
+    cache.plan([(1, 0), (0, 0)])
+    clock.wait_until(99.0)
+    assert cache.resident((1, 0)) and (0, 0) not in cache.slot_of
+    assert cache.counts.bytes_moved < 6 * 8 + 8                     # (else it would have been whole first)
+
+
+def test_no_policy_divides_two_experts_at_once(tiny, monkeypatch):
+    """There is one place for what the host gives of it."""
+    monkeypatch.setattr(ExpertScheduler, "for_host", lambda self, keys: dict.fromkeys(keys, 1))
+    engine = load(tiny, cache_experts=3, **SLOW)
+    with pytest.raises(UserError, match="policy DecodeScheduler: its `for_host` divides more than one"):
+        engine.generate(SHORT, **SAMPLED)
 
 
 def test_what_the_link_and_the_host_have_to_do_already_counts():

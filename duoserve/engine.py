@@ -39,9 +39,8 @@ from .tokenizer import TextStream
 
 
 HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
-FEW_SLOTS = 1 / 3                           # share of the experts that fit on the GPU
-HOST_HELPS = 2.5, 1.5                       # how many times as long as the link the host may take for one and
-                                            # help: up to that share, and above it (bench/README.md)
+HOST_HELPS = 2.5                            # how many times as long as the link the host may take for one and
+                                            # help (bench/README.md)
 
 
 @dataclass
@@ -307,8 +306,7 @@ class Engine:
             return None
         if link_s <= THOUGHT:               # (nor will the scheduler ask it)
             self.host_unused = "an expert crosses the link faster than that could be decided"
-        many = self.plan.slots > FEW_SLOTS * len(self.config.expert_keys)
-        if not asked and host.seconds() > HOST_HELPS[many] * link_s:
+        if not asked and host.seconds() > HOST_HELPS * link_s:
             each, link = 1e3 * host.seconds(), 1e3 * link_s
             self.host_unused = f"an expert takes {each:.1f} ms there, {link:.1f} over the link"
             return None

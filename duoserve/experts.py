@@ -123,10 +123,10 @@ class StreamedExperts:
         """Numbers of the host, in pinned memory, go to the device."""
         self.lane.put(values, into)
 
-    def fetch(self, layer: int, numbers: Tensor) -> None:
+    def fetch(self, layer: int, numbers: Tensor, here: Tensor | None = None) -> None:
         """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`, and in decode
-        behind them the bytes of what its experts are to be given."""
-        self.fetched.append(self.lane.fetch(numbers))
+        behind them the bytes of what its experts are to be given. `here`: where they are to be read."""
+        self.fetched.append(self.lane.fetch(numbers, here))
         self._span("attention", layer)
 
     def read(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None) -> Routing:

@@ -30,6 +30,7 @@ from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swig
 
 ANSWERS = 256                               # buffers for answers on their way to the device
 LAST = 2**31 - 1                            # number of a job that never comes
+MOMENT = 2e-5                               # seconds for which it is left to the thread that was just asked;
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL: list[float] = []                     # what it was before there was a host
@@ -156,6 +157,7 @@ class Host:
         self.number = 0                     # of the last that was asked for
         self.each, self.since = 0.0, 0.0    # seconds that an expert cost of late, and when this was seen
         self.last = 0.0                     # when the latest was done
+        self.wakes = 0.0                    # seconds until its thread, if it sleeps, has begun
         self.free, self.busy = 0.0, 0.0
         self.log: list | None = None
         self.pump: Callable[[], None] = lambda: None                # what feeds the lane; and its `wait_for`
@@ -180,7 +182,7 @@ class Host:
         return key in self.keys
 
     def free_at(self) -> float:
-        return max(self.now(), self.free)
+        return max(self.now() + self.wakes, self.free)
 
     def seconds(self, blocks: int = WHOLE) -> float:
         """A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
@@ -206,6 +208,7 @@ class Host:
             self.jobs[key] = job = Job(self.number, key, blocks, x, answer, self.now())
             self.answers[key] = job.answer
             self.queue.put(job)
+        time.sleep(MOMENT)                  # (its thread needs the interpreter to begin)
 
     def wait(self, key: Key) -> None:
         job = self.jobs.get(key)            # (or it has been seen to be done)
@@ -238,9 +241,12 @@ class Host:
             if not job.ended:               # (its turn comes)
                 break
             self.busy += job.ended - job.begun
-            cost = (job.ended - max(job.asked, self.last)) / self.part(job.blocks)  # (its thread has to wake)
-            each, self.since, self.last = self.seconds(), self.now(), job.ended
-            self.each = each + FOLLOWING * (min(cost, 3 * each) - each)             # (an outlier counts less)
+            # (An outlier counts less.)
+            if job.asked >= self.last:
+                self.wakes += FOLLOWING * (min(job.begun - job.asked, 3 * self.wakes + PATIENCE) - self.wakes)
+            each, cost = self.seconds(), (job.ended - job.begun) / self.part(job.blocks)
+            self.each = each + FOLLOWING * (min(cost, 3 * each) - each)
+            self.since, self.last = self.now(), job.ended
             del self.jobs[job.key]
             if not self.jobs:
                 self.free = job.ended
@@ -319,13 +325,13 @@ def run_expert(x: Tensor, table: Tensor, q13, scale13, zero13, q2, scale2, zero2
     out.copy_(stored_gemv(stored(h), q2, scale2, zero2)[0])
 
 
-def run_block(x: Tensor, q13, scale13, zero13, out: Tensor) -> None:
+def run_rows(x: Tensor, q13, scale13, zero13, out: Tensor) -> None:
     """x [1, D] and some rows of the first matrix -> out [rows], fp32."""
     out.copy_(stored_gemv(x, q13, scale13, zero13)[0])
 
 
 def compiled_graph(function: Callable[..., None], *example: Tensor) -> Callable[..., None]:
-    """`run_expert` or `run_block` for tensors like these.
+    """`run_expert` or `run_rows` for tensors like these.
 
     The 94 MB of each expert push the interpreter's code and data out of the processor's caches, so Python is
     slow here. Hence a single call, and of the compiled graph itself: `torch.compile` would inspect all
@@ -344,17 +350,20 @@ def compiled_experts(layout: ExpertLayout, store: dict[Key, Tensor], dtype: torc
     table = silu_table(dtype, torch.device("cpu"))
     matrices = {key: [w.view(torch.int32) if w.dtype == torch.uint8 else w
                       for w in layout.views(block).values()] for key, block in store.items()}
-    blocks = {key: list(zip(*(w.chunk(BLOCKS) for w in several[:3]))) for key, several in matrices.items()}
-    example, (block, *_) = next(iter(matrices.values())), next(iter(blocks.values()))
+    example = next(iter(matrices.values()))
     row = torch.zeros(len(example[-1]), dtype=dtype)
+    rows = [len(example[0]) * n // BLOCKS for n in range(WHOLE)]
+    first = {key: [[w[:n] for w in several[:3]] for n in rows] for key, several in matrices.items()}
     run = compiled_graph(run_expert, row[None], table, *example, row)
-    run_one = compiled_graph(run_block, row[None], *block, torch.zeros(len(block[0])))
+    # One graph for each number of blocks: a second call would need the interpreter once more.
+    run_first = [n and compiled_graph(run_rows, row[None], *(w[:n] for w in example[:3]), torch.zeros(n))
+                 for n in rows]
 
-    def compute(key: Key, n: int, x: Tensor, out: Tensor) -> None:
-        if n == WHOLE:
-            return run(x, table, *matrices[key], out)
-        for block, into in zip(blocks[key][:n], out.chunk(BLOCKS)):
-            run_one(x, *block, into)
+    def compute(key: Key, blocks: int, x: Tensor, out: Tensor) -> None:
+        if blocks == WHOLE:
+            run(x, table, *matrices[key], out)
+        else:
+            run_first[blocks](x, *first[key][blocks], out[:rows[blocks]])
     return compute
 
 

@@ -92,11 +92,13 @@ def cuda_runtimes() -> list[ctypes.CDLL]:
     return libraries
 
 
-def on_device(pinned: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same memory, as the device's kernels see it: they reach across the link for it."""
+def on_device(pinned: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+    """The same memory, as the device's kernels see it: they reach across the link for it. None if torch makes
+    a copy instead (it takes the memory for another GPU's)."""
     view = SimpleNamespace(memory=pinned, __cuda_array_interface__={
         "shape": (pinned.nbytes,), "typestr": "|u1", "data": (pinned.data_ptr(), False), "version": 3})
-    return torch.as_tensor(view, device=device).view(pinned.dtype).view(pinned.shape)
+    seen = torch.as_tensor(view, device=device).view(pinned.dtype).view(pinned.shape)
+    return seen if seen.data_ptr() == pinned.data_ptr() else None
 
 
 @cache

@@ -45,15 +45,19 @@ class DecodeStep:
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
         self.lookahead = new(E, dtype=torch.float32)                                # of layer 0
         # What the host reads of a layer: numbers (the last has no lookahead), and behind them x, whose
-        # experts it may compute; and what it tells the device: the layer's slots.
-        sizes = [n * E + 2 * K for n in [3] * (layers - 1) + [2]]
-        self.report = [new(n + D * kv.itemsize // 4, dtype=torch.float32) for n in sizes]
+        # experts it may compute. Kernels write it straight to the host. And what that tells the device: the
+        # layer's slots.
+        sizes, cuda = [n * E + 2 * K for n in [3] * (layers - 1) + [2]], device.type == "cuda"
+        self.here = [torch.zeros(n + D * kv.itemsize // 4, pin_memory=cuda) for n in sizes]
+        self.report = [on_device(here, device) if cuda else here for here in self.here]
+        if any(report is None for report in self.report):           # (then they have to be copied)
+            self.here, self.report = [None] * layers, [torch.zeros_like(h, device=device) for h in self.here]
         self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
                         for n, report in zip(sizes, self.report)]
         self.table = [new(E, dtype=torch.long) for _ in range(layers)]
         self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
         # Where the host puts the first numbers of w13's product, if the link brings the rest of an expert.
-        self.given = torch.zeros(2 * c.intermediate_size, pin_memory=device.type == "cuda")
+        self.given = torch.zeros(2 * c.intermediate_size, pin_memory=cuda)
         self.given_rows, self.divisible = new(1, dtype=torch.long), True
         self.capturing = compile and device.type == "cuda"
         self.sizes = key_sizes(kv.shape[3]) if compile else []
@@ -71,8 +75,8 @@ class DecodeStep:
             self.present = self.capture(self._present)
             self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
             seen = on_device(self.given, device)
-            self.divisible = seen.data_ptr() == self.given.data_ptr()               # (else it is a copy)
-            given = seen, self.given_rows
+            self.divisible = seen is not None
+            given = (seen, self.given_rows) if self.divisible else None
             self.divided = [self.capture(partial(self._expert, rank, given)) for rank in range(K)]
         self.end = self.capture(self._end)
 
@@ -128,7 +132,7 @@ class DecodeStep:
         if not self.capturing:
             source.begin_layer(i)
             run()
-            source.fetch(i, self.report[i])
+            source.fetch(i, self.report[i], self.here[i])
             return False
         row = source.launch(i)
         if row != self.known[i]:            # (the old row's copy is over: what came after it is read)
@@ -137,7 +141,7 @@ class DecodeStep:
             source.put(self.rows[i], self.table[i])
             self.known[i] = row
         run()
-        source.fetch(i, self.report[i])
+        source.fetch(i, self.report[i], self.here[i])
         if any(slot != LAUNCHED for slot in row):
             source.mark()
             self.present()
@@ -159,7 +163,7 @@ class DecodeStep:
                     self.compute(place, rank, source.given(place))
         source.end_layer(i)
 
-    def compute(self, slot: int, rank: int, given: int) -> None:
+    def compute(self, slot: int, rank: int, given: int = 0) -> None:
         """The router's choice of this rank, from its slot; of w13's product so many numbers are given."""
         if not self.capturing:
             self.expert_out[:, rank] = self.slots[slot](self.x, self.given[:given].to(self.x.device))

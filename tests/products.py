@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from duoserve.experts import run_experts
-from duoserve.host import compiled_graph, run_block, run_expert
+from duoserve.host import compiled_graph, run_expert, run_rows
 from duoserve.model import Expert
 from duoserve.quant import PackedLinear, compiled, pack, silu_table
 
@@ -90,7 +90,7 @@ def a_block_on_the_host(expert, x):
     half = [w.chunk(2)[0] for w in (expert.w13.q.view(torch.int32), expert.w13.scale, expert.w13.zero)]
     arguments = x, *half, torch.empty(len(half[0]))
     if "block" not in on_the_host.compiled:
-        on_the_host.compiled["block"] = compiled_graph(run_block, *arguments)
+        on_the_host.compiled["block"] = compiled_graph(run_rows, *arguments)
     on_the_host.compiled["block"](*arguments)
     return arguments[-1]
 

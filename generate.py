@@ -187,7 +187,7 @@ def closing_line(result) -> str:
 def what_bounded(s) -> str:
     """What bounded the speed of a request, in words, and what would help."""
     busy = f"the link was busy {100 * s.link_busy_fraction:.0f} % of the time"
-    if s.host_experts:
+    if s.host_experts or s.split_experts:
         busy += f", the host {100 * s.host_busy_fraction:.0f} %"
     elif s.host_unused:
         busy += f" (the host computed nothing: {s.host_unused})"

@@ -61,6 +61,7 @@ class Stats:
     peak_device_bytes: int
     link_busy_fraction: float
     host_experts: int                       # accesses computed on the host: neither hits nor misses
+    split_experts: int                      # misses and used prefetches that it computed a part of
     host_busy_fraction: float
     host_unused: str | None                 # why it computed nothing, where it might have been expected to
     bytes_from_disk: int                    # of those moved (with --host-memory)
@@ -530,9 +531,9 @@ class Engine:
             prefetched=d.prefetched, prefetched_used=d.prefetched_used, in_time=d.in_time,
             bytes_moved=s.prefill.bytes_moved + s.decode.bytes_moved, peak_device_bytes=self.peak_bytes(),
             link_busy_fraction=min(1.0, self.cache.lane.busy / max(end - s.arrived, 1e-9)),
-            host_experts=d.host_experts,
+            host_experts=d.host_experts, split_experts=d.split,
             host_busy_fraction=min(1.0, (self.host.busy if self.host else 0.0) / max(end - s.arrived, 1e-9)),
-            host_unused=None if d.host_experts else self.host_unused,
+            host_unused=None if d.host_experts or d.split else self.host_unused,
             bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
 
     def peak_bytes(self) -> int:

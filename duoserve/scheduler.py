@@ -8,7 +8,6 @@ time (DuoServe-MoE, arXiv 2509.07379). Both share one cache, which is the hand-o
 
 import math
 from itertools import islice, product
-from operator import itemgetter
 from typing import Iterator
 
 import numpy as np
@@ -132,23 +131,27 @@ class ExpertScheduler:
         now, each, block = lane.now(), host.seconds(), host.seconds(1)
         link_free, host_free = lane.free_at() - now, host.free_at() - now
         left, link_block = [cache.missing_s(key) for key in absent], lane.seconds_of(host.block)
-        best, least = {}, math.inf
+        least, best = math.inf, ((), None, 0)       # the cost; what the host does of each, and of one of them
         for way in product(*((0, WHOLE) if host.has(key) else (0,) for key in absent)):
-            link_s, host_s = sum(s for s, n in zip(left, way) if not n), each * sum(map(bool, way))
-            link_done = link_free + link_s if not all(way) else 0.0
-            host_done = host_free + host_s if any(way) else 0.0
-            ways = [(max(link_done, host_done) + self.link_worth * link_s, {})]
-            both = [i for i, n in enumerate(way) if not n and host.has(absent[i])]
-            if both and host.block:         # the last of them is divided so that both are done at once
-                balance = (link_done - host_free - host_s) / (link_block + block)
-                for n in {math.floor(balance), math.floor(balance) + 1} & {*range(1, BLOCKS + 1)}:
-                    saved = min(left[both[-1]], n * link_block)
-                    done = max(link_done - saved, host_free + host_s + n * block)
-                    ways.append((done + self.link_worth * (link_s - saved), {absent[both[-1]]: n}))
-            cost, divided = min(ways, key=itemgetter(0))
+            on_host, last = way.count(WHOLE), None
+            link_s, link_done, host_done = 0.0, 0.0, host_free + on_host * each
+            for i, n in enumerate(way):
+                if not n:
+                    link_s, last = link_s + left[i], i
+                    link_done = link_free + link_s
+            cost = max(link_done, host_done if on_host else 0.0) + self.link_worth * link_s
             if cost < least:
-                best, least = divided | {key: n for key, n in zip(absent, way) if n}, cost
-        return best
+                least, best = cost, (way, last, 0)
+            if last is not None and host.block and host.has(absent[last]):
+                both = int((link_done - host_done) / (link_block + block))          # so they end at once
+                for n in range(max(1, both), min(BLOCKS, both + 1) + 1):
+                    saved = min(left[last], n * link_block)
+                    cost = max(link_done - saved, host_done + n * block) + self.link_worth * (link_s - saved)
+                    if cost < least:
+                        least, best = cost, (way, last, n)
+        way, last, blocks = best
+        divided = {absent[last]: blocks} if blocks else {}
+        return divided | {key: n for key, n in zip(absent, way) if n}
 
     def on_routing(self, layer: int, routing: Routing) -> None:
         """A layer's routing is known, and nothing has been demanded yet."""

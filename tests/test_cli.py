@@ -97,7 +97,7 @@ def test_the_closing_line_says_what_bounded_the_speed(options, words, ask):
 def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
     """Also where nothing had to cross it."""
     stats = dict(bytes_moved=1, link_busy_fraction=0.65, cache_experts=5, policy="cache", bytes_from_disk=0,
-                 host_experts=0, host_busy_fraction=0.8, host_unused=None)
+                 host_experts=0, split_experts=0, host_busy_fraction=0.8, host_unused=None)
     say = lambda **changes: generate.what_bounded(SimpleNamespace(**stats | changes))
     assert say() == ("the link was busy 65 % of the time, computing took the rest: "
                      "more --gpu-memory would help some")
@@ -105,7 +105,8 @@ def test_what_bounded_the_speed_where_the_link_was_half_the_time(ask):
     assert say(bytes_from_disk=1).endswith(
         "would help some; some experts came from the disk: more --host-memory would help")
     assert "or the disk; some experts" in say(bytes_from_disk=1, link_busy_fraction=0.3)
-    assert say(host_experts=1).startswith("the link was busy 65 % of the time, the host 80 %, computing")
+    for helped in (dict(host_experts=1), dict(split_experts=1)):
+        assert say(**helped).startswith("the link was busy 65 % of the time, the host 80 %, computing")
 
 
 def test_the_same_command_gives_the_same_text(ask):
@@ -788,6 +789,6 @@ def test_the_closing_line_says_how_many_experts_were_there_in_time():
     stats = SimpleNamespace(tpot_s=0.1, ttft_s=0.2, prompt_tokens_kept=0, hits=10, prefetched_used=60,
                             misses=30, in_time=52, cache_experts=5, peak_device_bytes=1, bytes_moved=0,
                             link_busy_fraction=0.5, bytes_from_disk=0, policy="duo", host_experts=0,
-                            host_unused=None)
+                            split_experts=0, host_unused=None)
     result = SimpleNamespace(stats=stats, token_ids=[1, 2], finish_reason="length", prompt_tokens=3)
     assert "52 % of experts were there in time" in generate.closing_line(result)

@@ -248,7 +248,8 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
         if last:
             decode_s, decode_busy = stats.tpot_s * steps, cache.lane.busy - source.prefill_busy
             host = engine.host if stats.host_unused is None else None
-            row |= {"host_experts": stats.host_experts, "host_busy": host.busy / decode_s if host else 0.0,
+            row |= {"host_experts": stats.host_experts, "split_experts": stats.split_experts,
+                    "host_busy": host.busy / decode_s if host else 0.0,
                     "host_ms": 1e3 * host.seconds() if host else 0.0, "link_ms": 1e3 * cache.transfer_s(),
                     "hosted": source.hosted}
             row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,

@@ -1,7 +1,7 @@
 """GPUExpertCache: a few slots on the device, who is in them, who is on the way, who may be evicted.
 
 Pure bookkeeping on plain ints: it moves bytes only by telling the lane to. A scheduler asks for experts in
-two ways, `demand` (needed now: sent whole, at once) and `plan` (guesses in order of priority: sent in chunks
+two ways, `demand` (needed now: sent at once) and `plan` (guesses in order of priority: sent in chunks
 as the lane has room), and answers one question, `victim`: which slot to give up for a newcomer.
 """
 
@@ -62,7 +62,7 @@ class GPUExpertCache:
         self.launched: set[Key] = set()
         self.scheduler, self.host = None, None
         self.blocked: Transfer | None = None                        # a guess that found no slot to take
-        self.sent = 0                       # transfers fully enqueued so far
+        self.sent = 0                       # transfers that were ready to be computed with so far
         self.counts = Counts()
         self.log: list[Transfer] | None = None                      # what moved, for the timeline
         lane.fed_by(self.pump)
@@ -96,7 +96,7 @@ class GPUExpertCache:
     def link_use(self) -> float:
         """The share of the time since `serve` that the link takes for what was used: with 1 it has none to
         spare (which is also what is said before anything was used)."""
-        used = self.counts.misses + self.counts.prefetched_used
+        used = self.counts.misses + self.counts.prefetched_used - self.counts.split / 2
         return used * self.transfer_s() / max(self.lane.now() - self.since, 1e-9) if used else 1.0
 
     def resident(self, key: Key) -> bool:
@@ -139,7 +139,7 @@ class GPUExpertCache:
                             "(layer, expert) of this model")
         waiting = {transfer.key: transfer for transfer in self.queue}
         self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False)
-                      for key in keys if not self.resident(key)]
+                      for key in keys if key in waiting or key not in self.slot_of]
         for transfer in waiting.values():
             self._drop(transfer)
         self.reconsider()
@@ -193,6 +193,8 @@ class GPUExpertCache:
         try:
             if transfer.missing:
                 self._send(transfer, transfer.missing)
+            else:
+                self._ready(transfer)       # (the host does what has not been sent of a guess)
         except LinkError:
             self._drop(transfer)
             if not begun:
@@ -222,7 +224,7 @@ class GPUExpertCache:
         slot = self.slot_of[key]
         slot.pinned = False
         self.needed.discard(key)
-        if not slot.whole:                  # the rest follows if nothing is worth more
+        if not slot.whole:                  # the host helped; the rest follows if nothing is worth more
             self.counts.split += 1
             slot.transfer.skip, slot.transfer.urgent, slot.transfer.asked = 0, False, self.lane.now()
             self.queue.append(slot.transfer)
@@ -275,16 +277,19 @@ class GPUExpertCache:
                 self.log.append(transfer)
         self.counts.bytes_moved += nbytes
         if not transfer.missing:
-            self.sent += 1
-            transfer.order = self.sent
-            self.reconsider()
+            self._ready(transfer)
+
+    def _ready(self, transfer: Transfer) -> None:
+        self.sent += 1
+        transfer.order = self.sent
+        self.reconsider()
 
     def _take(self, transfer: Transfer, urgent: bool = False) -> bool:
         """Give a transfer its slot, now that its first chunk is due."""
         slot = None
         if len(self.slot_of) < len(self.slots):                     # (no empty one: interrupted half-way)
             slot = next((slot for slot in self.slots if slot.key is None), None)
-        else:                               # a guess never takes a slot that is being filled
+        else:                               # a guess takes no slot that is being filled and was not used yet
             barred = set(map(self.slot_of.get, self.needed | self.launched))
             if not urgent:
                 barred.update(self.slots[begun.slot] for begun in self.queue

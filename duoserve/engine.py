@@ -235,6 +235,7 @@ class Engine:
             return CudaLane(slots, chunk_size(nbytes, PCIE), store)
 
         def copy(transfer, start, stop):
+            start, stop = store.where(transfer.key, start, stop)
             store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
 
         rate = self.options.simulate_link or 0
@@ -282,9 +283,8 @@ class Engine:
         return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, block, host)
 
     def _await_host(self) -> None:
-        """Until the host is ready, but not for long: it takes a minute to compile for the first time. (Its
-        code is traced in the first second or two; nothing compiled may be called meanwhile, by any thread.)
-        Then the link is kept at work, as what an expert takes on the host is measured."""
+        """Until the host is ready, but not for long: it takes a minute to compile for the first time. Then
+        the link is kept at work, as what an expert takes on the host is measured."""
         if self.host is None:
             return
         if not self.host.compiled.wait(HOST_WAIT):

@@ -160,7 +160,7 @@ class StreamedExperts:
         return self.cache.slots[slot].transfer.skip // (self.config.hidden_size // 2)
 
     def answer(self, layer: int, expert: int) -> Tensor:
-        """On the host: where it puts what comes of an expert, or these numbers."""
+        """On the host: where it puts what comes of an expert, [D]."""
         return self.cache.host.answer((layer, expert))
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:

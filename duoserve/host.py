@@ -25,8 +25,8 @@ from torch import Tensor
 from .cache import BLOCKS, WHOLE
 from .link import Clock, Key
 from .machine import HOST_THREAD, yield_processor
-from .quant import (IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out, silu_table,
-                    whole_numbers)
+from .quant import (COMPILER, IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out,
+                    silu_table, whole_numbers)
 
 ANSWERS = 256                               # buffers for answers on their way to the device
 LAST = 2**31 - 1                            # number of a job that never comes
@@ -119,8 +119,8 @@ class SimulatedHost:
         self.clock.wait_until(self.due.pop(key))
 
     def answer(self, key: Key) -> Tensor:
-        """Where it is for a while; the device may copy it from there: what comes of the expert, [D]; or where
-        some blocks were asked for, the first numbers of its first matrix's product [2F], in fp32."""
+        """Where it is, [D], for a while; the device may copy it from there. (What comes of blocks lies where
+        the worker was told to put it.)"""
         return self.worker.answer(key)
 
     def pause(self) -> None:
@@ -155,7 +155,7 @@ class Host:
         self.answers: dict[Key, Tensor] = {}
         self.done = torch.zeros(1, dtype=torch.int32, pin_memory=pin)           # the number of the last one
         self.number = 0                     # of the last that was asked for
-        self.each, self.since = 0.0, 0.0    # seconds that an expert cost of late, and when this was seen
+        self.late: dict[str, tuple[float, float]] = {}              # seconds that each thing took, and when
         self.last = 0.0                     # when the latest was done
         self.wakes = 0.0                    # seconds until its thread, if it sleeps, has begun
         self.free, self.busy = 0.0, 0.0
@@ -187,13 +187,10 @@ class Host:
     def seconds(self, blocks: int = WHOLE) -> float:
         """A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
         what was seen of late fades, and what was measured at first comes back."""
-        first = self.state["each"]
-        known = math.exp((self.since - self.now()) / FORGET) if self.each else 0.0
-        return (first + known * (self.each - first)) * self.part(blocks)
-
-    def part(self, blocks: int) -> float:
-        """... of an expert's time."""
-        return 1.0 if blocks == WHOLE else blocks * self.state["block"] / self.state["each"]
+        thing, n = ("each", 1) if blocks == WHOLE else ("block", blocks)
+        first = self.state[thing]
+        seen, when = self.late.get(thing, (first, 0.0))
+        return n * (first + math.exp((when - self.now()) / FORGET) * (seen - first))
 
     def take(self, x: Tensor) -> None:
         self.collect()
@@ -204,9 +201,10 @@ class Host:
         for key, blocks in experts.items():
             self.free = self.free_at() + self.seconds(blocks)
             self.number += 1
-            answer = next(self.rows) if blocks == WHOLE else self.into
+            answer = self.into
+            if blocks == WHOLE:
+                answer = self.answers[key] = next(self.rows)
             self.jobs[key] = job = Job(self.number, key, blocks, x, answer, self.now())
-            self.answers[key] = job.answer
             self.queue.put(job)
         time.sleep(MOMENT)                  # (its thread needs the interpreter to begin)
 
@@ -244,9 +242,10 @@ class Host:
             # (An outlier counts less.)
             if job.asked >= self.last:
                 self.wakes += FOLLOWING * (min(job.begun - job.asked, 3 * self.wakes + PATIENCE) - self.wakes)
-            each, cost = self.seconds(), (job.ended - job.begun) / self.part(job.blocks)
-            self.each = each + FOLLOWING * (min(cost, 3 * each) - each)
-            self.since, self.last = self.now(), job.ended
+            thing, n = ("each", 1) if job.blocks == WHOLE else ("block", job.blocks)
+            mean, took = self.seconds(job.blocks), job.ended - job.begun
+            mean += FOLLOWING * (min(took, 3 * mean) - mean)
+            self.late[thing], self.last = (mean / n, self.now()), job.ended
             del self.jobs[job.key]
             if not self.jobs:
                 self.free = job.ended
@@ -339,7 +338,7 @@ def compiled_graph(function: Callable[..., None], *example: Tensor) -> Callable[
     """
     import torch._inductor                  # (these two take seconds)
     from torch.fx.experimental.proxy_tensor import make_fx
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), COMPILER:
         like = [torch.empty_like(tensor) for tensor in example]     # (inference tensors cannot be traced)
         graph = make_fx(function, tracing_mode="fake")(*like)
         return torch._inductor.compile(graph, like, options=HOST_CODE)

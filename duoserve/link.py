@@ -1,7 +1,8 @@
 """The lane from host to device: the one scarce thing in this program.
 
-A lane sends bytes of experts in the order it is told and says when they are there. *Demand* is sent whole, at
-once. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than those two.
+A lane sends bytes of experts in the order it is told and says when they are there. *Demand* is sent at once,
+in one piece. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than
+those two.
 The lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
 
 Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's clock or on a virtual one.
@@ -45,8 +46,8 @@ class Transfer:
     urgent: bool
     predicted: bool = False                 # moved on a guess
     slot: int = -1
-    sent: int = 0                           # ... from the expert's end towards its beginning, of which the
-    skip: int = 0                           # host may make these bytes unnecessary
+    sent: int = 0
+    skip: int = 0                           # the last bytes that need not be sent: the host sees to them
     loaded: Any = None                      # the lane's mark for "that is there": an event, or a time
     order: int = 0                          # the lane delivers in this order
     arrived: bool = False                   # the host has seen that it is there: nothing need wait
@@ -60,10 +61,6 @@ class Transfer:
     def missing(self) -> int:
         """Bytes still to be sent before it can be computed with."""
         return max(0, self.size - self.skip - self.sent)
-
-    def following(self, nbytes: int) -> tuple[int, int]:
-        """Where the next bytes to be sent begin and end in the expert."""
-        return self.size - self.sent - nbytes, self.size - self.sent
 
 
 def chunk_size(expert_bytes: int, rate: float) -> int:
@@ -118,7 +115,7 @@ class VirtualClock(Clock):
 
 class SimulatedLane:
     """A link of `rate` bytes a second (0: as fast as memcpy). `copy(transfer, start, stop)` moves the bytes,
-    if any.
+    if any: the start-th to stop-th in the order of sending.
 
     A chunk starts when the lane falls free or when it was asked for, whichever is later, even if it is sent
     after that: this models a host that feeds the lane while the accelerator computes.
@@ -150,7 +147,7 @@ class SimulatedLane:
     def send(self, transfer: Transfer, nbytes: int) -> None:
         """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
         if self.copy:
-            self.copy(transfer, *transfer.following(nbytes))
+            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         start = max(transfer.asked, self.ends[-1])
         end = start + self.seconds_of(nbytes)
         self.ends.append(end)
@@ -224,9 +221,9 @@ class CudaLane:
     """
 
     def __init__(self, slots: torch.Tensor, chunk: int, store):
-        """`slots` [N, expert bytes] on the device; `store` has what goes there: `pinned_block(key)`, the
-        expert's bytes in pinned memory or None, and `fetch(key, start, into)`, which copies them from
-        wherever they are."""
+        """`slots` [N, expert bytes] on the device; `store` has what goes there: `where(key, start, stop)`,
+        which bytes of it these are in the order of sending; `pinned_block(key)`, the expert in pinned memory
+        or None; and `fetch(key, start, into)`, which copies its bytes from wherever they are."""
         self.device, self.chunk = slots.device, chunk
         self.store = weakref.proxy(store)   # (a lane that outlives its engine keeps no pinned memory)
         self.slots = [slot.data_ptr() for slot in slots]
@@ -255,6 +252,7 @@ class CudaLane:
     def copy(self, transfer: Transfer, start: int, stop: int) -> None:
         """Enqueue those bytes of an expert. What is not pinned goes through the ring: copied directly it
         would block the host."""
+        start, stop = self.store.where(transfer.key, start, stop)
         slot, block = self.slots[transfer.slot], self.store.pinned_block(transfer.key)
         if block is not None:
             self.enqueue(slot + start, block.data_ptr() + start, stop - start, self.stream)
@@ -310,7 +308,7 @@ class CudaLane:
         start, end = self.timed_event(), self.timed_event()
         start.record(self.stream)
         try:
-            self.copy(transfer, *transfer.following(nbytes))
+            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         except RuntimeError as error:       # (no pinned memory for the ring)
             raise LinkError(str(error)) from error
         end.record(self.stream)

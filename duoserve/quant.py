@@ -10,6 +10,7 @@ holds columns 0 and 2: 5 + 16 * 2 = 37, and byte 1 columns 1 and 3: 0 + 16 * 15 
 as ((5 x0 + 0 x1 + 2 x2 + 15 x3) - 2 (x0 + x1 + x2 + x3)) * 0.5.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from math import prod
@@ -27,6 +28,8 @@ UNPACK = 64 * 2**20             # weights unpacked at a time for a product of se
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
                    "assert_indirect_indexing": False}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
+# While a thread traces what is to be compiled (host.py), compiled code refuses to be called, by any thread.
+COMPILER = threading.RLock()
 
 
 def group_size(columns: int, largest: int = 128, name: str = "matrix") -> int:
@@ -75,7 +78,12 @@ def compiled(function, **more):
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, options={**SAME_EVERYWHERE, **more})
+    run = torch.compile(function, dynamic=False, options={**SAME_EVERYWHERE, **more})
+
+    def alone(*arguments):
+        with COMPILER:
+            return run(*arguments)
+    return alone
 
 
 # One row meets a packed matrix in one pass over its bytes. Scale and zero meet each group's dot product and

@@ -143,8 +143,9 @@ class ExpertScheduler:
             if cost < least:
                 least, best = cost, (way, last, 0)
             if last is not None and host.block and host.has(absent[last]):
-                both = int((link_done - host_done) / (link_block + block))          # so they end at once
-                for n in range(max(1, both), min(BLOCKS, both + 1) + 1):
+                most = min(BLOCKS, math.ceil(left[last] / link_block))
+                both = min(most, int((link_done - host_done) / (link_block + block)))       # they end at once
+                for n in range(max(1, both), min(most, both + 1) + 1):
                     saved = min(left[last], n * link_block)
                     cost = max(link_done - saved, host_done + n * block) + self.link_worth * (link_s - saved)
                     if cost < least:
@@ -169,8 +170,8 @@ class ExpertScheduler:
     def victim(self, key: Key, candidates: list[Slot], urgent: bool) -> Slot | None:
         """Which slot to give up for `key`; None to leave things as they are (not if `key` is needed now).
 
-        No candidate is pinned, needed by the layer under way, or (unless `urgent`) still being filled; it may
-        hold a guess that has not been used yet."""
+        No candidate is pinned, needed by the layer under way, or (unless `urgent`) still being filled for its
+        first use; it may hold a guess that has not been used yet."""
         return min(candidates, key=lambda slot: self.last_used.get(slot.key, 0))
 
     def distance(self, layer: int) -> int:

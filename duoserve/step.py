@@ -74,10 +74,11 @@ class DecodeStep:
         if self.capturing:
             self.present = self.capture(self._present)
             self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
-            seen = on_device(self.given, device)
-            self.divisible = seen is not None
-            given = (seen, self.given_rows) if self.divisible else None
-            self.divided = [self.capture(partial(self._expert, rank, given)) for rank in range(K)]
+            self.seen = on_device(self.given, device)
+            self.divisible = self.seen is not None
+            if self.divisible:
+                self.numbers_given = torch.zeros_like(self.given, device=device)
+                self.divided = [self.capture(partial(self._divided, rank)) for rank in range(K)]
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
@@ -189,8 +190,12 @@ class DecodeStep:
     def _present(self) -> None:
         self.slots.run(self.chosen, self.x, self.expert_out[0])
 
-    def _expert(self, rank: int, given=None) -> None:
+    def _expert(self, rank: int, given: tuple[Tensor, Tensor] | None = None) -> None:
         self.slots.run(self.slot, self.x, self.expert_out[0, rank:rank + 1], given)
+
+    def _divided(self, rank: int) -> None:
+        torch.mul(self.seen, 1, out=self.numbers_given)             # (across the link, once)
+        self._expert(rank, (self.numbers_given, self.given_rows))
 
     def _end(self) -> None:
         h = self.model.norm(combine_experts(self.h, self.weights, self.expert_out))

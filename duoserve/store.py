@@ -128,6 +128,12 @@ class ExpertStore:
         if host is not into:
             into.copy_(host)
 
+    def where(self, key: Key, start: int, stop: int) -> tuple[int, int]:
+        """Which bytes of an expert are the `start`-th to `stop`-th that are sent: from its end towards its
+        beginning, as the host may do what is computed with its first ones. What lies on the disk, and is not
+        for the host, is sent as it is read."""
+        return (self.nbytes - stop, self.nbytes - start) if key in self.blocks else (start, stop)
+
     def pinned_block(self, key: Key) -> torch.Tensor | None:
         """An expert's bytes, if CUDA can copy them from where they are."""
         return self.blocks.get(key) if self.pinned else None

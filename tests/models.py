@@ -281,7 +281,7 @@ class LateLane(SimulatedLane):
         self.land()
         return super().arrived(transfer)
 
-    def read(self, fetched):
+    def read(self, fetched, pause=None):
         self.clock.advance(self.random.choice((0, 0.1, 0.5, 3)))
         return super().read(fetched)
 
@@ -293,9 +293,9 @@ def by_table(engine):
     step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
     step.row_values = step.rows.numpy()
     step.known = [[] for _ in range(c.num_hidden_layers)]
-    given, ranks = (step.given, step.given_rows), range(c.num_experts_per_tok)
-    step.experts = [partial(step._expert, rank) for rank in ranks]
-    step.divided = [partial(step._expert, rank, given) for rank in ranks]
+    step.seen, step.numbers_given = step.given, torch.zeros_like(step.given)
+    step.experts, step.divided = ([partial(piece, rank) for rank in range(c.num_experts_per_tok)]
+                                  for piece in (step._expert, step._divided))
 
 
 def hostile(engine, seed=0):

@@ -14,19 +14,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor
 from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
 
 import generate
 from duoserve import engine as engine_module
 from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
-from duoserve.cache import HOST, LAUNCHED, WHOLE, GPUExpertCache
+from duoserve.cache import BLOCKS, HOST, LAUNCHED, WHOLE, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import FORGET, HOST_THREAD, Host, HostError, Job, SimulatedHost
+from duoserve.host import (FORGET, HOST_THREAD, Host, HostError, Job, SimulatedHost, compiled_graph,
+                           run_rows)
 from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
+from duoserve.quant import compiled
 from duoserve.sampling import sample
 from duoserve.scheduler import DecodeScheduler, ExpertScheduler
 
@@ -193,6 +196,64 @@ def test_the_rest_of_a_divided_expert_gives_way():
     clock.wait_until(99.0)
     assert cache.resident((1, 0)) and (0, 0) not in cache.slot_of
     assert cache.counts.bytes_moved < 6 * 8 + 8                     # (else it would have been whole first)
+
+
+def test_a_guess_that_is_partly_sent_is_divided_too():
+    """Only what is missing of it counts; and where the host does all of that, nothing more is sent."""
+    for sent, left in ((5, 3), (7, 1)):
+        made, cache, clock = scheduler(host=1.2, policy=ExpertScheduler, block=1, there=(1,))
+        cache.plan([(0, 0)])
+        clock.wait_until(4 + (sent - 2) / 2)                        # (two chunks are in flight, for a second)
+        assert cache.slot_of[(0, 0)].transfer.sent == sent
+        assert made.for_host([(0, 0)]) == {(0, 0): left}            # 1 and 0.6; the whole would take it 1.2
+        assert [e for e, _ in made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None))] == [0]
+        assert cache.counts.bytes_moved == 8 + sent and cache.slot_of[(0, 0)].transfer.order == 2
+        assert len(cache.slot_of[(0, 0)].transfer.spans) == sent
+        cache.host = None
+        list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
+        used = cache.counts.prefetched_used, cache.counts.misses, cache.counts.hits
+        assert used == ((1, 1, 0) if left == 3 else (1, 0, 1))      # (two chunks are sent at once)
+
+
+def test_a_plan_does_not_ask_again_for_what_is_being_divided():
+    made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
+    made.plan_prefetch = lambda layer, routing: cache.plan([(0, 0), (1, 1)])
+    list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
+    clock.wait_until(99.0)
+    assert cache.resident((0, 0)) and cache.resident((1, 1)) and not any(slot.pinned for slot in cache.slots)
+    assert sorted(slot.key for slot in cache.slots if slot.key) == [(0, 0), (1, 1)]
+
+
+def test_what_is_worth_it_is_completed_though_no_slot_is_empty():
+    made, cache, clock = scheduler(host=4.8, block=1, there=range(1, 6))
+    for _ in range(3):
+        made.history.observe(0, Routing([1] + [0] * 7, [0], [1.0], [9.0] + [0.0] * 7, None))
+    list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [9.0] + [0.0] * 7, None)))
+    rest = cache.slot_of[(0, 0)].transfer
+    assert rest.used and 0 < rest.missing and len(cache.slot_of) == 6
+    made.replan()
+    assert rest in cache.queue
+    clock.wait_until(99.0)
+    assert cache.resident((0, 0))
+
+
+def test_a_block_is_a_quarter_of_the_first_matrix(tiny):
+    engine = load(tiny, cache_experts=3, **SLOW)
+    offset, _, (rows, columns) = engine.packed.layout.fields["w13.q"]
+    assert offset == 0 and engine.host.block * BLOCKS == rows * columns
+
+
+def test_no_compiled_code_is_called_while_a_thread_traces(monkeypatch):
+    """It would refuse; a request may come while the host's code is being compiled for the first time."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *rest, **options: graph)
+    call, example = compiled(torch.neg), [torch.zeros(1, 64, dtype=torch.bfloat16)]
+    example += [torch.zeros(64, 8, dtype=torch.int32), torch.zeros(64, 2).half(), torch.zeros(64, 2).half()]
+    thread = threading.Thread(target=lambda: [compiled_graph(run_rows, *example, torch.zeros(64))
+                                              for _ in range(5)])
+    call(torch.ones(4))
+    thread.start()
+    while thread.is_alive():
+        assert call(torch.ones(4)).sum() == -4
 
 
 def test_no_policy_divides_two_experts_at_once(tiny, monkeypatch):
@@ -607,14 +668,25 @@ def test_a_thread_that_wakes_late_is_the_host_s_affair():
     host = a_host(lambda key, blocks, x, out: time.sleep(1e-3), {"each": 0.004, "block": 0.001, "threads": 1})
     for _ in range(5):
         host.take(torch.ones(4))
+        asked = host.now()
         host.submit({(0, 0): 1})
         host.jobs[(0, 0)].asked -= 0.025    # (an outlier; and nobody was before it)
         host.last = 0.0
-        assert host.free > host.now()
+        assert host.free >= asked + 0.0009
         host.wait((0, 0))
-    assert 0.003 < host.seconds() < 0.007 and host.seconds(2) == pytest.approx(host.seconds() / 2, rel=0.01)
+    assert 0.001 < host.seconds(1) < 0.003 and host.seconds(2) == pytest.approx(2 * host.seconds(1), rel=0.01)
     host.free = 0.0
     assert 3e-5 < host.free_at() - host.now() < 0.01
+
+
+def test_what_blocks_take_says_nothing_of_an_expert():
+    """A call has its own cost, so they take longer than their share."""
+    host = a_host(lambda key, blocks, x, out: time.sleep(5e-3), {"each": 0.004, "block": 0.001, "threads": 1})
+    for _ in range(5):
+        host.take(torch.ones(4))
+        host.submit({(0, 0): 2})
+        host.wait((0, 0))
+    assert host.seconds() == 0.004 and host.seconds(2) > 0.0025
 
 
 # What may be asked for

@@ -60,6 +60,7 @@ class GPUExpertCache:
         # computing by itself, of a layer that is enqueued and whose routing the host has not read.
         self.needed: set[Key] = set()
         self.launched: set[Key] = set()
+        self.ahead: dict[int, list[Key]] = {}                       # ... by layer, of those not read yet
         self.scheduler, self.host = None, None
         self.blocked: Transfer | None = None                        # a guess that found no slot to take
         self.sent = 0                       # transfers that were ready to be computed with so far
@@ -107,12 +108,14 @@ class GPUExpertCache:
     def launch(self, layer: int, experts: int) -> list[int]:
         """A layer is about to be enqueued, its routing unknown: the slots of its experts, LAUNCHED for what
         is not there."""
-        row = [LAUNCHED] * experts
+        row, ahead = [LAUNCHED] * experts, []
         for e in range(experts):
             slot = self.slot_of.get((layer, e))
             if slot is not None and slot.whole and self.lane.arrived(slot.transfer):
-                self.launched.add(slot.key)
+                ahead.append(slot.key)
                 row[e] = slot.index
+        self.launched.update(ahead)
+        self.ahead[layer] = ahead
         return row
 
     def require(self, keys: list[Key], on_host: list[Key] = []) -> None:
@@ -125,7 +128,8 @@ class GPUExpertCache:
         self.needed.update(keys)
         if self.launched:
             layer = (keys or on_host)[0][0]
-            self.launched = {key for key in self.launched if key[0] != layer or key in self.needed}
+            ahead = self.ahead.pop(layer, ())
+            self.launched.difference_update(key for key in ahead if key not in self.needed)
         for key in filter(self.resident, keys):
             transfer = self.slot_of[key].transfer
             transfer.in_time = self.lane.arrived(transfer)

@@ -264,6 +264,7 @@ class GPUExpertCache:
         self.queue.clear()
         self.needed.clear()
         self.launched.clear()
+        self.ahead.clear()
         self.lane.abandon()
         if self.host is not None:
             self.host.abandon()

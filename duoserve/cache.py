@@ -97,7 +97,7 @@ class GPUExpertCache:
     def link_use(self) -> float:
         """The share of the time since `serve` that the link takes for what was used: with 1 it has none to
         spare (which is also what is said before anything was used)."""
-        used = self.counts.misses + self.counts.prefetched_used - self.counts.split / 2
+        used = max(0.0, self.counts.misses + self.counts.prefetched_used - self.counts.split / 2)
         return used * self.transfer_s() / max(self.lane.now() - self.since, 1e-9) if used else 1.0
 
     def resident(self, key: Key) -> bool:

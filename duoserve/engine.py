@@ -289,7 +289,7 @@ class Engine:
             return
         if not self.host.compiled.wait(HOST_WAIT):
             note("the host's own code is being compiled, once: a minute or so; until then it computes no "
-                 "experts")
+                 "experts, and a prompt may have to wait for some seconds")
             return
         while not self.host.ready.wait(0 if self.device.type == "cuda" else None):
             self.cache.empty()

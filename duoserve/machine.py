@@ -12,6 +12,7 @@ import torch
 
 from .config import MixtralConfig
 from .errors import UserError, note
+from .quant import COMPILER
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
 SYSTEM = ctypes.CDLL(None)
@@ -64,7 +65,8 @@ def available_memory() -> int | None:
 def can_compile(device: torch.device) -> bool:
     """Compile and run one line; where that fails (no compiler, no Triton) say so: the run goes on eager."""
     try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+        with COMPILER:
+            torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -81,6 +81,8 @@ def compiled(function, **more):
     run = torch.compile(function, dynamic=False, options={**SAME_EVERYWHERE, **more})
 
     def alone(*arguments):
+        if torch.compiler.is_dynamo_compiling():                    # it becomes a part of what is compiled
+            return function(*arguments)
         with COMPILER:
             return run(*arguments)
     return alone

@@ -682,8 +682,10 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
 
 @pytest.mark.compiles
 def test_compiled_with_the_smallest_context(tiny):
+    before = torch._dynamo.utils.counters["graph_break"].copy()
     engine = load(tiny, cache_experts=4, context=2, compile=True)
     assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1
+    assert torch._dynamo.utils.counters["graph_break"] == before    # each piece is compiled as a whole
 
 
 @pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))

@@ -26,7 +26,7 @@ from duoserve.errors import UserError
 from duoserve.history import History, Routing
 from duoserve.host import (FORGET, HOST_THREAD, Host, HostError, Job, SimulatedHost, compiled_graph,
                            run_rows)
-from duoserve.link import SimulatedLane, VirtualClock
+from duoserve.link import LinkError, SimulatedLane, VirtualClock
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
 from duoserve.quant import compiled
@@ -213,6 +213,19 @@ def test_a_guess_that_is_partly_sent_is_divided_too():
         list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
         used = cache.counts.prefetched_used, cache.counts.misses, cache.counts.hits
         assert used == ((1, 1, 0) if left == 3 else (1, 0, 1))      # (two chunks are sent at once)
+
+
+def test_a_guess_that_fails_when_it_is_divided_is_sent_again_without_what_the_host_does(monkeypatch):
+    made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
+    cache.plan([(0, 0)])
+    send, calls = cache.lane.send, itertools.count()
+
+    def fails_once(*arguments):
+        if not next(calls):
+            raise LinkError("no")
+        send(*arguments)
+    monkeypatch.setattr(cache.lane, "send", fails_once)
+    assert cache.demand((0, 0), 3) and cache.slot_of[(0, 0)].transfer.sent == 8 - 3
 
 
 def test_a_plan_does_not_ask_again_for_what_is_being_divided():

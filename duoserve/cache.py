@@ -60,7 +60,7 @@ class GPUExpertCache:
         # computing by itself, of a layer that is enqueued and whose routing the host has not read.
         self.needed: set[Key] = set()
         self.launched: set[Key] = set()
-        self.ahead: dict[int, list[Key]] = {}                       # ... by layer, of those not read yet
+        self.experts = 0                    # of a layer, as `launch` is told
         self.scheduler, self.host = None, None
         self.blocked: Transfer | None = None                        # a guess that found no slot to take
         self.sent = 0                       # transfers that were ready to be computed with so far
@@ -108,14 +108,12 @@ class GPUExpertCache:
     def launch(self, layer: int, experts: int) -> list[int]:
         """A layer is about to be enqueued, its routing unknown: the slots of its experts, LAUNCHED for what
         is not there."""
-        row, ahead = [LAUNCHED] * experts, []
+        row, self.experts = [LAUNCHED] * experts, experts
         for e in range(experts):
             slot = self.slot_of.get((layer, e))
             if slot is not None and slot.whole and self.lane.arrived(slot.transfer):
-                ahead.append(slot.key)
+                self.launched.add(slot.key)
                 row[e] = slot.index
-        self.launched.update(ahead)
-        self.ahead[layer] = ahead
         return row
 
     def require(self, keys: list[Key], on_host: list[Key] = []) -> None:
@@ -128,8 +126,7 @@ class GPUExpertCache:
         self.needed.update(keys)
         if self.launched:
             layer = (keys or on_host)[0][0]
-            ahead = self.ahead.pop(layer, ())
-            self.launched.difference_update(key for key in ahead if key not in self.needed)
+            self.launched -= {(layer, e) for e in range(self.experts)} - self.needed
         for key in filter(self.resident, keys):
             transfer = self.slot_of[key].transfer
             transfer.in_time = self.lane.arrived(transfer)
@@ -264,7 +261,6 @@ class GPUExpertCache:
         self.queue.clear()
         self.needed.clear()
         self.launched.clear()
-        self.ahead.clear()
         self.lane.abandon()
         if self.host is not None:
             self.host.abandon()

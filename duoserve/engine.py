@@ -274,8 +274,8 @@ class Engine:
             compute(keys[0], WHOLE, x, torch.empty_like(x[0]))      # (compiles)
             return compute, lambda: on_threads(compute, keys, x, torch.empty_like(given), counts)
 
-        given = self.step.given
-        block = c.hidden_size // 2 * len(given) // BLOCKS if self.step.divisible else 0     # its bytes
+        given, divisible = self.step.given, self.step.seen is not None
+        block = c.hidden_size // 2 * len(given) // BLOCKS if divisible else 0       # its bytes
         host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given)
         host.pump, host.wait_for = self.cache.pump, self.cache.lane.wait_for
         if not options.simulate_host:

@@ -30,7 +30,7 @@ from .quant import (COMPILER, IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, 
 
 ANSWERS = 256                               # buffers for answers on their way to the device
 LAST = 2**31 - 1                            # number of a job that never comes
-MOMENT = 2e-5                               # seconds for which it is left to the thread that was just asked;
+MOMENT = 2e-5                               # seconds that the thread just asked has the interpreter to itself
 PATIENCE = 1e-4                             # seconds between two looks at the lane while an answer is awaited
 SWITCH = 2e-5                               # seconds until a thread that waits for the interpreter gets it
 USUAL: list[float] = []                     # what it was before there was a host
@@ -187,10 +187,15 @@ class Host:
     def seconds(self, blocks: int = WHOLE) -> float:
         """A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
         what was seen of late fades, and what was measured at first comes back."""
-        thing, n = ("each", 1) if blocks == WHOLE else ("block", blocks)
+        thing, n = self.timed(blocks)
         first = self.state[thing]
         seen, when = self.late.get(thing, (first, 0.0))
         return n * (first + math.exp((when - self.now()) / FORGET) * (seen - first))
+
+    def timed(self, blocks: int) -> tuple[str, int]:
+        """What is timed, as it is called in `state`, and how many of it these are. (Blocks and whole experts
+        each by themselves: a call has its own cost.)"""
+        return ("each", 1) if blocks == WHOLE else ("block", blocks)
 
     def take(self, x: Tensor) -> None:
         self.collect()
@@ -242,7 +247,7 @@ class Host:
             # (An outlier counts less.)
             if job.asked >= self.last:
                 self.wakes += FOLLOWING * (min(job.begun - job.asked, 3 * self.wakes + PATIENCE) - self.wakes)
-            thing, n = ("each", 1) if job.blocks == WHOLE else ("block", job.blocks)
+            thing, n = self.timed(job.blocks)
             mean, took = self.seconds(job.blocks), job.ended - job.begun
             mean += FOLLOWING * (min(took, 3 * mean) - mean)
             self.late[thing], self.last = (mean / n, self.now()), job.ended
@@ -351,12 +356,13 @@ def compiled_experts(layout: ExpertLayout, store: dict[Key, Tensor], dtype: torc
                       for w in layout.views(block).values()] for key, block in store.items()}
     example = next(iter(matrices.values()))
     row = torch.zeros(len(example[-1]), dtype=dtype)
-    rows = [len(example[0]) * n // BLOCKS for n in range(WHOLE)]
-    first = {key: [[w[:n] for w in several[:3]] for n in rows] for key, several in matrices.items()}
     run = compiled_graph(run_expert, row[None], table, *example, row)
     # One graph for each number of blocks: a second call would need the interpreter once more.
-    run_first = [n and compiled_graph(run_rows, row[None], *(w[:n] for w in example[:3]), torch.zeros(n))
-                 for n in rows]
+    rows = {blocks: len(example[0]) * blocks // BLOCKS for blocks in range(1, WHOLE)}
+    first = {key: {blocks: [w[:n] for w in several[:3]] for blocks, n in rows.items()}
+             for key, several in matrices.items()}
+    run_first = {blocks: compiled_graph(run_rows, row[None], *(w[:n] for w in example[:3]), torch.zeros(n))
+                 for blocks, n in rows.items()}
 
     def compute(key: Key, blocks: int, x: Tensor, out: Tensor) -> None:
         if blocks == WHOLE:

@@ -96,7 +96,9 @@ def cuda_runtimes() -> list[ctypes.CDLL]:
 
 def on_device(pinned: torch.Tensor, device: torch.device) -> torch.Tensor | None:
     """The same memory, as the device's kernels see it: they reach across the link for it. None if torch makes
-    a copy instead (it takes the memory for another GPU's)."""
+    a copy instead (it takes the memory for another GPU's). On the CPU there is nothing to do."""
+    if device.type == "cpu":
+        return pinned
     view = SimpleNamespace(memory=pinned, __cuda_array_interface__={
         "shape": (pinned.nbytes,), "typestr": "|u1", "data": (pinned.data_ptr(), False), "version": 3})
     seen = torch.as_tensor(view, device=device).view(pinned.dtype).view(pinned.shape)

@@ -49,7 +49,7 @@ class DecodeStep:
         # layer's slots.
         sizes, cuda = [n * E + 2 * K for n in [3] * (layers - 1) + [2]], device.type == "cuda"
         self.here = [torch.zeros(n + D * kv.itemsize // 4, pin_memory=cuda) for n in sizes]
-        self.report = [on_device(here, device) if cuda else here for here in self.here]
+        self.report = [on_device(here, device) for here in self.here]
         if any(report is None for report in self.report):           # (then they have to be copied)
             self.here, self.report = [None] * layers, [torch.zeros_like(h, device=device) for h in self.here]
         self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
@@ -58,7 +58,7 @@ class DecodeStep:
         self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
         # Where the host puts the first numbers of w13's product, if the link brings the rest of an expert.
         self.given = torch.zeros(2 * c.intermediate_size, pin_memory=cuda)
-        self.given_rows, self.divisible = new(1, dtype=torch.long), True
+        self.seen, self.given_rows = on_device(self.given, device), new(1, dtype=torch.long)
         self.capturing = compile and device.type == "cuda"
         self.sizes = key_sizes(kv.shape[3]) if compile else []
         self.run_layer = compiled(run_layer) if compile else run_layer
@@ -74,9 +74,7 @@ class DecodeStep:
         if self.capturing:
             self.present = self.capture(self._present)
             self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
-            self.seen = on_device(self.given, device)
-            self.divisible = self.seen is not None
-            if self.divisible:
+            if self.seen is not None:       # (or no expert is divided)
                 self.numbers_given = torch.zeros_like(self.given, device=device)
                 self.divided = [self.capture(partial(self._divided, rank)) for rank in range(K)]
         self.end = self.capture(self._end)

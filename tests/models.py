@@ -293,7 +293,7 @@ def by_table(engine):
     step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
     step.row_values = step.rows.numpy()
     step.known = [[] for _ in range(c.num_hidden_layers)]
-    step.seen, step.numbers_given = step.given, torch.zeros_like(step.given)
+    step.numbers_given = torch.zeros_like(step.given)
     step.experts, step.divided = ([partial(piece, rank) for rank in range(c.num_experts_per_tok)]
                                   for piece in (step._expert, step._divided))
 

@@ -77,22 +77,24 @@ def on_the_host(expert, x):
     """The same, in the code of the host's thread."""
     w13, w2 = ((matrix.q.view(torch.int32), matrix.scale, matrix.zero) for matrix in (expert.w13, expert.w2))
     out = torch.empty_like(x)
-    arguments = x, silu_table(x.dtype, x.device), *w13, *w2, out[0]
-    key = x.dtype, x.shape
-    if key not in on_the_host.compiled:
-        on_the_host.compiled[key] = compiled_graph(run_expert, *arguments)
-    on_the_host.compiled[key](*arguments)
+    run_compiled(run_expert, x, silu_table(x.dtype, x.device), *w13, *w2, out[0])
     return out
 
 
 def a_block_on_the_host(expert, x):
     """The first half of w13's product, likewise."""
     half = [w.chunk(2)[0] for w in (expert.w13.q.view(torch.int32), expert.w13.scale, expert.w13.zero)]
-    arguments = x, *half, torch.empty(len(half[0]))
-    if "block" not in on_the_host.compiled:
-        on_the_host.compiled["block"] = compiled_graph(run_rows, *arguments)
-    on_the_host.compiled["block"](*arguments)
-    return arguments[-1]
+    out = torch.empty(len(half[0]))
+    run_compiled(run_rows, x, *half, out)
+    return out
 
 
-on_the_host.compiled = {}
+def run_compiled(function, x, *arguments):
+    """... once for all rows of a dtype and a length."""
+    key = function, x.dtype, x.shape
+    if key not in run_compiled.graphs:
+        run_compiled.graphs[key] = compiled_graph(function, x, *arguments)
+    run_compiled.graphs[key](x, *arguments)
+
+
+run_compiled.graphs = {}

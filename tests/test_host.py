@@ -35,6 +35,7 @@ from duoserve.scheduler import DecodeScheduler, ExpertScheduler
 
 SLOW = dict(simulate_link=8e6, simulate_host=8e6)                   # an expert takes about a millisecond
 SPLIT = ExpertScheduler.for_host
+ONE = Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)           # one token, which goes to expert 0
 
 
 def anywhere(seed):
@@ -45,6 +46,10 @@ def anywhere(seed):
         some = {key: WHOLE for key in keys if self.cache.host.has(key) and rng.random() < 0.7}
         return some | {key: rng.randint(1, WHOLE) for key in list(some)[:1]}
     return for_host
+
+
+def all_of_the_last_layer(self, keys):
+    return dict.fromkeys(keys, WHOLE) if self.layer == 2 else {}
 
 
 # The same bits
@@ -162,8 +167,7 @@ def test_an_expert_is_divided_so_that_both_are_done_at_once():
 
 def test_the_rest_of_a_divided_expert_follows_when_the_link_has_nothing_better_to_do():
     made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
-    routing = Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)
-    (_, place), = made.experts(0, routing)
+    (_, place), = made.experts(0, ONE)
     slot = cache.slots[place]
     assert clock.now() == 2.5 and slot.transfer.sent == 5 and not cache.resident((0, 0))
     assert cache.launch(0, 8) == [LAUNCHED] * 8 and not cache.launched
@@ -171,16 +175,15 @@ def test_the_rest_of_a_divided_expert_follows_when_the_link_has_nothing_better_t
     assert cache.resident((0, 0)) and slot.transfer.loaded == pytest.approx(4.0)
     assert cache.launch(0, 8)[0] == place
     cache.launched.clear()
-    list(made.experts(0, routing))
+    list(made.experts(0, ONE))
     assert (cache.counts.misses, cache.counts.hits, cache.counts.split) == (1, 1, 1)
 
 
 def test_the_rest_of_a_divided_expert_that_is_needed_again_is_a_miss():
     made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
-    routing = Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)
-    list(made.experts(0, routing))
+    list(made.experts(0, ONE))
     cache.host = None
-    (_, place), = made.experts(0, routing)
+    (_, place), = made.experts(0, ONE)
     assert cache.slots[place].transfer.skip == 0 and clock.now() == pytest.approx(4.0)
     assert (cache.counts.misses, cache.counts.hits, cache.counts.split) == (2, 0, 1)
 
@@ -188,7 +191,7 @@ def test_the_rest_of_a_divided_expert_that_is_needed_again_is_a_miss():
 def test_the_rest_of_a_divided_expert_gives_way():
     """To a guess that needs its slot, and to a plan that is worth more."""
     made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
-    list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
+    list(made.experts(0, ONE))
     for e in range(1, 6):
         cache.demand((0, e))
         cache.slot_of[(0, e)].pinned = True
@@ -206,11 +209,11 @@ def test_a_guess_that_is_partly_sent_is_divided_too():
         clock.wait_until(4 + (sent - 2) / 2)                        # (two chunks are in flight, for a second)
         assert cache.slot_of[(0, 0)].transfer.sent == sent
         assert made.for_host([(0, 0)]) == {(0, 0): left}            # 1 and 0.6; the whole would take it 1.2
-        assert [e for e, _ in made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None))] == [0]
+        assert [e for e, _ in made.experts(0, ONE)] == [0]
         assert cache.counts.bytes_moved == 8 + sent and cache.slot_of[(0, 0)].transfer.order == 2
         assert len(cache.slot_of[(0, 0)].transfer.spans) == sent
         cache.host = None
-        list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
+        list(made.experts(0, ONE))
         used = cache.counts.prefetched_used, cache.counts.misses, cache.counts.hits
         assert used == ((1, 1, 0) if left == 3 else (1, 0, 1))      # (two chunks are sent at once)
 
@@ -231,7 +234,7 @@ def test_a_guess_that_fails_when_it_is_divided_is_sent_again_without_what_the_ho
 def test_a_plan_does_not_ask_again_for_what_is_being_divided():
     made, cache, clock = scheduler(host=4.8, policy=ExpertScheduler, block=1)
     made.plan_prefetch = lambda layer, routing: cache.plan([(0, 0), (1, 1)])
-    list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)))
+    list(made.experts(0, ONE))
     clock.wait_until(99.0)
     assert cache.resident((0, 0)) and cache.resident((1, 1)) and not any(slot.pinned for slot in cache.slots)
     assert sorted(slot.key for slot in cache.slots if slot.key) == [(0, 0), (1, 1)]
@@ -283,7 +286,7 @@ def test_what_the_link_and_the_host_have_to_do_already_counts():
         cache.demand((0, e))                                        # the link is busy for 8 s
     assert made.for_host([(0, 0), (0, 1)]) == {(0, 0): WHOLE, (0, 1): WHOLE}
     clock.wait_until(clock.now() + 8)
-    cache.host.submit({(0, 6): WHOLE, (0, 7): WHOLE})                             # now the host is, for 6
+    cache.host.submit({(0, 6): WHOLE, (0, 7): WHOLE})               # now the host is, for 6
     assert made.for_host([(0, 0)]) == {}
 
 
@@ -293,7 +296,7 @@ def test_a_guess_that_is_nearly_there_goes_on_and_another_is_dropped():
         cache.plan([(0, 0)])
         clock.wait_until(clock.now() + moved * 0.5 - 0.25)
         assert [e for _, e in made.for_host([(0, 0)])] == expected
-        for e, place in made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [0.0] * 8, None)):
+        for e, place in made.experts(0, ONE):
             assert (place == HOST) == bool(expected)
         assert cache.counts.host_experts == len(expected)
         assert ((0, 0) in cache.slot_of) == (not expected) and not cache.needed
@@ -526,8 +529,7 @@ def test_nothing_makes_the_device_wait_in_vain():
 
 def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
     """Where the device waits, a token is sampled before anybody looks at what became of its last layer."""
-    monkeypatch.setattr(ExpertScheduler, "for_host",
-                        lambda self, keys: dict.fromkeys(keys, WHOLE) if self.layer == 2 else {})
+    monkeypatch.setattr(ExpertScheduler, "for_host", all_of_the_last_layer)
     engine = load(tiny, cache_experts=3, host_threads=1)
     want, host = answers(engine), engine.host
     with monkeypatch.context() as patch:
@@ -547,8 +549,7 @@ def test_a_failure_that_shows_late_gives_no_wrong_token(tiny, monkeypatch):
 
 def test_an_interruption_before_the_answers_are_collected_is_not_the_next_request_s(tiny, monkeypatch):
     """Where the device waits, the last layer's are still to be collected when the next token is sampled."""
-    monkeypatch.setattr(ExpertScheduler, "for_host",
-                        lambda self, keys: dict.fromkeys(keys, WHOLE) if self.layer == 2 else {})
+    monkeypatch.setattr(ExpertScheduler, "for_host", all_of_the_last_layer)
     engine = load(tiny, cache_experts=3, host_threads=1)
     want, host = answers(engine), engine.host
     with monkeypatch.context() as patch:

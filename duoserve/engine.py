@@ -145,6 +145,7 @@ class Engine:
         set_threads(options.threads or (1 if device.type == "cuda" else None), packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)             # (it takes 50 ms for each new length)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")        # 8 MiB, not Hopper's 32
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")                # (in KiB)
         c = packed.config
@@ -218,12 +219,15 @@ class Engine:
         with torch.inference_mode():
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
             if self.step.capturing:         # what a prompt unpacks lies at fixed addresses too
-                modules = [*self.model.modules(), *slots.expert.modules()]
-                matrices = [module for module in modules if isinstance(module, PackedLinear)]
+                attention = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
+                matrices = [*attention, *slots.matrices]
                 largest = max(2 * m.q.shape[-1] * m.parts()[0].stop for m in matrices)
                 workspace = torch.empty(largest, dtype=dtype, device=device)
                 for matrix in matrices:
-                    matrix.capture(workspace, self.step.capture)
+                    matrix.workspace = workspace
+                for module in (*attention, slots):
+                    module.capture(self.step.capture)
+                torch.cuda.empty_cache()    # (what the captures' trial runs took)
             self._warm_up(slots[0], compiled)
 
     def _make_model(self, linear) -> Mixtral:

@@ -12,10 +12,13 @@ from torch import Tensor
 from .cache import BLOCKS, HOST, LAUNCHED, GPUExpertCache
 from .config import MixtralConfig
 from .history import Routing
-from .model import Expert
-from .quant import ExpertLayout, any_number, compiled, exact_gemv, exact_swiglu, gemv, silu_table
+from .model import EXPERT_ROWS, Expert
+from .quant import ExpertLayout, compiled, exact_gemv, exact_swiglu, gemv, silu_table, unbounded
 from .scheduler import ExpertScheduler
 from .trace import TraceRecorder
+
+
+ROWS = 64                                   # on a GPU, a prompt's rows meet an expert in multiples of this
 
 
 class ExpertSlots:
@@ -28,11 +31,12 @@ class ExpertSlots:
     def __init__(self, config: MixtralConfig, layout: ExpertLayout, memory: Tensor, linear, compile: bool):
         with torch.device("meta"):
             self.expert = layout.bind(Expert(config, linear), memory)
-        self.matrices = self.expert.w13, self.expert.w2
+        self.matrices, self.width = (self.expert.w13, self.expert.w2), config.hidden_size
         self.slot = torch.zeros(1, dtype=torch.long, device=memory.device) if compile else None
         for matrix in self.matrices:
             matrix.at = self.slot
         self.compiled = compiled(run_experts) if compile else run_experts
+        self.pieces: list[tuple[Tensor, Tensor, Callable[[], None]]] = []
 
     def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
         return partial(self._compute, slot)
@@ -40,7 +44,24 @@ class ExpertSlots:
     def _compute(self, slot: int, x: Tensor, given: Tensor | None = None) -> Tensor:
         """As `Expert.forward`."""
         self.choose(slot)
-        return self.expert(x, given)
+        if not self.pieces or len(x) == 1:
+            return self.expert(x, given)
+        x_in, y, run = self.pieces[-(-len(x) // ROWS) - 1]
+        x_in[:len(x)].copy_(x)
+        run()
+        return y[:len(x)]
+
+    def capture(self, graph: Callable) -> None:
+        """From now on several rows go through what `graph` makes of a call: one launch instead of ten. So
+        they are filled up to one of a few numbers, each of which has its graph. (What is left of other rows
+        is computed with them: a row's answer depends on none but itself.)"""
+        x, y = self.matrices[0].workspace.new_zeros(2, EXPERT_ROWS, self.width)
+        for n in range(ROWS, EXPERT_ROWS + 1, ROWS):
+            run = graph(partial(self._rows, x[:n], y[:n]))
+            self.pieces.append((x[:n], y[:n], run))
+
+    def _rows(self, x: Tensor, y: Tensor) -> None:
+        y.copy_(self.expert(x))
 
     def choose(self, slot: int) -> None:
         if self.slot is not None:
@@ -60,7 +81,8 @@ class ExpertSlots:
     def run(self, at: Tensor, x: Tensor, out: Tensor, given: tuple[Tensor, Tensor] | None = None) -> None:
         """x [1, D] through the experts in the slots `at [n]`, read on the device, into out [n, D]. `given`:
         numbers of w13's product [2F], and how many of them are [1]."""
-        w13, w2 = ([any_number(w) for w in (matrix.q, matrix.scale, matrix.zero)] for matrix in self.matrices)
+        of_slots = (lambda w: w) if self.slot is None else unbounded
+        w13, w2 = ([of_slots(w) for w in (matrix.q, matrix.scale, matrix.zero)] for matrix in self.matrices)
         table = None if x.dtype == torch.float32 else silu_table(x.dtype, x.device)
         self.compiled(w13, w2, table, at, x, out, given)
 

@@ -320,7 +320,7 @@ def stored(values: Tensor) -> Tensor:
 def stored_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """`quant.exact_gemv`, all of it in one piece of generated code."""
     p, sums = whole_numbers(x, scale.shape[-1])
-    return dots(stored(laid_out(stored(p))).unbind(2), list(map(stored, sums)), q, scale, zero, None)
+    return dots(stored(laid_out(stored(p))), list(map(stored, sums)), q, scale, zero, None)
 
 
 def run_expert(x: Tensor, table: Tensor, q13, scale13, zero13, q2, scale2, zero2, out: Tensor) -> None:

@@ -250,9 +250,9 @@ class Mixtral(nn.Module):
         logits = layer.router(x)
         ids, weights = route(logits, K)
         lookahead = self.layers[i + 1].gate(h) if i + 1 < len(self.layers) else None
-        routing = source.route(i, pack_routing(logits, ids, weights, lookahead), (logits, lookahead))
         order = ids.flatten().argsort(stable=True)                  # (token, rank) pairs, expert after expert
         token = order // K
+        routing = source.route(i, pack_routing(logits, ids, weights, lookahead), (logits, lookahead))
         ends = list(accumulate(routing.counts))
         expert_out = x.new_empty(T * K, D)                          # of each (token, rank) pair
         with closing(source.experts(i, routing)) as ready:      # (closed in any case: no slot stays pinned)

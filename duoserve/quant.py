@@ -50,7 +50,7 @@ def pack(q: Tensor, group: int) -> Tensor:
 def unpack(q: Tensor, group: int) -> Tensor:
     """bytes [N, columns / 2] -> [N, columns / group, group] in 0..15."""
     q = q.unflatten(-1, (-1, group // 2))
-    return torch.cat((q & 15, q >> 4), -1)
+    return torch.stack((q & 15, q >> 4), -2).flatten(-2)
 
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
             at: Tensor | None) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
     run = fused_dots if torch.compiler.is_compiling() else dots if q.is_cuda else partial(dots, at_once=1)
-    return run(list(laid_out(x).unbind(2)), sums, q.view(torch.int32), scale, zero, at)
+    return run(laid_out(x), sums, q.view(torch.int32), scale, zero, at)
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -156,13 +156,13 @@ def laid_out(x: Tensor) -> Tensor:
     return parts * power(place)[:, None]
 
 
-def dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
-         at: Tensor | None, at_once: int = 4) -> Tensor:
+def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None,
+         at_once: int = 4) -> Tensor:
     """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes. Compiled, x is read once
     for that many rows `at_once`."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
-    w = q.view(len(q), at_once, -1, *parts[0].shape[1:])            # [B, 4, N / 4, groups, words]
-    parts = [part[:, None] for part in parts]
+    parts = laid[:, None].unbind(3)
+    w = q.view(len(q), at_once, -1, *parts[0].shape[2:])            # [B, 4, N / 4, groups, words]
     dot = [reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w.unbind(1)]
     dot = torch.cat(dot, 1) if len(dot) > 1 else dot[0]
     scale, zero = scale.float(), zero.float()       # [B, N, groups], like dot
@@ -183,24 +183,23 @@ def nibbles(w: Tensor) -> list[Tensor]:
 
 
 @torch.library.custom_op("duoserve::dots", mutates_args=())
-def fused_dots(parts: list[Tensor], sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
+def fused_dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
                at: Tensor | None) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
-    if at is not None:
-        q, scale, zero = map(any_number, (q, scale, zero))
-    return compiled(dots, **IN_ONE_PASS)(parts, sums, q, scale, zero, at)
+    return compiled(dots, **IN_ONE_PASS)(laid, sums, q, scale, zero, at)
 
 
 @fused_dots.register_fake
-def _(parts, sums, q, scale, zero, at):
-    return parts[0].new_empty(len(parts[0] if at is None else at), scale.shape[-2])
+def _(laid, sums, q, scale, zero, at):
+    return laid.new_empty(len(laid if at is None else at), scale.shape[-2])
 
 
-def any_number(several: Tensor) -> Tensor:
-    """How many are stacked along the first dimension is nothing to compile for."""
-    torch._dynamo.mark_dynamic(several, 0)
-    return several
+def unbounded(several: Tensor) -> Tensor:
+    """For compiled code, which checks no index: two of several matrices, by which it reaches all. How many
+    there are is then nothing to compile for; and it counts in 32 bits within each, which it would not if it
+    knew of more than 2^31 numbers (67 instead of 60 us an expert)."""
+    return several[:2]
 
 
 @cache
@@ -229,7 +228,8 @@ class PackedLinear(nn.Module):
         self.gemv, self.exact_gemv, self.dequantize_into = map(
             compiled if compile else lambda function: function, (gemv, exact_gemv, dequantize_into))
         self.at: int | Tensor | None = None
-        self.graphs: list[tuple[Tensor, Callable[[], None]]] = []
+        self.workspace: Tensor | None = None                        # to unpack into; or else new memory
+        self.graphs: list[Callable[[], None]] = []
         self.register_buffer("q", torch.empty(rows, columns // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(rows, columns // group, dtype=torch.float16))
         self.register_buffer("zero", torch.empty(rows, columns // group, dtype=torch.float16))
@@ -241,7 +241,7 @@ class PackedLinear(nn.Module):
             tensors = tuple(tensor[..., part, :] for tensor in tensors)
         if isinstance(self.at, int):
             return *(tensor[self.at] for tensor in tensors), None
-        return *(tensors if self.at is None else map(any_number, tensors)), self.at
+        return *(tensors if self.at is None else map(unbounded, tensors)), self.at
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., columns] -> [.., rows]; which kernel runs depends on the number of rows of x alone."""
@@ -262,20 +262,22 @@ class PackedLinear(nn.Module):
 
     def unpacked(self, i: int, part: slice, like: Tensor) -> Tensor:
         """Weights of the i-th part, [rows, columns]; valid until any matrix's next are asked for."""
+        weights = self.room(part, like)
         if self.graphs:
-            weights, replay = self.graphs[i]
-            replay()
+            self.graphs[i]()
         else:
-            weights = like.new_empty(part.stop - part.start, 2 * self.q.shape[-1])
             self.dequantize_into(*self.matrix(part), weights)
         return weights
 
-    def capture(self, workspace: Tensor, graph: Callable) -> None:
-        """From now on unpack into `workspace`, through what `graph` makes of a call: one launch."""
-        for part in self.parts():
-            rows, columns = part.stop - part.start, 2 * self.q.shape[-1]
-            weights = workspace[:rows * columns].view(rows, columns)
-            self.graphs.append((weights, graph(partial(self.dequantize_into, *self.matrix(part), weights))))
+    def room(self, part: slice, like: Tensor) -> Tensor:
+        shape = part.stop - part.start, 2 * self.q.shape[-1]
+        return like.new_empty(shape) if self.workspace is None else self.workspace[:prod(shape)].view(shape)
+
+    def capture(self, graph: Callable) -> None:
+        """From now on unpack into the workspace through what `graph` makes of a call: one launch."""
+        into = partial(self.room, like=self.workspace)
+        self.graphs = [graph(partial(self.dequantize_into, *self.matrix(part), into(part)))
+                       for part in self.parts()]
 
 
 @dataclass(frozen=True)

@@ -106,18 +106,19 @@ class DecodeStep:
         layers = self.pieces(position)
         self.begin()
         source.begin_step(self.lookahead[None])
-        ahead, whole = 0, True              # layers enqueued; whether nothing of the last one can be missing
-        for i in range(len(layers)):        # the one whose routing is read next
-            while ahead < len(layers) and (whole or ahead == i):
-                whole, ahead = self.launch(ahead, layers[ahead], source), ahead + 1
+        # Pieces enqueued, the last of which is the end; and whether nothing of the last one can be missing.
+        ahead, whole = 0, True
+        for i in range(len(layers) + 1):    # the one whose routing is read next
+            while ahead <= len(layers) and (whole or ahead == i):
+                whole, ahead = self.launch(ahead, layers, source), ahead + 1
+            if i == len(layers):
+                return self.logits
             if self.capturing:
                 source.begin_layer(i)
             routing = source.read(i, self.numbers[i][0])
-            if self.capturing and i + 1 == ahead < len(layers) and self.there(i, routing.ids):
-                whole, ahead = self.launch(ahead, layers[ahead], source), ahead + 1
+            if self.capturing and i + 1 == ahead and self.there(i, routing.ids):
+                whole, ahead = self.launch(ahead, layers, source), ahead + 1
             self.settle(i, routing, source)
-        self.end()
-        return self.logits
 
     def pieces(self, position: int) -> list[Callable[[], None]]:
         """The layers' pieces for a token at `position`, which alone says how many keys they read."""
@@ -126,11 +127,15 @@ class DecodeStep:
             self.layers[keys] = [self.capture(partial(self._layer, i, keys)) for i in range(len(self.table))]
         return self.layers[keys]
 
-    def launch(self, i: int, run: Callable[[], None], source) -> bool:
-        """Enqueue layer i by its piece, and those of its experts that are there; True if these are all."""
+    def launch(self, i: int, layers: list[Callable[[], None]], source) -> bool:
+        """Enqueue layer i by its piece, and those of its experts that are there; True if these are all. After
+        the last one, the end."""
+        if i == len(layers):
+            self.end()
+            return False
         if not self.capturing:
             source.begin_layer(i)
-            run()
+            layers[i]()
             source.fetch(i, self.report[i], self.here[i])
             return False
         row = source.launch(i)
@@ -139,7 +144,7 @@ class DecodeStep:
             self.row_values[i] = row
             source.put(self.rows[i], self.table[i])
             self.known[i] = row
-        run()
+        layers[i]()
         source.fetch(i, self.report[i], self.here[i])
         if any(slot != LAUNCHED for slot in row):
             source.mark()

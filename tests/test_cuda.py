@@ -2,8 +2,10 @@
 
 import random
 import time
+from functools import partial
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,9 @@ from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
 from duoserve.sampling import sample
 from duoserve.errors import UserError
-from duoserve.quant import compiled as fused, exact_gemv
+from duoserve.experts import ExpertSlots
+from duoserve.packed import PackedModel
+from duoserve.quant import PackedLinear, compiled as fused, exact_gemv
 from models import packed
 from products import CASES, an_expert, matrices, of_several, rows, same
 
@@ -330,6 +334,32 @@ def test_an_expert_of_one_row_has_the_bits_of_the_cpu(group, dtype, compiled):
         expected = cpu(x)
         assert same(gpu(x.cuda()).cpu(), expected), name
         assert same(of_several(gpu, x.cuda(), compiled).cpu(), expected), name
+
+
+def test_slots_beyond_what_32_bits_count(directory, compiled):
+    """One row and several, with an expert that lies more than 2^31 words into the slots' memory."""
+    packed_model = PackedModel(directory)
+    c, layout = packed_model.config, packed_model.layout
+    slots = 2**33 // layout.nbytes + 3
+    if slots * layout.nbytes > torch.cuda.mem_get_info()[0] - 2**30:
+        pytest.skip("needs 10 GB on the GPU")
+    linear = partial(PackedLinear, largest_group=packed_model.largest_group, compile=compiled)
+    with torch.inference_mode():
+        memory = torch.empty(slots, layout.nbytes, dtype=torch.uint8, device="cuda")
+        for slot in (1, slots - 1):
+            block = np.empty(layout.nbytes, np.uint8)
+            packed_model.read_expert(0, slot % 2, block)
+            memory[slot] = torch.from_numpy(block).cuda()
+        far = ExpertSlots(c, layout, memory, linear, compiled)
+        near = ExpertSlots(c, layout, memory[[0, 1, slots - 1]].clone(), linear, compiled)
+        for slot, same_slot in ((1, 1), (slots - 1, 2)):
+            for x in (torch.randn(n, c.hidden_size, device="cuda").bfloat16() for n in (1, 5)):
+                assert torch.equal(far[slot](x), near[same_slot](x))
+        at, x, out = torch.tensor([slots - 1, 1], device="cuda"), torch.randn(1, c.hidden_size).cuda(), []
+        for several, at in ((far, at), (near, torch.tensor([2, 1], device="cuda"))):
+            out.append(torch.zeros(2, c.hidden_size, dtype=torch.bfloat16, device="cuda"))
+            several.run(at, x.bfloat16(), out[-1])
+        assert torch.equal(*out) and out[0].abs().sum() > 0
 
 
 @pytest.mark.parametrize("rows_, columns", [(28672, 4096), (4096, 14336), (6144, 4096)])

@@ -116,8 +116,10 @@ class MadeUpRouter(nn.Linear):
     holds its own logits and the lookahead, `here [1]` is the step. Its product is computed all the same."""
 
     def forward(self, x, ahead: int = 0):
-        logits = super().forward(x)
-        return logits if len(x) > 1 else logits * 0 + self.table[ahead, self.here].to(x.dtype)
+        logits = super().forward(x)         # (a compiler drops what is multiplied by zero)
+        if len(x) > 1:
+            return logits
+        return torch.where(logits.isnan(), logits, self.table[ahead, self.here].to(x.dtype))
 
 
 class MadeUpLayer(Layer):

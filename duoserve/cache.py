@@ -116,6 +116,10 @@ class GPUExpertCache:
                 row[e] = slot.index
         return row
 
+    def enqueued(self, layer: int) -> bool:
+        """Is the device to compute this layer as soon as it can, without us?"""
+        return any(key[0] == layer for key in self.launched)
+
     def require(self, keys: list[Key], on_host: list[Key] = []) -> None:
         """The router asks for these of a layer: none may be evicted before it is computed. Those `on_host`
         the host computes: what has begun to move of them stops."""

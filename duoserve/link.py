@@ -139,6 +139,9 @@ class SimulatedLane:
         """Take note of what has arrived. `pump` asks once, so it sends no more than may be in flight."""
         self.clock.due = math.inf
 
+    def look(self) -> None:
+        """Work out when that was, and how busy the lane: for while the host has nothing else to do."""
+
     def room(self, asked: float) -> bool:
         """Is a chunk asked for then due to be sent by now?"""
         self.clock.due = max(asked, self.ends[0])
@@ -235,7 +238,8 @@ class CudaLane:
         self.stream = torch.cuda.Stream(self.device)
         self.begin_pass()
         self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
-        self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way
+        self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way,
+        self.landed: deque = deque()        # and of those that are over, until there is time to look at them
         self.events: list = []              # with a time, to be used again
         self.ring: list = []                # if needed: two pinned buffers, each with its last copy's event
         self.seen: dict[int, torch.Tensor | None] = {}              # address -> what `put` takes from there
@@ -288,16 +292,20 @@ class CudaLane:
     def poll(self) -> None:
         """Take note of the pieces that have arrived."""
         while self.flying and self.flying[0][1].query():
-            start, end, transfer, nbytes = self.flying[0]
+            _, end, transfer, _ = self.flying[0]
             transfer.arrived = end is transfer.loaded               # (first: an interruption may come here)
-            self.flying.popleft()
+            self.landed.append(self.flying.popleft())
+            self.free = self.now() + self.seconds_of(sum(entry[3] for entry in self.flying))
+
+    def look(self) -> None:
+        while self.landed:
+            start, end, transfer, nbytes = self.landed.popleft()
             begin = self.epoch + self.origin.elapsed_time(start) / 1e3
             seconds = start.elapsed_time(end) / 1e3
             self.busy += seconds
             self.pace += PACE * (seconds / nbytes - self.pace)
-            self.free = self.now() + self.seconds_of(sum(entry[3] for entry in self.flying))
             transfer.spans.append((begin, begin + seconds))
-            self.events += [start] if transfer.arrived else [start, end]    # (the other is the transfer's)
+            self.events += [start] if end is transfer.loaded else [start, end]      # (that is the transfer's)
 
     def room(self, asked: float) -> bool:
         return len(self.flying) < IN_FLIGHT
@@ -369,6 +377,7 @@ class CudaLane:
         buffer, copied, free = fetched
         while not copied.query():
             self.pump()
+            self.look()
             pause()
         if free is not None:
             free.append((buffer, copied))
@@ -387,3 +396,4 @@ class CudaLane:
     def finish(self) -> None:
         self.stream.synchronize()
         self.poll()
+        self.look()

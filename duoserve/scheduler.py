@@ -273,12 +273,15 @@ class DecodeScheduler(ExpertScheduler):
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
         """What is missing is under way by now. Thinking takes longer than a layer whose experts are there. So
-        where the lookahead's favourites are there, what was thought before will do."""
+        where the lookahead's favourites are there, or the device is at the next layer already, what was
+        thought before will do."""
         cache, likely = self.cache, ranked(routing.lookahead)[:len(routing.ids)]
-        if self.value is None or not likely or not all(cache.resident((layer + 1, e)) for e in likely):
+        absent = [key for key in ((layer + 1, e) for e in likely) if not cache.resident(key)]
+        if self.value is None or not likely or absent and not cache.enqueued(layer + 1):
             self.replan()
         else:
-            cache.plan([guess.key for guess in cache.queue if guess.key[0] != layer])
+            rest = [guess.key for guess in cache.queue if guess.key[0] != layer]
+            cache.plan([*absent, *rest])
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as

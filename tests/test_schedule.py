@@ -94,11 +94,14 @@ def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
     lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0, False)
     lane.origin, lane.epoch, lane.busy, lane.pace, transfer.loaded = Arrival(), 0.0, 0.0, 0.0, ends[1]
     lane.now = lambda: 0.0
-    lane.flying, lane.events = deque((Arrival(), end, transfer, 1) for end in ends), []
+    lane.flying, lane.landed, lane.events = deque((Arrival(), end, transfer, 1) for end in ends), deque(), []
     for end, arrived in zip(ends, (False, True)):
         end.done = True
         lane.poll()
         assert transfer.arrived == arrived
+    assert lane.busy == 0 and not transfer.spans                    # that is looked at when there is time
+    lane.look()
+    assert lane.busy == 2e-3 and len(transfer.spans) == 2 and lane.events[1] is ends[0]
 
 
 def test_a_replay_that_starts_with_full_slots():
@@ -757,6 +760,22 @@ def test_where_the_lookahead_s_favourites_are_there_nobody_thinks(monkeypatch):
         r.run()
         shares.append(sum(visits) / len(visits))
     assert shares[0] > 0.5 > shares[1] > 0
+
+
+def test_where_the_device_is_at_the_next_layer_its_favourites_are_fetched_without_a_thought(monkeypatch):
+    r = Replay(skewed_traces(0, sequences=1)[0], 2, "duo", 12, COSTS, lambda *_: np.full((6, 8), 0.5)).run()
+    duo, cache, thought = r.decode, r.cache, []
+    monkeypatch.setattr(duo, "replan", lambda: thought.append(1))
+    absent = [e for e in range(8) if (2, e) not in cache.slot_of][:2]
+    routing = Routing([0] * 8, [0, 1], [0.5, 0.5], [0.0] * 8, [float(e in absent) for e in range(8)])
+    duo.update_values()
+    duo.plan_prefetch(1, routing)
+    assert thought
+    cache.plan([(1, e) for e in range(8)] + [(3, e) for e in range(8)])
+    left = [guess.key for guess in cache.queue if guess.key[0] == 3]
+    cache.launched, thought[:] = {(2, 0)}, []
+    duo.plan_prefetch(1, routing)
+    assert not thought and [guess.key for guess in cache.queue] == [(2, e) for e in absent] + left and left
 
 
 def test_the_replay_charges_for_the_predictor_where_it_runs():

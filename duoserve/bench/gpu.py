@@ -165,6 +165,7 @@ class CountingExperts(StreamedExperts):
             self.here.fill_(self.step)
             if self.prefill_busy is None:   # what the lane had done when decode began
                 self.lane.poll()
+                self.lane.look()
                 self.prefill_busy, self.before = self.lane.busy, (0, 0)
 
     def read(self, layer, numbers, rows=None):
@@ -291,7 +292,7 @@ def host_us(engine: Engine, policy: str, args, trace) -> dict:
     lane, cache, step = engine.cache.lane, engine.cache, engine.step
     for part in (("enqueue_layers", step, "launch"), ("enqueue_experts", step, "compute"),
                  ("wait_for_routers", lane, "read"), ("hand_over_bytes", lane, "send"),
-                 ("take_note", lane, "poll"), ("demand", cache, "demand"), ("plan", cache, "plan"),
+                 ("take_note", lane, "look"), ("demand", cache, "demand"), ("plan", cache, "plan"),
                  ("think", DecodeScheduler, "update_values"), ("evict", DecodeScheduler, "victim")):
         timed(*part)
     timed("all", engine, "_decode")

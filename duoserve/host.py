@@ -60,7 +60,7 @@ class Job:
     blocks: int
     x: Tensor
     answer: Tensor
-    asked: float
+    asked: float                            # when x was there
     done: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     dropped: bool = False                   # its request has ended
     begun: float = 0.0
@@ -157,7 +157,7 @@ class Host:
         self.number = 0                     # of the last that was asked for
         self.late: dict[str, tuple[float, float]] = {}              # seconds that each thing took, and when
         self.last = 0.0                     # when the latest was done
-        self.wakes = 0.0                    # seconds until its thread, if it sleeps, has begun
+        self.wakes = 0.0                    # seconds from `take` until its thread, if it sleeps, has begun
         self.free, self.busy = 0.0, 0.0
         self.log: list | None = None
         self.pump: Callable[[], None] = lambda: None                # what feeds the lane; and its `wait_for`
@@ -199,7 +199,7 @@ class Host:
 
     def take(self, x: Tensor) -> None:
         self.collect()
-        self.x = x
+        self.x, self.taken = x, self.now()
 
     def submit(self, experts: dict[Key, int]) -> None:
         x = self.x.view(self.dtype)[None].clone()
@@ -209,7 +209,7 @@ class Host:
             answer = self.into
             if blocks == WHOLE:
                 answer = self.answers[key] = next(self.rows)
-            self.jobs[key] = job = Job(self.number, key, blocks, x, answer, self.now())
+            self.jobs[key] = job = Job(self.number, key, blocks, x, answer, self.taken)
             self.queue.put(job)
         time.sleep(MOMENT)                  # (its thread needs the interpreter to begin)
 

@@ -49,7 +49,7 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     if not compiled and not cuda:           # (a one-row product: no more than 7 for each weight)
         unpacked = max(unpacked, 14 * max(rows * half for rows, half in expert + attention))
     prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
-    block = EXPERT_ROWS * (4 * c.intermediate_size + 2 * c.hidden_size) * size
+    block = EXPERT_ROWS * (3 * c.intermediate_size + 4 * c.hidden_size) * size
     block += LOGIT_ROWS * c.vocab_size * (size + 4)
     shared = c.num_attention_heads // c.num_key_value_heads
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)

@@ -151,7 +151,7 @@ class Expert(nn.Module):
         if exact:
             return self.w2.exact(exact_swiglu(y, silu_table(x.dtype, x.device), x.dtype)).to(x.dtype)
         gate, up = y.chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+        return self.w2(F.silu(gate).mul_(up))
 
 
 def combine_experts(h: Tensor, weights: Tensor, expert_out: Tensor) -> Tensor:

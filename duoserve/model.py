@@ -121,7 +121,7 @@ class Attention(nn.Module):
         else:                               # heads that share keys become rows: no backend copies keys
             mask = self.seen(torch.arange(start, start + T, device=x.device), k.shape[2])
             mask = mask.repeat(q.shape[1] // G, 1)
-            y = F.scaled_dot_product_attention(q.reshape(B, G, -1, A), k, v, attn_mask=mask).view_as(q)
+            y = F.scaled_dot_product_attention(q.reshape(B, G, -1, A), k, v, attn_mask=mask).reshape_as(q)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))
 
     def step(self, x: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class ExpertSlots:
         they are filled up to one of a few numbers, each of which has its graph. (What is left of other rows
         is computed with them: a row's answer depends on none but itself.)"""
         x, y = self.matrices[0].workspace.new_zeros(2, EXPERT_ROWS, self.width)
-        for n in range(EXPERT_ROWS, 0, -ROWS):                      # (the largest first: all share its memory)
+        for n in range(EXPERT_ROWS, 0, -ROWS):                     # (the largest first: all share its memory)
             self.pieces.insert(0, (x[:n], y[:n], graph(partial(self._rows, x[:n], y[:n]))))
 
     def _rows(self, x: Tensor, y: Tensor) -> None:

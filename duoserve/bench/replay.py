@@ -275,15 +275,22 @@ def schedule(args) -> dict:
     if args.traces and by_size and nbytes < 10e6:
         note(f"with {' and '.join(by_size)} the figures are for experts of this model's size "
              f"({format_bytes(nbytes)}), not of Mixtral's")
-    rows = []
+    rows, failed = [], None
     with closing(Progress(len(sizes) * len(policies), "rows", write=count)) as bar:
         for n, policy in product(sizes, policies):
-            rows.append(row(traces, k, policy, n, costs, predictor, args.start))
+            try:
+                rows.append(row(traces, k, policy, n, costs, predictor, args.start))
+            except Exception as error:      # (in somebody's own policy: the table shows the others first)
+                if args.json:
+                    raise
+                failed = failed or error
             bar.add(1)
     least = {str(n): belady(traces, k, n) for n in sizes}
     result = {"costs": asdict(costs), "belady_transfers_per_token": least, "rows": rows}
-    if not args.json:
+    if not args.json and rows:
         print_schedule(result)
+    if failed:
+        raise failed
     return result
 
 

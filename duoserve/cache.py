@@ -137,7 +137,6 @@ class GPUExpertCache:
 
     def plan(self, keys: list[Key]) -> None:
         """Replace the guesses by these, best first. One no longer wanted stops at its chunk's end."""
-        self.pump()                         # what was due before this moment has been sent
         keys = dict.fromkeys(keys)
         if unknown := [key for key in keys if key not in self.scheduler.known]:
             raise UserError(f"policy {type(self.scheduler).__name__}: it plans {unknown[0]!r}, which is no "
@@ -181,10 +180,7 @@ class GPUExpertCache:
         slot can be freed for it yet."""
         if self.ready(key):
             return True
-        self.pump()                         # (which may send the rest of it)
         slot = self.slot_of.get(key)
-        if slot is not None and slot.whole:
-            return True
         begun = slot is not None
         guess = slot.transfer if begun else next((t for t in self.queue if t.key == key), None)
         transfer = guess or Transfer(key, self.expert_bytes, self.lane.now(), True)

@@ -169,7 +169,7 @@ def wrong_reads(cuda, seed, spoil=lambda lane, cache: None) -> int:
                     device.read(slot, key)
                 cache.release(key)
             cache.plan(rng.sample(keys, 2))
-            for _ in range(rng.randrange(6)):
+            for _ in range(rng.randrange(12)):
                 cache.pump()
     device.run()
     return sum(want != got for want, got in device.seen)

@@ -103,7 +103,7 @@ class GPUExpertCache:
     def resident(self, key: Key) -> bool:
         """All of it is here or enqueued."""
         slot = self.slot_of.get(key)
-        return slot is not None and slot.transfer.sent == slot.transfer.size
+        return slot is not None and slot.whole
 
     def launch(self, layer: int, experts: int) -> list[int]:
         """A layer is about to be enqueued, its routing unknown: the slots of its experts, LAUNCHED for what
@@ -117,7 +117,7 @@ class GPUExpertCache:
         return row
 
     def enqueued(self, layer: int) -> bool:
-        """Is the device to compute this layer as soon as it can, without us?"""
+        """Is this layer enqueued already, with some of its experts?"""
         return any(key[0] == layer for key in self.launched)
 
     def require(self, keys: list[Key], on_host: list[Key] = []) -> None:

@@ -145,7 +145,8 @@ class Engine:
         set_threads(options.threads or (1 if device.type == "cuda" else None), packed.config)
         if device.type == "cuda":           # events are recorded on the current device's streams
             torch.cuda.set_device(device)
-            torch.backends.cuda.enable_cudnn_sdp(False)             # (it takes 50 ms for each new length)
+            # For the whole process: cuDNN's attention makes a plan for each new length of a prompt, 50 ms.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")        # 8 MiB, not Hopper's 32
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")                # (in KiB)
         c = packed.config

@@ -36,7 +36,7 @@ class ExpertSlots:
         for matrix in self.matrices:
             matrix.at = self.slot
         self.compiled = compiled(run_experts) if compile else run_experts
-        self.pieces: list[tuple[Tensor, Tensor, Callable[[], None]]] = []
+        self.pieces: list[Callable[[], None]] = []
 
     def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
         return partial(self._compute, slot)
@@ -46,21 +46,20 @@ class ExpertSlots:
         self.choose(slot)
         if not self.pieces or len(x) == 1:
             return self.expert(x, given)
-        x_in, y, run = self.pieces[-(-len(x) // ROWS) - 1]
-        x_in[:len(x)].copy_(x)
-        run()
-        return y[:len(x)]
+        self.x[:len(x)] = x
+        self.pieces[-(-len(x) // ROWS) - 1]()
+        return self.y[:len(x)]
 
     def capture(self, graph: Callable) -> None:
         """From now on several rows go through what `graph` makes of a call: one launch instead of ten. So
         they are filled up to one of a few numbers, each of which has its graph. (What is left of other rows
         is computed with them: a row's answer depends on none but itself.)"""
-        x, y = self.matrices[0].workspace.new_zeros(2, EXPERT_ROWS, self.width)
-        for n in range(EXPERT_ROWS, 0, -ROWS):                     # (the largest first: all share its memory)
-            self.pieces.insert(0, (x[:n], y[:n], graph(partial(self._rows, x[:n], y[:n]))))
+        self.x, self.y = self.matrices[0].workspace.new_zeros(2, EXPERT_ROWS, self.width)
+        sizes = range(EXPERT_ROWS, 0, -ROWS)                        # the largest first: all share its memory
+        self.pieces = [graph(partial(self._rows, n)) for n in sizes][::-1]
 
-    def _rows(self, x: Tensor, y: Tensor) -> None:
-        y.copy_(self.expert(x))
+    def _rows(self, n: int) -> None:
+        self.y[:n] = self.expert(self.x[:n])
 
     def choose(self, slot: int) -> None:
         if self.slot is not None:

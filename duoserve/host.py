@@ -204,7 +204,7 @@ class Host:
     def submit(self, experts: dict[Key, int]) -> None:
         x = self.x.view(self.dtype)[None].clone()
         for key, blocks in experts.items():
-            self.free = self.free_at() + self.seconds(blocks)
+            self.free = max(self.taken + self.wakes, self.free) + self.seconds(blocks)
             self.number += 1
             answer = self.into
             if blocks == WHOLE:

@@ -140,7 +140,8 @@ class SimulatedLane:
         self.clock.due = math.inf
 
     def look(self) -> None:
-        """Work out when that was, and how busy the lane: for while the host has nothing else to do."""
+        """Work out when what has arrived was sent, and how busy the lane was: for while the host has nothing
+        else to do."""
 
     def room(self, asked: float) -> bool:
         """Is a chunk asked for then due to be sent by now?"""
@@ -305,7 +306,7 @@ class CudaLane:
             self.busy += seconds
             self.pace += PACE * (seconds / nbytes - self.pace)
             transfer.spans.append((begin, begin + seconds))
-            self.events += [start] if end is transfer.loaded else [start, end]      # (that is the transfer's)
+            self.events += start, end       # (once it has arrived nobody waits for it)
 
     def room(self, asked: float) -> bool:
         return len(self.flying) < IN_FLIGHT

@@ -49,8 +49,9 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     if not compiled and not cuda:           # (a one-row product: no more than 7 for each weight)
         unpacked = max(unpacked, 14 * max(rows * half for rows, half in expert + attention))
     prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
-    block = EXPERT_ROWS * (3 * c.intermediate_size + 4 * c.hidden_size) * size
-    block += LOGIT_ROWS * c.vocab_size * (size + 4)
+    # (A row block: gate and up, silu; what it reads and gives, twice, as captured code has its own copy.)
+    rows = EXPERT_ROWS * (3 * c.intermediate_size + 4 * c.hidden_size) * size
+    block = rows + LOGIT_ROWS * c.vocab_size * (size + 4)
     shared = c.num_attention_heads // c.num_key_value_heads
     mask = 0 if context <= ATTENTION_ROWS else ATTENTION_ROWS * shared * context * (1 + size)
     trace = 4 * context * c.num_hidden_layers * c.num_local_experts             # (if it is recorded)
@@ -58,6 +59,7 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     if cuda and compiled:                   # (a layer's decode, and what unpacks its attention)
         sizes = len(key_sizes(padded(context)))
         workspace += GRAPH * (3 + sizes) * (c.num_hidden_layers + c.num_experts_per_tok)
+        workspace += max(0, rows - prompt)  # (the row block's trial, beside its capture, before any prompt)
     plan = MemoryPlan(resident, kv, workspace, packed.layout.nbytes, 2)
     if budget is not None and plan.total > budget:
         raise UserError(f"--gpu-memory {format_bytes(budget)} is too small: {rounded_up(plan.total)} is the "

@@ -64,8 +64,9 @@ def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None, o
 
 
 def parts(rows: int, columns: int) -> list[slice]:
-    """The rows of a matrix that are unpacked at a time: in equal parts, which is one shape to compile."""
-    each = -(-rows // -(-rows * columns // UNPACK))
+    """The rows of a matrix that are unpacked at a time: in equal parts, which is one shape to compile; in
+    eights, so that none begins where compiled code would copy it first."""
+    each = -(-rows // -(-rows * columns // UNPACK) // 8) * 8
     return [slice(i, min(i + each, rows)) for i in range(0, rows, each)]
 
 
@@ -78,7 +79,8 @@ def compiled(function, **more):
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    run = torch.compile(function, dynamic=False, options={**SAME_EVERYWHERE, **more})
+    # (Whole, or not at all: what may be compiled reaches beyond what it is told of, see `unbounded`.)
+    run = torch.compile(function, dynamic=False, fullgraph=True, options={**SAME_EVERYWHERE, **more})
 
     def alone(*arguments):
         if torch.compiler.is_dynamo_compiling():                    # it becomes a part of what is compiled
@@ -141,8 +143,9 @@ def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = 
 def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
             at: Tensor | None) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
-    run = fused_dots if torch.compiler.is_compiling() else dots if q.is_cuda else partial(dots, at_once=1)
-    return run(laid_out(x), sums, q.view(torch.int32), scale, zero, at)
+    if torch.compiler.is_compiling():
+        return fused_dots(laid_out(x), sums, q, scale, zero, at)
+    return dots(laid_out(x), sums, q.view(torch.int32), scale, zero, at, 4 if q.is_cuda else 1)
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -187,6 +190,7 @@ def fused_dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero:
                at: Tensor | None) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
+    q = q.view(torch.int32)                 # (here: compiled code may copy what it is to view so)
     return compiled(dots, **IN_ONE_PASS)(laid, sums, q, scale, zero, at)
 
 
@@ -196,9 +200,9 @@ def _(laid, sums, q, scale, zero, at):
 
 
 def unbounded(several: Tensor) -> Tensor:
-    """For compiled code, which checks no index: two of several matrices, by which it reaches all. How many
-    there are is then nothing to compile for; and it counts in 32 bits within each, which it would not if it
-    knew of more than 2^31 numbers (67 instead of 60 us an expert)."""
+    """For compiled code, which checks no index: two of several matrices, by which it reaches all; so it may
+    not copy them. How many there are is then nothing to compile for; and it counts in 32 bits within each,
+    which it would not if it knew of more than 2^31 numbers (66 instead of 56 us an expert)."""
     return several[:2]
 
 

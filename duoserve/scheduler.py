@@ -274,14 +274,13 @@ class DecodeScheduler(ExpertScheduler):
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
         """What is missing is under way by now. Thinking takes longer than a layer whose experts are there. So
         where the lookahead's favourites are there, or the device is at the next layer already, what was
-        thought before will do."""
+        thought before will do; what is absent of the favourites is asked for first."""
         cache, likely = self.cache, ranked(routing.lookahead)[:len(routing.ids)]
-        absent = [key for key in ((layer + 1, e) for e in likely) if not cache.resident(key)]
+        absent = [(layer + 1, e) for e in likely if not cache.resident((layer + 1, e))]
         if self.value is None or not likely or absent and not cache.enqueued(layer + 1):
             self.replan()
         else:
-            rest = [guess.key for guess in cache.queue if guess.key[0] != layer]
-            cache.plan([*absent, *rest])
+            cache.plan(absent + [guess.key for guess in cache.queue if guess.key[0] != layer])
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as

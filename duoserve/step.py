@@ -106,7 +106,8 @@ class DecodeStep:
         layers = self.pieces(position)
         self.begin()
         source.begin_step(self.lookahead[None])
-        # Pieces enqueued, the last of which is the end; and whether nothing of the last one can be missing.
+        # How many pieces are enqueued (the last of all is the end), and whether nothing that the newest of
+        # them needs can be missing.
         ahead, whole = 0, True
         for i in range(len(layers) + 1):    # the one whose routing is read next
             while ahead <= len(layers) and (whole or ahead == i):
@@ -128,8 +129,8 @@ class DecodeStep:
         return self.layers[keys]
 
     def launch(self, i: int, layers: list[Callable[[], None]], source) -> bool:
-        """Enqueue layer i by its piece, and those of its experts that are there; True if these are all. After
-        the last one, the end."""
+        """Enqueue layer i by its piece, and those of its experts that are there; True if these are all. There
+        is an end after the last one."""
         if i == len(layers):
             self.end()
             return False

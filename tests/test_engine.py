@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 import tracemalloc
+from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,8 +20,12 @@ from models import (answers, at_rest, by_table, hostile, InterruptAt, LateLane, 
 from duoserve import Engine
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
+from duoserve.experts import ExpertSlots
+from duoserve.machine import can_compile
 from duoserve.model import key_sizes
 from duoserve.options import SamplingParams
+from duoserve.packed import PackedModel
+from duoserve.quant import PackedLinear
 from duoserve.sampling import sample
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
@@ -50,7 +56,8 @@ def test_the_same_bits_under_every_policy_and_size(policy, slots, tiny, want):
         assert same(answers(engine), want)
 
 
-@pytest.mark.parametrize("slots, deepest", ((3, {1}), (12, {1, 2}), (24, {4})))
+@pytest.mark.parametrize("slots, deepest", (
+        (3, {1, "0 behind the last"}), (12, {1, 2, "1 behind the last"}), (24, {4, "1 behind the last"})))
 def test_the_same_bits_by_the_table_in_16_bits(slots, deepest, tiny):
     """Where what a layer chose was there, the next one is enqueued before anybody thinks about it; with all
     experts there whole tokens are, to their end, before the host reads what they chose."""
@@ -62,7 +69,7 @@ def test_the_same_bits_by_the_table_in_16_bits(slots, deepest, tiny):
 
     def settled(i, *rest):
         if waiting[0] == i:
-            ahead.append(len(waiting))
+            ahead.append(len(waiting) if i < 2 else f"{len(waiting) - 1} behind the last")
         waiting.remove(i)
         settle(i, *rest)
 
@@ -87,11 +94,40 @@ def test_several_rows_go_through_one_of_a_few_pieces(tiny):
         expected = [slots[slot](x[:n]) for slot in (3, 5) for n in (1, 2, 64, 65, 500, 512)]
         for matrix in slots.matrices:
             matrix.workspace = torch.full((2 * matrix.q[0].numel(),), torch.nan)
-        slots.capture(lambda piece: lambda: (runs.append(len(piece.args[0])), piece()))
+        slots.capture(lambda piece: lambda: (runs.append(piece.args[0]), piece()))
         slots[3](torch.full(shape, torch.nan))                      # (what is left of others does no harm)
         got = [slots[slot](x[:n]).clone() for slot in (3, 5) for n in (1, 2, 64, 65, 500, 512)]
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, expected))
     assert runs == [512] + 2 * [64, 64, 128, 512, 512]
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("dtype, error", ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)))
+def test_compiled_code_reaches_every_slot(tiny, dtype, error):
+    """It is told of two, and may copy neither."""
+    model = PackedModel(tiny)
+    c, keys = model.config, model.config.expert_keys[:5]
+    memory = torch.empty(len(keys), model.layout.nbytes, dtype=torch.uint8)
+    for key, block in zip(keys, memory):
+        model.read_expert(*key, block.numpy())
+    linear = partial(PackedLinear, largest_group=model.largest_group)
+    eager, fused = (ExpertSlots(c, model.layout, memory, partial(linear, compile=compile), compile)
+                    for compile in (False, True))
+    x = torch.randn(5, c.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.inference_mode():
+        for slot, n in product(range(len(keys)), (1, 5)):
+            assert torch.allclose(eager[slot](x[:n]), fused[slot](x[:n]), rtol=error, atol=error)
+        at, out = torch.tensor([4, 2]), torch.zeros(2, 2, c.hidden_size, dtype=dtype)
+        for slots, y in zip((eager, fused), out):
+            slots.run(at, x[:1], y)
+    assert torch.allclose(*out, rtol=error, atol=error)
+
+
+def test_compiling_that_is_switched_off_is_noticed(monkeypatch, capsys):
+    """What may be compiled must be: it reaches beyond what it is told of."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert not can_compile(torch.device("cpu"))
+    assert "torch.compile does not work here (it is switched off)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("after", (1, 2, 5))

@@ -692,6 +692,17 @@ def test_a_thread_that_wakes_late_is_the_host_s_affair():
     assert 3e-5 < host.free_at() - host.now() < 0.01
 
 
+def test_how_late_a_thread_begins_counts_from_when_its_row_was_there():
+    """As who decides what it is asked for does so then."""
+    host = a_host(adding, {"each": 0.001, "threads": 1})
+    host.take(torch.ones(4))
+    time.sleep(0.01)
+    host.submit({(0, 0): WHOLE})
+    job = host.jobs[0, 0]
+    host.wait((0, 0))
+    assert job.begun - job.asked >= 0.01
+
+
 def test_what_blocks_take_says_nothing_of_an_expert():
     """A call has its own cost, so they take longer than their share."""
     host = a_host(lambda key, blocks, x, out: time.sleep(5e-3), {"each": 0.004, "block": 0.001, "threads": 1})

@@ -171,7 +171,11 @@ def wrong_reads(cuda, seed, spoil=lambda lane, cache: None) -> int:
             cache.plan(rng.sample(keys, 2))
             for _ in range(rng.randrange(12)):
                 cache.pump()
+                if not rng.randrange(3):
+                    lane.look()             # (and gives its events to be used again)
     device.run()
+    lane.finish()
+    assert lane.busy > 0 and not lane.flying and not lane.landed
     return sum(want != got for want, got in device.seen)
 
 

@@ -120,21 +120,21 @@ def test_packed_linear_takes_any_leading_shape_and_splits_large_matrices(monkeyp
 
 
 def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
-    monkeypatch.setattr("duoserve.quant.UNPACK", 256 * 10)
+    monkeypatch.setattr("duoserve.quant.UNPACK", 256 * 10)            # (parts of whole eights of rows)
     matrices, calls = [PackedLinear(256, rows) for rows in (24, 40)], []
     for seed, linear in enumerate(matrices):
         linear.q, linear.scale, linear.zero = quantize(gaussian(len(linear.q), 256, seed=seed), 128)
     x = gaussian(5, 256, seed=4)
     expected = [linear(x) for linear in matrices]
-    workspace = torch.full((256 * 10,), torch.nan)
+    workspace = torch.full((256 * 16,), torch.nan)
     for linear in matrices:
         linear.workspace = workspace
         linear.capture(lambda piece: lambda: (calls.append(1), piece()))
     for _ in range(2):
         assert all(torch.equal(linear(x), y) for linear, y in zip(matrices, expected))
-    assert len(calls) == 2 * (3 + 4)
+    assert len(calls) == 2 * (3 + 3)
     one = matrices[0](x[:1])                # a single row goes its own way
-    assert len(calls) == 14 and torch.allclose(one, expected[0][:1], atol=1e-4)
+    assert len(calls) == 12 and torch.allclose(one, expected[0][:1], atol=1e-4)
 
 
 @pytest.mark.compiles

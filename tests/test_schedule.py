@@ -95,13 +95,14 @@ def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
     lane.origin, lane.epoch, lane.busy, lane.pace, transfer.loaded = Arrival(), 0.0, 0.0, 0.0, ends[1]
     lane.now = lambda: 0.0
     lane.flying, lane.landed, lane.events = deque((Arrival(), end, transfer, 1) for end in ends), deque(), []
+    lane.seconds_of = float
     for end, arrived in zip(ends, (False, True)):
         end.done = True
         lane.poll()
-        assert transfer.arrived == arrived
+        assert transfer.arrived == arrived and lane.free == len(lane.flying)
     assert lane.busy == 0 and not transfer.spans                    # that is looked at when there is time
     lane.look()
-    assert lane.busy == 2e-3 and len(transfer.spans) == 2 and lane.events[1] is ends[0]
+    assert lane.busy == 2e-3 and len(transfer.spans) == 2 and ends == lane.events[1::2]
 
 
 def test_a_replay_that_starts_with_full_slots():
@@ -773,7 +774,10 @@ def test_where_the_device_is_at_the_next_layer_its_favourites_are_fetched_withou
     assert thought
     cache.plan([(1, e) for e in range(8)] + [(3, e) for e in range(8)])
     left = [guess.key for guess in cache.queue if guess.key[0] == 3]
-    cache.launched, thought[:] = {(2, 0)}, []
+    cache.launched, thought[:] = {(3, 0)}, []                       # (not the next one)
+    duo.plan_prefetch(1, routing)
+    assert thought.pop()
+    cache.launched = {(2, 0)}
     duo.plan_prefetch(1, routing)
     assert not thought and [guess.key for guess in cache.queue] == [(2, e) for e in absent] + left and left
 

@@ -21,13 +21,15 @@ from models import (answers, at_rest, DEFAULTS, hostile, in_child, InterruptAt, 
                     put_lane, same, SAMPLED, SHORT, tokenizer_model)
 
 from duoserve import machine, store
+from duoserve.bench.flags import SHAPES
 from duoserve.bench.gpu import RandomModel
 from duoserve.cache import GPUExpertCache
 from duoserve.checkpoint import convert, hugging_face, to_hf
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.link import IN_FLIGHT, LinkError, SimulatedLane, VirtualClock
-from duoserve.packed import PackedModel
+from duoserve.memory import LIBRARIES, LOGIT_ROWS, plan_memory
+from duoserve.packed import ModelShapes, PackedModel
 from duoserve.predictor import Predictor
 from duoserve.trace import read_traces
 from duoserve.training import measure_affinity
@@ -327,3 +329,14 @@ def test_before_the_first_token_there_is_no_time_to_it(tiny):
     with pytest.raises(KeyboardInterrupt):
         engine.generate(SHORT)
     assert engine.result.stats.ttft_s is None and '"ttft_s": null' in json.dumps(engine.result.asdict())
+
+
+def test_the_plan_has_room_for_a_row_block_beside_its_capture():
+    """Whatever the context; an eager engine captures nothing."""
+    model, rows = ModelShapes(SHAPES["mixtral-8x7b"]), 512 * (3 * 14336 + 4 * 4096) * 2
+    always = LIBRARIES + LOGIT_ROWS * 32000 * 6 + 14336 * 4096 * 2  # (the last: a matrix, unpacked)
+    prompt = 4096 * 4096 * 8 * 2                                    # what a long one takes besides
+    planned = [plan_memory(model, torch.bfloat16, context, compiled, True, None, None).workspace
+               for context, compiled in ((64, True), (4096, True), (64, False))]
+    assert planned[0] >= always + 2 * rows and planned[1] >= always + rows + prompt
+    assert planned[2] >= always + 9 * 14336 * 4096 + rows

@@ -598,7 +598,7 @@ def test_many_requests_and_a_long_answer_leave_nothing_behind(tmp_path):
     gc.freeze()                             # what exists by now need not be counted each time
     tracemalloc.start()
     try:
-        first, then, midway = ask(5), ask(100), []
+        first, then, midway = ask(100), ask(100), []                # (torch 2.11 fills its stores slowly)
         for _ in engine.stream(SHORT, max_new_tokens=200, seed=1):
             if engine.sequence.history.tokens[0] >= 80 * (len(midway) + 1):
                 midway.append(held())

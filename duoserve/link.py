@@ -2,8 +2,7 @@
 
 A lane sends bytes of experts in the order it is told and says when they are there. *Demand* is sent at once,
 in one piece. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than
-those two.
-The lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
+those two. The lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
 
 Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's clock or on a virtual one.
 Nothing above this file asks which it has.

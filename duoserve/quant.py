@@ -79,7 +79,7 @@ def compiled(function, **more):
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # (Whole, or not at all: what may be compiled reaches beyond what it is told of, see `unbounded`.)
+    # (Whole, or not at all: as eager code it could not reach the slots that it is not told of, experts.py.)
     run = torch.compile(function, dynamic=False, fullgraph=True, options={**SAME_EVERYWHERE, **more})
 
     def alone(*arguments):
@@ -199,13 +199,6 @@ def _(laid, sums, q, scale, zero, at):
     return laid.new_empty(len(laid if at is None else at), scale.shape[-2])
 
 
-def unbounded(several: Tensor) -> Tensor:
-    """For compiled code, which checks no index: two of several matrices, by which it reaches all; so it may
-    not copy them. How many there are is then nothing to compile for; and it counts in 32 bits within each,
-    which it would not if it knew of more than 2^31 numbers (66 instead of 56 us an expert)."""
-    return several[:2]
-
-
 @cache
 def silu_table(dtype: torch.dtype, device: torch.device) -> Tensor:
     """SiLU in fp32 of all numbers of 16 bits, in the order of these bits: no two devices' `exp` agree."""
@@ -245,7 +238,7 @@ class PackedLinear(nn.Module):
             tensors = tuple(tensor[..., part, :] for tensor in tensors)
         if isinstance(self.at, int):
             return *(tensor[self.at] for tensor in tensors), None
-        return *(tensors if self.at is None else map(unbounded, tensors)), self.at
+        return *tensors, self.at
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., columns] -> [.., rows]; which kernel runs depends on the number of rows of x alone."""
@@ -279,9 +272,8 @@ class PackedLinear(nn.Module):
 
     def capture(self, graph: Callable) -> None:
         """From now on unpack into the workspace through what `graph` makes of a call: one launch."""
-        into = partial(self.room, like=self.workspace)
-        self.graphs = [graph(partial(self.dequantize_into, *self.matrix(part), into(part)))
-                       for part in self.parts()]
+        self.graphs = [graph(partial(self.dequantize_into, *self.matrix(part),
+                                     self.room(part, self.workspace))) for part in self.parts()]
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,10 @@ def test_a_plan_does_not_ask_again_for_what_is_being_divided():
 
 def test_what_is_worth_it_is_completed_though_no_slot_is_empty():
     made, cache, clock = scheduler(host=4.8, block=1, there=range(1, 6))
+    favoured = replace(ONE, logits=[9.0] + [0.0] * 7)
     for _ in range(3):
-        made.history.observe(0, Routing([1] + [0] * 7, [0], [1.0], [9.0] + [0.0] * 7, None))
-    list(made.experts(0, Routing([1] + [0] * 7, [0], [1.0], [9.0] + [0.0] * 7, None)))
+        made.history.observe(0, favoured)
+    list(made.experts(0, favoured))
     rest = cache.slot_of[(0, 0)].transfer
     assert rest.used and 0 < rest.missing and len(cache.slot_of) == 6
     made.replan()

@@ -28,6 +28,11 @@ UNPACK = 64 * 2**20             # weights unpacked at a time for a product of se
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
                    "assert_indirect_indexing": False}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
+# A word of which only a nibble is left, k places up and below bit 24, is q 16^k 2^-149 if its bits are read
+# as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need
+# be converted, and what the nibble meets is made larger by 2^LIFT.
+LIFT = 114
+PLACES = 0, 1, 2, 3, 4, 5, 4, 5             # of a word's nibbles when they are multiplied
 # While a thread traces what is to be compiled (host.py), compiled code refuses to be called, by any thread.
 COMPILER = threading.RLock()
 
@@ -143,31 +148,39 @@ def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = 
 def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
             at: Tensor | None) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
+    unconverted = q.is_cuda and len(sums) > 1       # (x is then whole numbers, and may be made larger)
+    laid = laid_out(x, LIFT if unconverted else 0)
     if torch.compiler.is_compiling():
-        return fused_dots(laid_out(x), sums, q, scale, zero, at)
-    return dots(laid_out(x), sums, q.view(torch.int32), scale, zero, at, 4 if q.is_cuda else 1)
+        return fused_dots(laid, sums, q, scale, zero, at, unconverted)
+    return dots(laid, sums, q.view(torch.int32), scale, zero, at, unconverted, 4 if q.is_cuda else 1)
 
 
-def laid_out(x: Tensor) -> Tensor:
-    """x [B, groups, G] -> for each nibble of a word of four bytes what it meets: [B, groups, nibble, words].
+def laid_out(x: Tensor, lift: int = 0) -> Tensor:
+    """x [B, groups, G] -> for each nibble of a word of four bytes what it meets, times 2^lift: [B, nibble,
+    groups, words].
 
     So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it
-    is 16^k times too large, and x is made as much smaller. (The last moves one down, out of the sign bit.)
+    is 16^k times too large, and x is made as much smaller.
     """
-    place = torch.arange(0, -32, -4, dtype=torch.int32, device=x.device).clamp(min=-24)
-    parts = x.unflatten(-1, (2, -1, 4)).permute(0, 1, 4, 2, 3).flatten(2, 3)
-    return parts * power(place)[:, None]
+    k = torch.arange(8, dtype=torch.int32, device=x.device)
+    place = torch.where(k < 6, k, k - 2)            # (PLACES; to copy them would stop the host)
+    parts = x.unflatten(-1, (2, -1, 4)).permute(0, 4, 2, 1, 3).flatten(1, 2)
+    return parts * power(lift - 4 * place)[:, None, None]
 
 
 def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None,
-         at_once: int = 4) -> Tensor:
-    """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes. Compiled, x is read once
-    for that many rows `at_once`."""
+         unconverted: bool = False, at_once: int = 4) -> Tensor:
+    """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes; `unconverted`: these are
+    read as fp32 numbers, and x was laid out with LIFT. Compiled, x is read once for that many rows
+    `at_once`."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
-    parts = laid[:, None].unbind(3)
+    parts = laid[:, None].unbind(2)
     w = q.view(len(q), at_once, -1, *parts[0].shape[2:])            # [B, 4, N / 4, groups, words]
-    dot = [reduce(torch.add, map(torch.mul, nibbles(rows), parts)).sum(-1) for rows in w.unbind(1)]
+    dot = [reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), parts)).sum(-1)
+           for rows in w.unbind(1)]
     dot = torch.cat(dot, 1) if len(dot) > 1 else dot[0]
+    if unconverted:
+        dot = dot * 2.0 ** (149 - LIFT)
     scale, zero = scale.float(), zero.float()       # [B, N, groups], like dot
     sums = [s[:, None] for s in sums]
     if len(sums) == 1:
@@ -180,22 +193,23 @@ def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
     return torch.where(y == 0, 0, y) * power(e - bits)      # (never -0: its sign would depend on the order)
 
 
-def nibbles(w: Tensor) -> list[Tensor]:
-    """Words -> their eight nibbles, each in its place but the last."""
-    return [w & 15 << 4 * k for k in range(7)] + [w >> 4 & 15 << 24]
+def nibbles(w: Tensor, unconverted: bool) -> list[Tensor]:
+    """Words -> their eight nibbles in these PLACES, as whole numbers or as fp32 numbers of the same bits."""
+    masked = [(w if k == i else w >> 4 * (i - k)) & 15 << 4 * k for i, k in enumerate(PLACES)]
+    return [nibble.view(torch.float32) for nibble in masked] if unconverted else masked
 
 
 @torch.library.custom_op("duoserve::dots", mutates_args=())
-def fused_dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
-               at: Tensor | None) -> Tensor:
+def fused_dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None,
+               unconverted: bool) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
     q = q.view(torch.int32)                 # (here: compiled code may copy what it is to view so)
-    return compiled(dots, **IN_ONE_PASS)(laid, sums, q, scale, zero, at)
+    return compiled(dots, **IN_ONE_PASS)(laid, sums, q, scale, zero, at, unconverted)
 
 
 @fused_dots.register_fake
-def _(laid, sums, q, scale, zero, at):
+def _(laid, sums, q, scale, zero, at, unconverted):
     return laid.new_empty(len(laid if at is None else at), scale.shape[-2])
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from duoserve.quant import PackedLinear, compiled, dequantize, exact_gemv, silu_table, pack, unpack
+from duoserve.quant import (LIFT, PackedLinear, compiled, dequantize, dots, exact_gemv, laid_out, pack,
+                            silu_table, unpack, whole_numbers)
 from duoserve.quantize import quantize
 from models import load
 from products import (BF16, CASES, FP16, a_block_on_the_host, an_expert, matrices, of_several, on_the_host,
@@ -70,6 +71,16 @@ def test_the_order_does_not_matter(group, dtype):
         turned = pack(unpack(q, group).flatten(1).flip(1), group), scale.flip(1), zero.flip(1)
         for name, x in rows(7 * group, group, dtype).items():
             assert same(exact_gemv(x, q, scale, zero), exact_gemv(x.flip(1), *turned)), (weights, name)
+
+
+@pytest.mark.parametrize("group, dtype", CASES)
+def test_words_read_as_numbers(group, dtype):
+    """A GPU's way, which converts no nibble."""
+    for weights, (q, scale, zero) in matrices(8, 7 * group, group).items():
+        for name, x in rows(7 * group, group, dtype).items():
+            p, sums = whole_numbers(x, 7)
+            y = dots(laid_out(p, LIFT), sums, q.view(torch.int32), scale, zero, None, unconverted=True)
+            assert same(y, exact_gemv(x, q, scale, zero)), (weights, name)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -177,13 +177,22 @@ def pack_routing(logits: Tensor, ids: Tensor, weights: Tensor, lookahead: Tensor
     return torch.cat([part.float() for part in (counts, *last)])
 
 
+class Router(nn.Linear):
+    """A row by itself is multiplied where it is made: by a compiler, in a third of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() > x.shape[-1]:
+            return super().forward(x)
+        return (x.float() * self.weight.float()).sum(-1).view(*x.shape[:-1], -1).to(x.dtype)
+
+
 class Layer(nn.Module):
     def __init__(self, config: MixtralConfig, linear=nn.Linear):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, linear)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.router = Router(config.hidden_size, config.num_local_experts, bias=False)
 
     def attend(self, h: Tensor, rope: Tensor, kv: Tensor | None, start: int) -> Tensor:
         """The residual stream h [B, T, D] with this layer's attention added, in row blocks where there is a

@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,7 +34,7 @@ from ..engine import Engine
 from ..errors import UserError, note, parse_amount, parse_rate
 from ..experts import StreamedExperts
 from ..machine import usable_cpus
-from ..model import Layer
+from ..model import Layer, Router
 from ..options import EngineOptions, check_device
 from ..packed import ModelShapes
 from ..predictor import Predictor
@@ -111,7 +110,7 @@ class RandomModel(ModelShapes):
             self._fill(name, view, columns)
 
 
-class MadeUpRouter(nn.Linear):
+class MadeUpRouter(Router):
     """In decode it says what a made-up trace says of this token: `table [2, steps, experts]`, on the device,
     holds its own logits and the lookahead, `here [1]` is the step. Its product is computed all the same."""
 

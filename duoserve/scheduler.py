@@ -276,6 +276,8 @@ class DecodeScheduler(ExpertScheduler):
         where the lookahead's favourites are there, or the device is at the next layer already, what was
         thought before will do; what is absent of the favourites is asked for first."""
         cache, likely = self.cache, ranked(routing.lookahead)[:len(routing.ids)]
+        if len(cache.slot_of) == len(self.keys):
+            return                          # all there is
         absent = [(layer + 1, e) for e in likely if not cache.resident((layer + 1, e))]
         if self.value is None or not likely or absent and not cache.enqueued(layer + 1):
             self.replan()

@@ -161,8 +161,8 @@ class StreamedExperts:
                 self._record("lookahead", layer + 1, ahead)
         read, n = self.cache.read(self.fetched.pop(0)), len(numbers)
         if self.cache.host is not None:
-            self.cache.host.take(read[n:])
-        return Routing.unpack(read[:n].tolist(), E, K)
+            self.cache.host.take(read, n)
+        return Routing.unpack(read.numpy()[:n].tolist(), E, K)      # (faster than a tensor's slices)
 
     def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None]) -> Routing:
         self.fetch(layer, numbers)

@@ -47,13 +47,14 @@ class History:
         self.ids: list[list[int]] = [[] for _ in range(layers)]
 
     def observe(self, layer: int, routing: Routing) -> None:
-        counts = np.asarray(routing.counts, np.float32)
         tokens = sum(routing.counts) // max(1, len(routing.ids))
         keep = RECENT if tokens == 1 and self.tokens[layer] else 0.0     # a prompt's use is its average
-        recent = self.recent[layer]         # (in place: this stands between a router and its experts)
-        recent *= keep
-        recent += (1 - keep) / tokens * counts
-        self.counts[layer] += counts
+        recent, counts = self.recent[layer], self.counts[layer]
+        recent *= keep                      # (in place: this stands between a router and its experts)
+        for e, n in enumerate(routing.counts):
+            if n:
+                recent[e] += (1 - keep) / tokens * n
+                counts[e] += n
         self.tokens[layer] += tokens
         self.logits[layer] = routing.logits
         self.ids[layer] = routing.ids

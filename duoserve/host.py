@@ -94,11 +94,11 @@ class SimulatedHost:
         """How long so much of an expert takes."""
         return self.each if blocks == WHOLE else self.each * 2 / 3 * blocks / BLOCKS
 
-    def take(self, x: Tensor) -> None:
-        """The row that the layer's experts are to be computed for: its bytes, as fp32 numbers. They may be
-        overwritten after `submit`."""
+    def take(self, x: Tensor, start: int = 0) -> None:
+        """The row that the layer's experts are to be computed for: its bytes, as fp32 numbers, behind
+        `start` others. They may be overwritten after `submit`."""
         if self.worker:
-            self.worker.take(x)
+            self.worker.take(x, start)
 
     def submit(self, experts: dict[Key, int]) -> None:
         """Begin to compute these experts of a layer, or so many of their blocks, in this order."""
@@ -197,12 +197,12 @@ class Host:
         each by themselves: a call has its own cost.)"""
         return ("each", 1) if blocks == WHOLE else ("block", blocks)
 
-    def take(self, x: Tensor) -> None:
+    def take(self, x: Tensor, start: int = 0) -> None:
         self.collect()
-        self.x, self.taken = x, self.now()
+        self.x, self.start, self.taken = x, start, self.now()
 
     def submit(self, experts: dict[Key, int]) -> None:
-        x = self.x.view(self.dtype)[None].clone()
+        x = self.x[self.start:].view(self.dtype)[None].clone()
         for key, blocks in experts.items():
             self.free = max(self.taken + self.wakes, self.free) + self.seconds(blocks)
             self.number += 1

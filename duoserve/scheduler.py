@@ -281,7 +281,7 @@ class DecodeScheduler(ExpertScheduler):
         absent = [(layer + 1, e) for e in likely if not cache.resident((layer + 1, e))]
         if self.value is None or not likely or absent and not cache.enqueued(layer + 1):
             self.replan()
-        else:
+        elif absent or any(guess.key[0] == layer for guess in cache.queue):
             cache.plan(absent + [guess.key for guess in cache.queue if guess.key[0] != layer])
 
     def replan(self) -> None:

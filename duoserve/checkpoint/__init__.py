@@ -20,7 +20,6 @@ from typing import Iterator
 from ..errors import Parser, Progress, UserError, format_bytes, import_requirements, note
 
 import_requirements()
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,12 +170,11 @@ def intact(header: Header, tensors: Tensors, progress: Progress) -> bool:
     found = {name: entry[:2] for name, entry in header.tensors.items()}
     if found != tensors or not header.crc or header.size != max(end for *_, end in header.tensors.values()):
         return False
-    for name in tensors:
-        try:
+    with suppress(UserError):
+        for name in tensors:
             progress.add(header.read(name).nbytes)
-        except UserError:
-            return False
-    return True
+        return True
+    return False
 
 
 def triples(views: dict[str, Tensor], matrix: str, shapes: Shapes):
@@ -270,8 +268,8 @@ def to_hf(src: str | Path, dst: str | Path) -> None:
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise UserError(f"{dst}: is there and not an empty directory; name another")
     where: dict[str, str] = {}              # tensor -> shard
-    files = list(hugging_face(model.config).values())
-    total = sum(total_bytes(float_tensors(parts)) for parts in files)
+    files = hugging_face(model.config)
+    total = sum(total_bytes(float_tensors(parts)) for parts in files.values())
     made = dst.with_name(f".{dst.name}.{os.getpid()}.part")
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
@@ -279,9 +277,10 @@ def to_hf(src: str | Path, dst: str | Path) -> None:
         check_space(dst.parent, total)
         made.mkdir()
         with closing(Progress(total, f"{dst}: unpacking")) as bar:
-            for i, parts in enumerate(files):
-                shard, shapes = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors", float_tensors(parts)
-                write_tensors(made / shard, shapes, {"format": "pt"}, unpacked(model, i - 1, parts), bar.add)
+            for i, (file, parts) in enumerate(files.items(), 1):
+                shard, shapes = f"model-{i:05d}-of-{len(files):05d}.safetensors", float_tensors(parts)
+                tensors = unpacked(model.headers[file], parts, model.layout)
+                write_tensors(made / shard, shapes, {"format": "pt"}, tensors, bar.add)
                 where |= dict.fromkeys(shapes, shard)
         index = {"metadata": {"total_size": total}, "weight_map": where}
         write_json(made / "model.safetensors.index.json", index)
@@ -297,22 +296,18 @@ def float_tensors(parts: dict[str, Shapes]) -> Tensors:
     return {name: (torch.float32, shape) for shapes in parts.values() for name, shape in shapes.items()}
 
 
-def unpacked(model: PackedModel, layer: int, parts: dict[str, Shapes]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one shard, in fp32; layer -1 is what lies outside the layers."""
-    prefix = f"layers.{layer}." if layer >= 0 else ""
-    block = np.empty(model.layout.nbytes, np.uint8)                 # each expert in turn
-    views = model.layout.views(torch.from_numpy(block))
-    for name, tensor in model.resident(f"{prefix}attention.").items():
-        views[name.removeprefix(f"{prefix}attention.")] = tensor
+def unpacked(header: Header, parts: dict[str, Shapes], layout: ExpertLayout) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one shard, in fp32: what `packed` made a file of, from that file."""
     for part, shapes in parts.items():
         unit, matrix = part.rsplit(".", 1)
-        if matrix == "w13":
-            model.read_expert(layer, int(unit.removeprefix("experts.")), block)
         if matrix == "weight":
-            (name,), (plain,) = shapes, model.resident(prefix + part).values()
-            yield name, plain.float()
-        else:
-            yield from ((name, unpack(*triple)) for name, *triple in triples(views, matrix, shapes))
+            yield *shapes, header.read(part).float()
+            continue
+        if unit == "attention":
+            views = {f"{matrix}.{field}": header.read(f"{part}.{field}") for field in FIELDS}
+        elif matrix == "w13":               # with its first matrix comes the whole expert
+            views = layout.views(header.read(unit))
+        yield from ((name, unpack(*triple)) for name, *triple in triples(views, matrix, shapes))
 
 
 def unpack(*triple: Tensor) -> Tensor:

@@ -63,11 +63,11 @@ class RandomModel(ModelShapes):
         """A stand-in: every id is a token without text, and none ends the answer."""
         return SimpleNamespace(eos=(), sp=SimpleNamespace(vocab_size=lambda: 0), check=lambda size: None)
 
-    def _fill(self, name: str, tensor: torch.Tensor, columns: int) -> None:
+    def _fill(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.dtype == torch.uint8:
             tensor.random_()
-        elif name.endswith(".scale"):       # 4.6: a random nibble's standard deviation
-            each = 1 / (4.6 * columns ** 0.5)
+        elif name.endswith(".scale"):       # 4.6: a random nibble's standard deviation; 128 columns a group
+            each = 1 / (4.6 * (128 * tensor.shape[-1]) ** 0.5)
             if ".o." in name or name.startswith("w2."):             # these add to the residual stream
                 each /= (2 * self.config.num_hidden_layers) ** 0.5
             tensor.uniform_(0.8 * each, 1.2 * each)
@@ -83,14 +83,15 @@ class RandomModel(ModelShapes):
         dtypes, out = {"16": torch.bfloat16, "u8": torch.uint8, "f16": torch.float16}, {}
         for name, (kind, shape) in self.shapes.items():
             out[name] = torch.empty(shape, dtype=dtypes[kind], device=self.device)
-            self._fill(name, out[name], shape[-1] * (1 if kind == "16" else 128))
+            self._fill(name, out[name])
         return out
 
     def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
         """Made on the device and copied down; two at a time, as the memory plan has no room for more."""
         block, stream = self.blocks.get() or self._block()
         with torch.cuda.stream(stream):
-            self._fill_expert(block)
+            for name, view in self.layout.views(block).items():
+                self._fill(name, view)
             torch.from_numpy(into).copy_(block)
         self.blocks.put((block, stream))
         with self.lock:
@@ -98,16 +99,11 @@ class RandomModel(ModelShapes):
             if not self.left:               # give the memory back before anything else needs it
                 del block
                 self.blocks = None
-                release(self.device)
+                release()
 
     def _block(self) -> tuple[torch.Tensor, torch.cuda.Stream | None]:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         return torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device), stream
-
-    def _fill_expert(self, block: torch.Tensor) -> None:
-        for name, view in self.layout.views(block).items():
-            columns = self.config.hidden_size if name.startswith("w13") else self.config.intermediate_size
-            self._fill(name, view, columns)
 
 
 class MadeUpRouter(Router):
@@ -181,16 +177,15 @@ class CountingExperts(StreamedExperts):
             self.hosted.append(self.before[1] - before[1])
 
 
-def release(device: torch.device) -> None:
+def release() -> None:
     """Give back what torch keeps of the device's memory and no tensor needs."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()                # (does nothing where CUDA is not used)
 
 
 def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engine:
     """An engine with made-up routing in decode; a later one takes over the first one's host memory."""
-    release(model.device)
+    release()
     options = EngineOptions(device=args.device, context=args.context, predictor="none", compile=args.compile,
                             simulate_link=args.simulate_link, host_threads=args.host_threads,
                             simulate_host=args.simulate_host, **memory)

@@ -145,23 +145,23 @@ class MadeUpEngine(Engine):
 class CountingExperts(StreamedExperts):
     """Decode's steps are counted, so that the made-up routers know where they are.
 
-    `needed` and `hosted` collect how many experts had to cross the link at each layer visit of decode (misses
-    and used prefetches), and how many the host computed; `used` counts those that got a token in prefill.
+    `totals` collects after each layer visit of decode how many experts have had to cross the link so far
+    (misses and used prefetches), and how many the host has computed; `used` counts those that got a token in
+    prefill.
     """
 
     def start_anew(self) -> None:
-        self.step, self.needed, self.hosted, self.used, self.prefill_busy = -1, [], [], 0, None
-        self.before = 0, 0
+        self.totals, self.used, self.prefill_busy = [], 0, None
+        self.here.fill_(-1)
 
     def begin(self, scheduler, start, tokens, decoding) -> None:
         super().begin(scheduler, start, tokens, decoding)
         if decoding:
-            self.step += 1
-            self.here.fill_(self.step)
+            self.here.add_(1)
             if self.prefill_busy is None:   # what the lane had done when decode began
                 self.lane.poll()
                 self.lane.look()
-                self.prefill_busy, self.before = self.lane.busy, (0, 0)
+                self.prefill_busy = self.lane.busy
 
     def read(self, layer, numbers, rows=None):
         routing = super().read(layer, numbers, rows)
@@ -171,10 +171,8 @@ class CountingExperts(StreamedExperts):
     def end_layer(self, layer) -> None:
         super().end_layer(layer)
         if self.decoding:
-            counts, before = self.cache.counts, self.before
-            self.before = counts.misses + counts.prefetched_used, counts.host_experts
-            self.needed.append(self.before[0] - before[0])
-            self.hosted.append(self.before[1] - before[1])
+            counts = self.cache.counts
+            self.totals.append((counts.misses + counts.prefetched_used, counts.host_experts))
 
 
 def release() -> None:
@@ -245,17 +243,17 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
         if last:
             decode_s, decode_busy = stats.tpot_s * steps, cache.lane.busy - source.prefill_busy
             host = engine.host if stats.host_unused is None else None
+            needed, hosted = np.diff([(0, 0), *source.totals], axis=0).T.tolist()   # by layer visit
             row |= {"host_experts": stats.host_experts, "split_experts": stats.split_experts,
                     "host_busy": host.busy / decode_s if host else 0.0,
                     "host_ms": 1e3 * host.seconds() if host else 0.0, "link_ms": 1e3 * cache.transfer_s(),
-                    "hosted": source.hosted}
-            row |= {"tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1, "hits": stats.hits,
-                    "prefetched_used": stats.prefetched_used, "misses": stats.misses,
-                    "needed_per_token": sum(source.needed) / steps,
+                    "hosted": hosted, "tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1,
+                    "hits": stats.hits, "prefetched_used": stats.prefetched_used, "misses": stats.misses,
+                    "needed_per_token": sum(needed) / steps,
                     "moved_per_token": cache.counts.bytes_moved / engine.plan.expert / steps,
                     "prefill_link_busy": min(1.0, source.prefill_busy / stats.ttft_s),
                     "decode_link_busy": min(1.0, decode_busy / decode_s),
-                    "tokens": result.token_ids, "needed": source.needed,
+                    "tokens": result.token_ids, "needed": needed,
                     "end_to_end_ms": 1e3 * (stats.ttft_s + decode_s)}
     if engine.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(engine.device)
@@ -424,7 +422,7 @@ def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, reside
                                     for i in steps)
         else:
             floor = sum(max(layer_ms, n * expert_ms) for n in needed) / (len(needed) / layers)
-        row["replay_ms"] = replayed(row, costs) if resident else 0.0
+        row["replay_ms"] = replayed(row, costs) if resident and "persistence" in row else 0.0
         row["tpot_floor_ms"], row["tpot_over_floor"] = floor, row["tpot_ms"] / (floor or row["tpot_ms"])
 
 
@@ -515,13 +513,11 @@ def gpu(args) -> dict:
             if cuda:
                 keep({"policy": "kernels"} | kernels(engine))
     def replayed(row: dict, costs: Costs) -> float:
-        if "persistence" not in row:
-            return 0.0
         traces, predictor = made_up(config, row["persistence"], row["lookahead_recall"], args.rounds,
                                     args.new_tokens, args.predictor)
         run = Replay(traces[row["round"] % len(traces)], config.num_experts_per_tok,
-                     row["policy"].removesuffix(" alone"), row["cache_experts"], costs, predictor, args.start)
-        run.run()
+                     row["policy"].removesuffix(" alone"), row["cache_experts"], costs, predictor,
+                     args.start).run()
         return 1e3 * run.decode_s / run.steps
 
     add_floors([row for row in rows if "needed" in row], config, rows[0]["expert_transfer_ms"], resident,

@@ -7,8 +7,8 @@ from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 
-from duoserve.errors import (WEIGHTS, Parser, UserError, format_bytes, import_requirements, reading_text,
-                             run_main)
+from duoserve.errors import (WEIGHTS, Parser, Progress, UserError, format_bytes, import_requirements,
+                             reading_text, run_main)
 
 
 def make_parser() -> Parser:
@@ -216,19 +216,6 @@ def encode_prompt(packed, prompt: str, args, options) -> list[int]:
     return ids
 
 
-def draw(engine, ids: list[int], args, result) -> None:
-    """Write the timeline; into a picture goes, where there is a link to wait for, what the baseline does."""
-    from duoserve import timeline
-    runs = timeline.save(engine, args.timeline)                     # (first: this one is kept in any case)
-    if (args.timeline.suffix == ".svg" and engine.policy != "on-demand" and engine.cache.transfer_s()
-            and result.finish_reason != "interrupted"):
-        print("[for the picture the first tokens once more, with on-demand; Ctrl-C leaves that out]",
-              file=sys.stderr)
-        with suppress(KeyboardInterrupt):
-            timeline.run_on_demand(engine, ids, args.params)
-            timeline.save(engine, args.timeline, runs)
-
-
 def main() -> int:
     if sys.stdout:
         sys.stdout.reconfigure(errors="replace")                    # a terminal without UTF-8 shows the rest
@@ -238,7 +225,7 @@ def main() -> int:
         raise UserError("the prompt is empty; give some text")
     import_requirements()
     from duoserve import timeline
-    from duoserve.checkpoint import Progress, ensure_packed
+    from duoserve.checkpoint import ensure_packed
     from duoserve.engine import Engine
     from duoserve.options import EngineOptions, SamplingParams
     from duoserve.packed import PackedModel
@@ -264,7 +251,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(result.asdict()))
     if args.timeline:
-        draw(engine, ids, args, result)
+        timeline.draw(engine, args.timeline, ids, args.params)
     return 130 if result.finish_reason == "interrupted" else 0
 
 

@@ -9,7 +9,9 @@ tokens as SVG, if wanted beside the baseline's. `trace` and `picture` need no en
 import json
 import math
 import os
+import sys
 from collections import defaultdict, deque
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -217,13 +219,20 @@ def watch(engine) -> None:
         engine.host.log = []
 
 
-def run_on_demand(engine, prompt: list[int], params) -> None:
-    """The first tokens of an answer once more, by the baseline, from what is in the slots when an engine is
-    new; and `watch` that."""
-    engine.policy = "on-demand"
-    engine.fill_slots()
-    watch(engine)
-    engine.generate(prompt, replace(params, max_new_tokens=min(params.max_new_tokens, 1 + TOKENS)))
+def draw(engine, path: Path, prompt: list[int], params) -> None:
+    """`save` a finished request; and into a picture, where there is a link to wait for, its first tokens once
+    more, by the baseline, from what is in the slots when an engine is new."""
+    runs = save(engine, path)               # (first: this one is kept in any case)
+    if (path.suffix == ".svg" and engine.policy != "on-demand" and engine.cache.transfer_s()
+            and engine.result.finish_reason != "interrupted"):
+        print("[for the picture the first tokens once more, with on-demand; Ctrl-C leaves that out]",
+              file=sys.stderr)
+        with suppress(KeyboardInterrupt):
+            engine.policy = "on-demand"
+            engine.fill_slots()
+            watch(engine)
+            engine.generate(prompt, replace(params, max_new_tokens=min(params.max_new_tokens, 1 + TOKENS)))
+            save(engine, path, runs)
 
 
 def save(engine, path: Path, runs: dict[str, dict] = {}) -> dict[str, dict]:

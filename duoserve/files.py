@@ -27,14 +27,14 @@ CHUNK = 16 * 2**20                          # bytes read at a time
 
 
 @contextmanager
-def atomic(path: Path, mode: str = "wb"):
+def atomic(path: Path):
     """A file that appears under its name only when it is whole and on the disk; a failure leaves nothing.
 
     What is read meanwhile is read under `reading`, so that the right file is named in an error.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, mode) as file:
+        with open(part, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

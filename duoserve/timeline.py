@@ -250,6 +250,7 @@ def save(engine, path: Path, runs: dict[str, dict] = {}) -> dict[str, dict]:
     if any(e["tid"] == HOST for run in events.values() for e in run):
         title += f", host {speed(host.seconds())}"
     title += " (simulated)" * bool(engine.options.simulate_link)
-    with atomic(path, "w") as file:
-        file.write(json.dumps(run) if path.suffix == ".json" else picture(events, title))
+    written = json.dumps(run) if path.suffix == ".json" else picture(events, title)
+    with atomic(path) as file:
+        file.write((json.dumps(run) if path.suffix == ".json" else picture(events, title)).encode())
     return runs

@@ -54,13 +54,10 @@ class Costs:
     prefill_expert_ms: float | None = None
     host_expert_ms: float | None = None     # None: the host computes nothing
 
-    def prefill_attention(self, tokens: int) -> float:
-        given = self.prefill_attention_ms
-        return self.attention_ms * (1 + tokens / 128) if given is None else given
-
-    def prefill_expert(self, tokens: int) -> float:
-        given = self.prefill_expert_ms
-        return self.expert_ms * (1 + tokens / 128) if given is None else given
+    def prefill(self, part: str, tokens: int) -> float:
+        """The part, `attention` or `expert`, when so many tokens of a prompt go through it at once."""
+        given = getattr(self, f"prefill_{part}_ms")
+        return getattr(self, f"{part}_ms") * (1 + tokens / 128) if given is None else given
 
 
 class Oracle(Forecast):
@@ -135,7 +132,7 @@ class Replay:
         for layer in range(self.layers):
             before = counts.misses + counts.prefetched_used
             self.scheduler.begin_layer(layer)
-            self._pass(costs.attention_ms if decoding else costs.prefill_attention(tokens))
+            self._pass(costs.attention_ms if decoding else costs.prefill("attention", tokens))
             ids, ahead = self.top[rows, layer], None
             if layer + 1 < self.layers:
                 ahead = self.trace.lookahead[last, layer + 1].tolist()
@@ -143,7 +140,7 @@ class Replay:
                               self.trace.logits[last, layer].tolist(), ahead)
             for e, place in self.scheduler.experts(layer, routing):
                 if place != HOST:
-                    self._pass(costs.expert_ms if decoding else costs.prefill_expert(routing.counts[e]))
+                    self._pass(costs.expert_ms if decoding else costs.prefill("expert", routing.counts[e]))
             if self.runs > runs:            # since the last layer visit
                 self._pass(costs.predict_ms)
                 runs = self.runs

@@ -26,9 +26,8 @@ BLOCKS = 100                                # most in one panel of a picture, to
 TOKENS = 3                                  # of decode, at most, in a picture
 WIDTH, LEFT, RIGHT, ROW = 960, 74, 944, 24  # its pixels
 COLOURS = {"attention": "#56b4e9", "expert": "#0072b2", "awaiting link": "#fbd5ce",
-           "awaiting host": "#e6d7ec",
-           "prefill transfer": "#dba11c", "demand transfer": "#d55e00", "prefetch": "#2a9d74",
-           "wasted": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
+           "awaiting host": "#e6d7ec", "prefill transfer": "#dba11c", "demand transfer": "#d55e00",
+           "prefetch": "#2a9d74", "wasted": "url(#waste)", "on-host": "#8e5ea2", "idle": "#eee"}
 
 
 def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -> dict:
@@ -57,8 +56,7 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
     for name, layer, start, end in computed:
         kind, *expert = name.split()
         events.append(event(COMPUTE, micro(start), micro(end), kind, layer, *map(int, expert)))
-    for key, start, end in hosted:
-        events.append(event(HOST, micro(start), micro(end), "on-host", *key))
+    events += [event(HOST, micro(start), micro(end), "on-host", *key) for key, start, end in hosted]
     for start, end, i, t in spans:
         start, end = max(free, micro(start)), max(free, micro(end))         # CUDA's times are rounded
         nbytes = chunk if i + 1 < len(t.spans) else t.sent - i * chunk      # the last may be shorter
@@ -250,7 +248,6 @@ def save(engine, path: Path, runs: dict[str, dict] = {}) -> dict[str, dict]:
     if any(e["tid"] == HOST for run in events.values() for e in run):
         title += f", host {speed(host.seconds())}"
     title += " (simulated)" * bool(engine.options.simulate_link)
-    written = json.dumps(run) if path.suffix == ".json" else picture(events, title)
     with atomic(path) as file:
         file.write((json.dumps(run) if path.suffix == ".json" else picture(events, title)).encode())
     return runs

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -136,9 +137,8 @@ class MadeUpEngine(Engine):
 
     def follow(self, trace) -> None:
         """From now on decode routes as in this trace."""
-        for i, steps in enumerate((trace.logits, trace.lookahead)):
-            steps = torch.from_numpy(steps[trace.prompt:]).transpose(0, 1)
-            self.tables[:, i, :steps.shape[1]] = steps
+        steps = torch.from_numpy(np.stack((trace.logits, trace.lookahead), 1)[trace.prompt:])
+        self.tables[:, :, :len(steps)] = steps.permute(2, 1, 0, 3)
         self.source.start_anew()
 
 
@@ -264,7 +264,7 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
 def host_us(engine: Engine, policy: str, args, trace) -> dict:
     """Microseconds of the host, a layer of decode: each part without the parts that it calls. What is left
     when all are done is the rest of the loop."""
-    seconds, inside, undo = defaultdict(float), [], []
+    seconds, inside, undo = defaultdict(float), [], ExitStack()
 
     def timed(name: str, owner, method: str) -> None:
         def run(*arguments):
@@ -279,7 +279,7 @@ def host_us(engine: Engine, policy: str, args, trace) -> dict:
                     inside[-1] += took
         function = getattr(owner, method)
         setattr(owner, method, run)
-        undo.append((owner, method, function))
+        undo.callback(setattr, owner, method, function)
 
     lane, cache, step = engine.cache.lane, engine.cache, engine.step
     for part in (("enqueue_layers", step, "launch"), ("enqueue_experts", step, "compute"),
@@ -288,11 +288,8 @@ def host_us(engine: Engine, policy: str, args, trace) -> dict:
                  ("think", DecodeScheduler, "update_values"), ("evict", DecodeScheduler, "victim")):
         timed(*part)
     timed("all", engine, "_decode")
-    try:
+    with undo:
         steps = len(request(engine, policy, args.prompts[0], args.new_tokens, trace).token_ids) - 1
-    finally:
-        for owner, method, function in undo:
-            setattr(owner, method, function)
     layers = engine.config.num_hidden_layers * steps
     return {f"{name}_us": 1e6 * s / layers for name, s in seconds.items()}
 

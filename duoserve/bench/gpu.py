@@ -243,13 +243,14 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
         if last:
             decode_s, decode_busy = stats.tpot_s * steps, cache.lane.busy - source.prefill_busy
             host = engine.host if stats.host_unused is None else None
-            needed, hosted = np.diff([(0, 0), *source.totals], axis=0).T.tolist()   # by layer visit
+            visits = np.diff([(0, 0), *source.totals], axis=0)
+            needed, hosted = visits.T.reshape(2, steps, -1).tolist()                # [steps][layers]
             row |= {"host_experts": stats.host_experts, "split_experts": stats.split_experts,
                     "host_busy": host.busy / decode_s if host else 0.0,
                     "host_ms": 1e3 * host.seconds() if host else 0.0, "link_ms": 1e3 * cache.transfer_s(),
                     "hosted": hosted, "tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1,
                     "hits": stats.hits, "prefetched_used": stats.prefetched_used, "misses": stats.misses,
-                    "needed_per_token": sum(needed) / steps,
+                    "needed_per_token": sum(map(sum, needed)) / steps,
                     "moved_per_token": cache.counts.bytes_moved / engine.plan.expert / steps,
                     "prefill_link_busy": min(1.0, source.prefill_busy / stats.ttft_s),
                     "decode_link_busy": min(1.0, decode_busy / decode_s),
@@ -399,10 +400,10 @@ def kernel_us(pieces, device: torch.device) -> float:
 
 
 def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, resident: dict | None,
-               replayed) -> None:
+               args) -> None:
     """What each row could have been: layer by layer the link's time for what had to cross it, or the compute
     (taken as nothing, if it was not measured), whichever is longer; with a host as in `bench schedule`. And
-    what the replay says: `replayed(row, costs)`, milliseconds."""
+    what a replay says."""
     layers, k = config.num_hidden_layers, config.num_experts_per_tok
     layer_ms = resident["tpot_ms"] / layers if resident else 0.0
     for row in rows:
@@ -414,12 +415,17 @@ def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, reside
         costs = Costs(layer_ms * 0.6, layer_ms * 0.4 / k, row["link_ms"] or expert_ms, predict_ms=0.0,
                       host_expert_ms=row["host_ms"] or None)
         if row["host_ms"]:
-            steps = [slice(i, i + layers) for i in range(0, len(needed), layers)]
-            floor = statistics.mean(step_floor(costs, layers, k, sum(hosted[i]), sum(needed[i]))
-                                    for i in steps)
+            floor = statistics.mean(step_floor(costs, layers, k, sum(on_host), sum(moved))
+                                    for on_host, moved in zip(hosted, needed))
         else:
-            floor = sum(max(layer_ms, n * expert_ms) for n in needed) / (len(needed) / layers)
-        row["replay_ms"] = replayed(row, costs) if resident and "persistence" in row else 0.0
+            floor = sum(max(layer_ms, n * expert_ms) for step in needed for n in step) / len(needed)
+        row["replay_ms"] = 0.0
+        if resident and "persistence" in row:
+            traces, predictor = made_up(config, row["persistence"], row["lookahead_recall"], args.rounds,
+                                        args.new_tokens, args.predictor)
+            run = Replay(traces[row["round"] % len(traces)], k, row["policy"].removesuffix(" alone"),
+                         row["cache_experts"], costs, predictor, args.start).run()
+            row["replay_ms"] = 1e3 * run.decode_s / run.steps
         row["tpot_floor_ms"], row["tpot_over_floor"] = floor, row["tpot_ms"] / (floor or row["tpot_ms"])
 
 
@@ -509,16 +515,8 @@ def gpu(args) -> dict:
             keep(resident)
             if cuda:
                 keep({"policy": "kernels"} | kernels(engine))
-    def replayed(row: dict, costs: Costs) -> float:
-        traces, predictor = made_up(config, row["persistence"], row["lookahead_recall"], args.rounds,
-                                    args.new_tokens, args.predictor)
-        run = Replay(traces[row["round"] % len(traces)], config.num_experts_per_tok,
-                     row["policy"].removesuffix(" alone"), row["cache_experts"], costs, predictor,
-                     args.start).run()
-        return 1e3 * run.decode_s / run.steps
-
-    add_floors([row for row in rows if "needed" in row], config, rows[0]["expert_transfer_ms"], resident,
-               replayed)
+    measured = [row for row in rows if "needed" in row]
+    add_floors(measured, config, rows[0]["expert_transfer_ms"], resident, args)
     for row in rows:
         row.pop("tokens", None)
     result = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if cuda else "cpu",

@@ -40,7 +40,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def main() -> int:
+def main() -> None:
     args = make_parser().parse_args()
     began = time.perf_counter()
     model = PackedModel(args.model)
@@ -73,7 +73,7 @@ def main() -> int:
                           "next_visit_recall": float(visits.mean()), "tpot_ms": tpot, "cache_experts": slots,
                           "replayed_sequences": len(replayed), "train_sequences": len(seen),
                           "test_sequences": len(test), "seconds": seconds, "out": str(out)}))
-        return 0
+        return
     print(f"{len(seen)} sequences to train on, {len(test)} to test; {seconds:.1f} s")
     print(f"share of the true top {k} among {k} predicted, for the next layer, and for visits after it:")
     columns = recall | {"next visit": visits}
@@ -84,7 +84,6 @@ def main() -> int:
     print(f"without a cache, of {k} experts prefetched a layer {k * share:.2f} would be used")
     print(f"a token with {slots} slots, replayed on {len(replayed)} test sequences at bench schedule's "
           f"costs: {tpot['full']:.1f} ms, by the lookahead alone {tpot['lookahead']:.1f} ms\n{out}")
-    return 0
 
 
 if __name__ == "__main__":

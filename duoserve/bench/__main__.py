@@ -17,16 +17,6 @@ from ..policies import POLICIES
 from . import gpu, live, quality, replay
 from .flags import check_lists, number
 
-COMMANDS = {                                # name: what it calls, what it is, two examples
-    "schedule": (replay.schedule, "on a virtual clock: how fast recorded routing would run",
-                 "tests/traces --policies duo cache --cache-experts 22 44",
-                 "--model-config mixtral-8x7b --gpu-memory 11GiB --link 25GB/s --policies duo"),
-    "run": (live.run, "the engine itself, policies in turn, on this machine",
-            "--simulate-link 0.15GB/s", "--policies duo cache --cache-experts 9 --rounds 1"),
-    "gpu": (gpu.gpu, "the same at Mixtral's shapes, with random weights; on a GPU",
-            "--gpu-memory 15% 50% --rounds 1", "--shape tiny --device cpu --policies duo cache --rounds 1"),
-    "quality": (quality.quality, "how well a model predicts: bits per byte of a text of yours",
-                "some-book.txt --model weights/mixtral", "README.md")}
 MILLISECONDS = (                            # the defaults are those of `replay.Costs`
     ("--attention-ms", "A", "to compute a layer without its experts (default %(default)s)"),
     ("--expert-ms", "B", "to compute an expert (default %(default)s)"),
@@ -120,26 +110,36 @@ def quality_flags(parser: Parser) -> None:
                         help="token by token, as new ones are (default: as a prompt)")
 
 
+COMMANDS = {                                # name: its flags, what it calls, what it is, two examples
+    "schedule": (schedule_flags, replay.schedule, "on a virtual clock: how fast recorded routing would run",
+                 "tests/traces --policies duo cache --cache-experts 22 44",
+                 "--model-config mixtral-8x7b --gpu-memory 11GiB --link 25GB/s --policies duo"),
+    "run": (run_flags, live.run, "the engine itself, policies in turn, on this machine",
+            "--simulate-link 0.15GB/s", "--policies duo cache --cache-experts 9 --rounds 1"),
+    "gpu": (gpu_flags, gpu.gpu, "the same at Mixtral's shapes, with random weights; on a GPU",
+            "--gpu-memory 15% 50% --rounds 1", "--shape tiny --device cpu --policies duo cache --rounds 1"),
+    "quality": (quality_flags, quality.quality, "how well a model predicts: bits per byte of a text of yours",
+                "some-book.txt --model weights/mixtral", "README.md")}
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="python -m duoserve.bench", description=__doc__, examples=(
         "schedule tests/traces --policies duo cache", "run --simulate-link 0.15GB/s --rounds 1"))
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, add_flags in zip(COMMANDS, (schedule_flags, run_flags, gpu_flags, quality_flags)):
-        _, words, *examples = COMMANDS[name]
+    for name, (add_flags, _, words, *examples) in COMMANDS.items():
         add_flags(commands.add_parser(name, help=words, description=words, examples=examples))
     return parser
 
 
-def main() -> int:
+def main() -> None:
     args = make_parser().parse_args()
     if args.command is None:
         raise UserError(f"no command given: choose one of {', '.join(COMMANDS)}; --help says what they do")
     if args.command in ("schedule", "run"):
         check_lists(args)
-    result = COMMANDS[args.command][0](args)
+    result = COMMANDS[args.command][1](args)
     if args.json:
         print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

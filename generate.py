@@ -151,7 +151,7 @@ class Conversation:
         if line.strip():
             ids = extend(engine.tokenizer, self.said, line, self.args.chat)
             alone = extend(engine.tokenizer, [], line, self.args.chat)
-            if self.said and len(ids) >= engine.context > len(alone):
+            if len(ids) >= engine.context > len(alone):
                 self.start_anew()
                 ids = alone
         elif not self.cut:

@@ -107,11 +107,11 @@ class Replay:
     def run(self) -> "Replay":
         prompt, tokens = self.trace.prompt, len(self.trace.logits)
         self.begin(self.prefill)
-        self.step(slice(0, prompt), None)
+        self.step(slice(0, prompt), False)
         self.ttft = self.clock.now() - self.began
         self.begin(self.decode, self.host)
         for t in range(prompt, tokens):
-            self.step(slice(t, t + 1), self.trace.lookahead[t, 0].tolist())
+            self.step(slice(t, t + 1), True)
         self.cache.plan([])
         self.decode_s, self.steps = self.clock.now() - self.began - self.ttft, tokens - prompt
         return self
@@ -121,23 +121,22 @@ class Replay:
         self.scheduler, self.cache.lane.busy = scheduler, 0.0
         self.cache.serve(scheduler, host)
 
-    def step(self, rows: slice, lookahead: list[float] | None) -> None:
-        """A forward pass over these rows of the trace; in decode with its `lookahead` of layer 0."""
-        costs, counts, decoding = self.costs, self.cache.counts, lookahead is not None
+    def step(self, rows: slice, decoding: bool) -> None:
+        """A forward pass over these rows of the trace."""
+        costs, counts = self.costs, self.cache.counts
         tokens, last = rows.stop - rows.start, rows.stop - 1
         self.forecast.truth = self.top[last]
         runs = self.runs
-        self.scheduler.begin_step(lookahead)
+        lookahead = [*self.trace.lookahead[last].tolist(), None]    # (after the last layer there is none)
+        self.scheduler.begin_step(lookahead[0] if decoding else None)
         on_host, needed = counts.host_experts, []                   # experts that crossed the link, by layer
         for layer in range(self.layers):
             before = counts.misses + counts.prefetched_used
             self.scheduler.begin_layer(layer)
             self._pass(costs.attention_ms if decoding else costs.prefill("attention", tokens))
-            ids, ahead = self.top[rows, layer], None
-            if layer + 1 < self.layers:
-                ahead = self.trace.lookahead[last, layer + 1].tolist()
+            ids = self.top[rows, layer]
             routing = Routing(np.bincount(ids.ravel(), minlength=self.experts).tolist(), ids[-1].tolist(), [],
-                              self.trace.logits[last, layer].tolist(), ahead)
+                              self.trace.logits[last, layer].tolist(), lookahead[layer + 1])
             for e, place in self.scheduler.experts(layer, routing):
                 if place != HOST:
                     self._pass(costs.expert_ms if decoding else costs.prefill("expert", routing.counts[e]))

@@ -48,7 +48,7 @@ def main() -> None:
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: its directory does not exist")
     k = model.config.num_experts_per_tok
-    slots = max(2, model.config.num_hidden_layers * model.config.num_local_experts // 4)
+    slots = max(2, len(model.config.expert_keys) // 4)
     traces = decoded_traces(args.traces, model, LEAST)
     order = np.random.RandomState(0).permutation(len(traces))
     held = 0 if args.test else max(2, round(0.2 * len(traces)))     # of sequences: tokens of one are alike

@@ -250,9 +250,8 @@ class ConsolidatedSource(HuggingFaceSource):
         files, self.transposed = {}, set()
         for path in sorted(self.directory.glob("consolidated*.safetensors")):
             self.headers[path.name] = header = Header(path)
-            for name, entry in list(header.tensors.items()):
-                del header.tensors[name]
-                header.tensors |= self._renamed(path, name, entry)
+            header.tensors = dict(chain.from_iterable(
+                self._renamed(path, *tensor).items() for tensor in header.tensors.items()))
             for name in header.tensors:
                 if files.setdefault(name, path.name) != path.name:
                     raise UserError(f"{path}: {name} is in {files[name]} too: slices for several GPUs cannot "

@@ -152,7 +152,7 @@ class CountingExperts(StreamedExperts):
 
     def start_anew(self) -> None:
         self.totals, self.used, self.prefill_busy = [], 0, None
-        self.here.fill_(-1)
+        self.here.fill_(-1)                 # (the table's last row is empty: for a prompt of one token)
 
     def begin(self, scheduler, start, tokens, decoding) -> None:
         super().begin(scheduler, start, tokens, decoding)

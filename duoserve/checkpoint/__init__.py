@@ -7,6 +7,7 @@ A conversion streams: a matrix is read, packed by blocks of rows and written int
 model is never in memory. Each file says what it was made from, so an interrupted conversion can go on.
 """
 
+import glob
 import json
 import os
 import re
@@ -273,7 +274,7 @@ def to_hf(src: str | Path, dst: str | Path) -> None:
     made = dst.with_name(f".{dst.name}.{os.getpid()}.part")
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(dst.parent, dst.name)
+        remove_leftovers(dst.parent, glob.escape(dst.name))
         check_space(dst.parent, total)
         made.mkdir()
         with closing(Progress(total, f"{dst}: unpacking")) as bar:

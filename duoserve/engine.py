@@ -250,10 +250,11 @@ class Engine:
         """What computes missing experts beside the link, if anything may. (It is not ready yet.)"""
         options, c, packed, store, dtype = self.options, self.config, self.packed, self.store, self.dtype
         layout, linear = packed.layout, self.linear
-        cuda, asked = self.device.type == "cuda", options.host_threads != "auto"
-        threads = options.host_threads if asked else 1 if options.simulate_host else usable_cpus() - 1
-        worth = cuda and layout.nbytes / PCIE > THOUGHT             # (else over before anybody has thought)
-        if not threads or not (worth or asked or options.simulate_host):
+        cuda, threads = self.device.type == "cuda", options.host_threads
+        if threads == "auto":               # (a shorter transfer is over before anybody has thought)
+            worth = cuda and layout.nbytes / PCIE > THOUGHT
+            threads = usable_cpus() - 1 if worth else int(bool(options.simulate_host))
+        if not threads:
             return None
         if not store.blocks:
             self.host_unused = "all experts are on the disk"
@@ -281,8 +282,8 @@ class Engine:
 
         given, divisible = self.step.given, self.step.seen is not None
         block = c.hidden_size // 2 * len(given) // BLOCKS if divisible else 0       # its bytes
-        host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given)
-        host.pump, host.wait_for = self.cache.pump, self.cache.lane.wait_for
+        host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given,
+                    self.cache.pump, self.cache.lane.wait_for)
         if not options.simulate_host:
             return host
         return SimulatedHost(self.cache.lane.clock, layout.nbytes / options.simulate_host, block, host)
@@ -304,7 +305,7 @@ class Engine:
     def _decoding_host(self) -> Host | SimulatedHost | None:
         """The host, if it is ready and worth its while on this machine, or if it was asked for. Where it will
         compute nothing, `host_unused` says why."""
-        host, asked = self.host, self.options.host_threads != "auto" or self.options.simulate_host
+        host, options = self.host, self.options
         if host is None:
             return None
         link_s, self.host_unused = self.cache.transfer_s(), host.trouble()
@@ -312,11 +313,11 @@ class Engine:
             return None
         if link_s <= THOUGHT:               # (nor will the scheduler ask it)
             self.host_unused = "an expert crosses the link faster than that could be decided"
-        if not asked and host.seconds() > HOST_HELPS * link_s:
-            each, link = 1e3 * host.seconds(), 1e3 * link_s
-            self.host_unused = f"an expert takes {each:.1f} ms there, {link:.1f} over the link"
-            return None
-        return host
+        if options.host_threads != "auto" or options.simulate_host or host.seconds() <= HOST_HELPS * link_s:
+            return host
+        each, link = 1e3 * host.seconds(), 1e3 * link_s
+        self.host_unused = f"an expert takes {each:.1f} ms there, {link:.1f} over the link"
+        return None
 
     def _warm_up(self, expert, compiled: bool) -> None:
         """Run once what a prompt runs, so that what the first time takes (threads, libraries, compiling)

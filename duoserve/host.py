@@ -143,14 +143,16 @@ class Host:
     """A thread that computes experts of these `keys`. It first calls `prepare()`, which gives `compute(key,
     blocks, x [1, D], out)` and `measure()`; the event `compiled` is set then, and `ready` when it has called
     `measure()`, which gives what `on_threads` finds. A `block` takes so many bytes of an expert (0: it is not
-    to be divided), and goes `into` [2F], fp32."""
+    to be divided), and goes `into` [2F], fp32. `pump` feeds the lane; `wait_for` is the lane's."""
 
     def __init__(self, width: int, dtype: torch.dtype, pin: bool, keys, prepare: Callable[[], tuple],
-                 block: int, into: Tensor):
+                 block: int, into: Tensor, pump: Callable[[], None] = lambda: None,
+                 wait_for: Callable[[Tensor, int], bool] = lambda word, value: False):
         if sys.getswitchinterval() > 2 * SWITCH:
             USUAL.append(sys.getswitchinterval())
             sys.setswitchinterval(SWITCH)
         self.keys, self.dtype, self.block, self.into = keys, dtype, block, into
+        self.pump, self.wait_for, self.now = pump, wait_for, time.perf_counter
         self.jobs: dict[Key, Job] = {}      # not seen to be done
         self.answers: dict[Key, Tensor] = {}
         self.done = torch.zeros(1, dtype=torch.int32, pin_memory=pin)           # the number of the last one
@@ -160,9 +162,6 @@ class Host:
         self.wakes = 0.0                    # seconds from `take` until its thread, if it sleeps, has begun
         self.free, self.busy = 0.0, 0.0
         self.log: list | None = None
-        self.pump: Callable[[], None] = lambda: None                # what feeds the lane; and its `wait_for`
-        self.wait_for: Callable[[Tensor, int], bool] = lambda word, value: False
-        self.now = time.perf_counter
         self.rows = cycle(torch.empty(ANSWERS, width, dtype=dtype, pin_memory=pin).unbind())
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.compiled, self.ready = threading.Event(), threading.Event()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import BLOCKS, WHOLE, Counts, GPUExpertCache
-from .errors import UserError, format_bytes, note, parse_amount
+from .errors import WEIGHTS, UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .history import History
 from .host import Host, HostError, SimulatedHost, compiled_experts, on_threads
@@ -125,8 +125,7 @@ class Engine:
         `EngineOptions`."""
         from .checkpoint import ensure_packed
         chosen = EngineOptions(**options)   # checked before a conversion that takes its time
-        beside = Path(__file__).resolve().parents[1] / "weights"
-        return cls(PackedModel(ensure_packed(Path(directory), beside)), chosen, progress=progress)
+        return cls(PackedModel(ensure_packed(directory, WEIGHTS)), chosen, progress=progress)
 
     def __init__(self, packed: PackedModel, options: EngineOptions, *, progress=None,
                  store: ExpertStore | None = None):
@@ -142,14 +141,14 @@ class Engine:
         self.load_s = 0.0
         self.host: Host | SimulatedHost | None = None
         self.host_unused: str | None = None
-        set_threads(options.threads or (1 if device.type == "cuda" else None), packed.config)
-        if device.type == "cuda":           # events are recorded on the current device's streams
+        c, cuda = packed.config, device.type == "cuda"
+        set_threads(options.threads or (1 if cuda else None), c)
+        if cuda:                            # events are recorded on the current device's streams
             torch.cuda.set_device(device)
             # For the whole process: cuDNN's attention makes a plan for each new length of a prompt, 50 ms.
             torch.backends.cuda.enable_cudnn_sdp(False)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")        # 8 MiB, not Hopper's 32
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")                # (in KiB)
-        c = packed.config
         if options.context is not None:
             check_context(options.context, c.max_position_embeddings)
         self.context = options.context or min(c.max_position_embeddings, 4096)
@@ -158,13 +157,12 @@ class Engine:
         if wanted is not None and wanted > total:
             note(f"--cache-experts {wanted} is more than the model's {total} experts; using {total}")
             wanted = total
-        if wanted is None and options.gpu_memory is None and device.type == "cpu":
+        if wanted is None and options.gpu_memory is None and not cuda:
             wanted = max(2, total // 4)
-        compiled = device.type == "cuda" if options.compile is None else options.compile
-        compiled = compiled and can_compile(device)
-        self.plan = plan_memory(packed, dtype, self.context, compiled, device.type == "cuda",
-                                options.budget(packed.nbytes), wanted)
-        if device.type == "cuda" and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
+        compiled = (cuda if options.compile is None else options.compile) and can_compile(device)
+        budget = options.budget(packed.nbytes)
+        self.plan = plan_memory(packed, dtype, self.context, compiled, cuda, budget, wanted)
+        if cuda and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
             raise UserError(f"--gpu-memory: {format_bytes(self.plan.total)} are planned and "
                             f"{format_bytes(free)} are free on {device}; ask for less (--gpu-memory, "
                             "--cache-experts or --context)")
@@ -173,9 +171,7 @@ class Engine:
         self.predictor = open_predictor(options.predictor, own, packed.fingerprint, c)
         if self.predictor is None and options.predictor != "none" and self.policy == "duo":
             note(f"no {own}; predicting by lookahead alone (train_predictor.py makes one)")
-        if store is None:
-            store = self._fill_store(total, progress)
-        self.store = store
+        self.store = self._fill_store(progress) if store is None else store
         with enough_memory():
             self._load(compiled)
             self.host = self._make_host(compiled)
@@ -183,13 +179,14 @@ class Engine:
             self._await_host()
         self.load_s = time.perf_counter() - began
 
-    def _fill_store(self, total: int, progress) -> ExpertStore:
+    def _fill_store(self, progress) -> ExpertStore:
         """Read the experts that the host's memory is to hold."""
         packed, wanted, cuda = self.packed, self.options.host_memory, self.device.type == "cuda"
         nbytes = None if wanted is None else parse_amount(wanted, packed.nbytes, "--host-memory")
         popularity, beside = self.predictor and self.predictor.popularity(), 0 if cuda else self.plan.total
         kept = choose_kept(packed, nbytes, popularity, beside)
         if wanted is not None:
+            total = len(self.config.expert_keys)
             rest = "; the others are read from the disk" if len(kept) < total else ""
             note(f"{len(kept)} of {total} experts are kept in memory{rest}")
         bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None

@@ -199,8 +199,7 @@ class Engine:
         """Take all that the device will hold, once, the largest first; compile."""
         c, packed, device, dtype = self.config, self.packed, self.device, self.dtype
         shape = c.num_hidden_layers, 2, c.num_key_value_heads, padded(self.context), c.head_dim
-        nbytes = packed.layout.nbytes
-        self.slots_memory = torch.empty(self.plan.slots, nbytes, dtype=torch.uint8, device=device)
+        self.slots_memory = torch.empty(self.plan.slots, self.plan.expert, dtype=torch.uint8, device=device)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.linear = partial(PackedLinear, largest_group=packed.largest_group, compile=compiled)
         with torch.device("meta"):
@@ -212,7 +211,7 @@ class Engine:
             state["head.weight"] = state["embed.weight"]
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
-        self.cache = GPUExpertCache(self.plan.slots, packed.layout.nbytes, self._lane())
+        self.cache = GPUExpertCache(self.plan.slots, self.plan.expert, self._lane())
         self.source = StreamedExperts(c, slots, self.cache)
         with torch.inference_mode():
             self.step = DecodeStep(self.model, slots, self.kv, compiled)
@@ -232,7 +231,7 @@ class Engine:
         return Mixtral(self.config, linear)
 
     def _lane(self) -> CudaLane | SimulatedLane:
-        slots, store, nbytes = self.slots_memory, self.store, self.packed.layout.nbytes
+        slots, store, nbytes = self.slots_memory, self.store, self.plan.expert
         if self.device.type == "cuda" and not self.options.simulate_link:
             return CudaLane(slots, chunk_size(nbytes, PCIE), store)
 
@@ -318,17 +317,14 @@ class Engine:
 
     def _warm_up(self, expert, compiled: bool) -> None:
         """Run once what a prompt runs, so that what the first time takes (threads, libraries, compiling)
-        counts as loading, never as time to first token: each matrix by one row and by several, and a
-        layer's attention; or what is compiled: a prompt, its sampling, and a step."""
+        counts as loading, never as time to first token: a layer's attention and an expert, with one row and
+        with several; and what is compiled: a prompt, its sampling, and a step."""
         c, layer = self.config, self.model.layers[0]
-        attention = layer.attention
         for rows in (1, 2):
-            for module, columns in ((expert, c.hidden_size), (attention.qkv, c.hidden_size),
-                                    (attention.o, c.num_attention_heads * c.head_dim)):
-                module(torch.zeros(rows, columns, dtype=self.dtype, device=self.device))
+            h = torch.zeros(1, rows, c.hidden_size, dtype=self.dtype, device=self.device)
+            layer.gate(layer.attend(h, rope_table(c, torch.arange(rows, device=self.device)), None, 0))
+            expert(h[0])
         if not compiled:
-            h = torch.zeros(1, 2, c.hidden_size, dtype=self.dtype, device=self.device)
-            layer.gate(layer.attend(h, rope_table(c, torch.arange(2, device=self.device)), None, 0))
             return
         prompt = [c.bos_token_id] * min(8, self.context - 1)
         self.generate(prompt, max_new_tokens=1)
@@ -525,17 +521,16 @@ class Engine:
             return self.result
 
     def _result(self, s: Sequence) -> Generation:
-        end = s.last or s.first or s.arrived
-        d = s.decode
+        d, elapsed = s.decode, max((s.last or s.first or s.arrived) - s.arrived, 1e-9)
         return Generation(s.text, s.new, len(s.prompt), s.finish_reason, Stats(
             load_s=self.load_s, ttft_s=s.first and s.first - s.arrived,
             tpot_s=(s.last - s.first) / (len(s.new) - 1) if len(s.new) > 1 else None,
             policy=self.policy, cache_experts=self.plan.slots, hits=d.hits, misses=d.misses,
             prefetched=d.prefetched, prefetched_used=d.prefetched_used, in_time=d.in_time,
-            bytes_moved=s.prefill.bytes_moved + s.decode.bytes_moved, peak_device_bytes=self.peak_bytes(),
-            link_busy_fraction=min(1.0, self.cache.lane.busy / max(end - s.arrived, 1e-9)),
+            bytes_moved=s.prefill.bytes_moved + d.bytes_moved, peak_device_bytes=self.peak_bytes(),
+            link_busy_fraction=min(1.0, self.cache.lane.busy / elapsed),
             host_experts=d.host_experts, split_experts=d.split,
-            host_busy_fraction=min(1.0, (self.host.busy if self.host else 0.0) / max(end - s.arrived, 1e-9)),
+            host_busy_fraction=min(1.0, self.host.busy / elapsed) if self.host else 0.0,
             host_unused=None if d.host_experts or d.split else self.host_unused,
             bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
 

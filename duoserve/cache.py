@@ -125,7 +125,7 @@ class GPUExpertCache:
         the host computes: what has begun to move of them stops."""
         for guess in [transfer for transfer in self.queue if transfer.key in on_host]:
             self.queue.remove(guess)
-            self._drop(guess)
+            self.drop(guess.key)
         self.counts.host_experts += len(on_host)
         self.needed.update(keys)
         if self.launched:
@@ -144,8 +144,8 @@ class GPUExpertCache:
         waiting = {transfer.key: transfer for transfer in self.queue}
         self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False)
                       for key in keys if key in waiting or key not in self.slot_of]
-        for transfer in waiting.values():
-            self._drop(transfer)
+        for key in waiting:
+            self.drop(key)
         self.reconsider()
         self.pump()
 
@@ -165,9 +165,7 @@ class GPUExpertCache:
             try:
                 self._send(transfer, min(self.lane.chunk, transfer.size - transfer.sent))
             except LinkError:
-                self.queue.remove(transfer)
-                self._drop(transfer)        # if the router wants it, it will be demanded
-                continue
+                self.drop(transfer.key)     # if the router wants it, it will be demanded
             if transfer.sent == transfer.size:
                 self.queue.remove(transfer)
 
@@ -197,7 +195,7 @@ class GPUExpertCache:
             else:
                 self._ready(transfer)       # (the host does what has not been sent of a guess)
         except LinkError:
-            self._drop(transfer)
+            self.drop(key)
             if not begun:
                 raise
             return self.demand(key, skip)   # a prefetch that fails is tried again as a demand
@@ -236,7 +234,7 @@ class GPUExpertCache:
         self.reconsider()
 
     def drop(self, key: Key) -> None:
-        """Empty an expert's slot, unless it is pinned."""
+        """Empty an expert's slot, if it has one, unless it is pinned; what was on its way there stops."""
         slot = self.slot_of.get(key)
         if slot is not None and not slot.pinned:
             self._evict(slot)
@@ -287,7 +285,6 @@ class GPUExpertCache:
 
     def _take(self, transfer: Transfer, urgent: bool = False) -> bool:
         """Give a transfer its slot, now that its first chunk is due."""
-        slot = None
         if len(self.slot_of) < len(self.slots):                     # (no empty one: interrupted half-way)
             slot = next((slot for slot in self.slots if slot.key is None), None)
         else:                               # a guess takes no slot that is being filled and was not used yet
@@ -296,11 +293,10 @@ class GPUExpertCache:
                 barred.update(self.slots[begun.slot] for begun in self.queue
                               if begun.slot >= 0 and not begun.used)
             candidates = [slot for slot in self.slots if slot not in barred and not slot.pinned]
-            if candidates:
-                slot = self.scheduler.victim(transfer.key, candidates, urgent)
-                if slot is not None and slot not in candidates:
-                    raise UserError(f"policy {type(self.scheduler).__name__}: its `victim` must return one "
-                                    "of the candidates or None")
+            slot = self.scheduler.victim(transfer.key, candidates, urgent) if candidates else None
+            if slot is not None and slot not in candidates:
+                raise UserError(f"policy {type(self.scheduler).__name__}: its `victim` must return one of "
+                                "the candidates or None")
         if slot is None:
             return False
         if slot.key is not None:
@@ -318,8 +314,3 @@ class GPUExpertCache:
         del self.slot_of[slot.key]
         slot.key, slot.transfer = None, None
         self.reconsider()
-
-    def _drop(self, transfer: Transfer) -> None:
-        slot = self.slot_of.get(transfer.key)
-        if slot is not None and slot.transfer is transfer:
-            self._evict(slot)

@@ -68,9 +68,9 @@ class GPUExpertCache:
         self.log: list[Transfer] | None = None                      # what moved, for the timeline
         lane.fed_by(self.pump)
 
-    def serve(self, scheduler, host=None) -> None:
+    def serve(self, scheduler, host=None) -> Counts:
         """Another phase, or another request: what is here already is there for free, and counting starts
-        again. A `host` may compute what is missing."""
+        again, in what is returned. A `host` may compute what is missing."""
         self.scheduler, self.host, self.counts = scheduler, host, Counts()
         self.since = self.lane.now()
         for slot in self.slots:
@@ -79,6 +79,7 @@ class GPUExpertCache:
         for transfer in self.queue:         # what has not begun is this phase's
             if transfer.slot < 0:
                 transfer.asked = self.since
+        return self.counts
 
     def transfer_s(self) -> float:
         """Seconds of the link that an expert takes."""

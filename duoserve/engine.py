@@ -374,8 +374,7 @@ class Engine:
         sequence.schedulers = schedulers(self.policy, self.cache, history, forecast, len(prompt) - kept)
         for worker in filter(None, (self.cache.lane, self.host)):
             worker.busy = 0.0
-        self.cache.serve(sequence.schedulers[0])
-        sequence.prefill = self.cache.counts
+        sequence.prefill = self.cache.serve(sequence.schedulers[0])
         return sequence
 
     @contextmanager
@@ -486,8 +485,8 @@ class Engine:
             try:
                 logits = self.model.head(self._prefill(tokens[sequence.kept:], sequence.kept)[-1:])[0].float()
                 sequence.position = n
-                self.cache.serve(sequence.schedulers[1], self._decoding_host())     # what prefill left is its
-                sequence.decode = self.cache.counts
+                host = self._decoding_host()
+                sequence.decode = self.cache.serve(sequence.schedulers[1], host)    # what prefill left is its
                 while True:
                     token = sample(logits, params, generator).view(1)
                     token_id = int(self._fetch(token))                              # (exact below 2^24)

@@ -69,8 +69,8 @@ class Job:
 
 
 class SimulatedHost:
-    """A host that takes `each` seconds for an expert, one after the other, on a clock; if there is a
-    `worker` it computes them."""
+    """A host that takes `each` seconds for an expert, one after the other, on a clock. A `worker` computes
+    them; without one there are times alone: nothing is taken, and no answer is asked for."""
 
     def __init__(self, clock: Clock, each: float, block: int = 0, worker: "Host | None" = None):
         self.clock, self.each, self.block, self.worker = clock, each, block, worker
@@ -81,7 +81,7 @@ class SimulatedHost:
 
     def trouble(self) -> str | None:
         """Why it can compute nothing yet, or at all; None if it can."""
-        return self.worker and self.worker.trouble()
+        return self.worker.trouble()
 
     def has(self, key: Key) -> bool:
         """May it compute this expert?"""
@@ -97,8 +97,7 @@ class SimulatedHost:
     def take(self, x: Tensor, start: int = 0) -> None:
         """The row that the layer's experts are to be computed for: its bytes, as fp32 numbers, behind
         `start` others. They may be overwritten after `submit`."""
-        if self.worker:
-            self.worker.take(x, start)
+        self.worker.take(x, start)
 
     def submit(self, experts: dict[Key, int]) -> None:
         """Begin to compute these experts of a layer, or so many of their blocks, in this order."""
@@ -129,14 +128,12 @@ class SimulatedHost:
     def collect(self) -> None:
         """The device has done what it was told so far, so what it waited for is there. Raises `HostError` if
         something is not."""
-        if self.worker:
-            self.worker.collect()
+        self.worker.collect()
 
     def abandon(self) -> None:
         self.due.clear()
         self.free = 0.0
-        if self.worker:
-            self.worker.abandon()
+        self.worker.abandon()
 
 
 class Host:
@@ -242,12 +239,12 @@ class Host:
                 raise HostError("its thread is gone")
             if not job.ended:               # (its turn comes)
                 break
-            self.busy += job.ended - job.begun
+            mean, took = self.seconds(job.blocks), job.ended - job.begun
+            self.busy += took
             # (An outlier counts less.)
             if job.asked >= self.last:
                 self.wakes += FOLLOWING * (min(job.begun - job.asked, 3 * self.wakes + PATIENCE) - self.wakes)
             thing, n = self.timed(job.blocks)
-            mean, took = self.seconds(job.blocks), job.ended - job.begun
             mean += FOLLOWING * (min(took, 3 * mean) - mean)
             self.late[thing], self.last = (mean / n, self.now()), job.ended
             del self.jobs[job.key]
@@ -295,8 +292,7 @@ def work(jobs: queue.SimpleQueue, done: np.ndarray, prepare, compiled: threading
     finally:
         state["gone"] = True
         done[0] = LAST
-    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    if USUAL and HOST_THREAD not in (thread.name for thread in others):
+    if USUAL and [thread.name for thread in threading.enumerate()].count(HOST_THREAD) == 1:     # (this one)
         sys.setswitchinterval(USUAL.pop())
         USUAL.clear()
 

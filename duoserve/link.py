@@ -75,9 +75,7 @@ class Clock:
     is fed: what is sent, and what is evicted for it, is decided with what was known at that moment."""
 
     due = math.inf                          # when the lane will have room for the chunk that is next
-
-    def __init__(self):
-        self.pump: Callable[[], None] = lambda: None
+    pump = staticmethod(lambda: None)       # what feeds the lane
 
     def wait_until(self, t: float) -> None:
         self.pump()
@@ -121,7 +119,7 @@ class SimulatedLane:
     """
 
     def __init__(self, clock: Clock, rate: float, chunk: int,
-                 copy: Callable[[Transfer, int, int], None] | None = None):
+                 copy: Callable[[Transfer, int, int], None] = lambda transfer, start, stop: None):
         self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
         self.now = clock.now
         self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # of the latest chunks: when they are done
@@ -149,8 +147,7 @@ class SimulatedLane:
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
         """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
-        if self.copy:
-            self.copy(transfer, transfer.sent, transfer.sent + nbytes)
+        self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         start = max(transfer.asked, self.ends[-1])
         end = start + self.seconds_of(nbytes)
         self.ends.append(end)

@@ -76,8 +76,12 @@ class EngineOptions:
         check_types(self)
         check_range(self, "cache_experts", 2, LARGEST, "two is the least that works")
         check_range(self, "threads", 1, MOST_THREADS, f"a whole number from 1 to {MOST_THREADS}")
-        if self.host_threads != "auto":
-            self.host_threads = whole_threads(self.host_threads)
+        threads = str(self.host_threads)
+        if threads != "auto":
+            if not threads.isdecimal() or int(threads) > MOST_THREADS:
+                raise UserError(f"--host-threads {threads}: auto, or a whole number up to {MOST_THREADS} "
+                                "(0: never)")
+            self.host_threads = int(threads)
         load_policy(self.policy)
         self.device = check_device(self.device)
         self.dtype = check_dtype(self.dtype, self.device)
@@ -122,15 +126,8 @@ class SamplingParams:
         check_range(self, "seed", 0, 2**64 - 1, "a number from 0 to 2^64 - 1")
 
 
-def whole_threads(threads: int | str) -> int:
-    text = str(threads)
-    if not text.isdecimal() or int(text) > MOST_THREADS:
-        raise UserError(f"--host-threads {threads}: auto, or a whole number up to {MOST_THREADS} (0: never)")
-    return int(text)
-
-
 def check_device(device: torch.device | str | None) -> torch.device:
-    asked = device or "cuda"
+    asked = device or "cuda"                # (in torch's words 159 would be -97)
     if device is None and not torch.cuda.is_available() and os.path.exists("/dev/nvidiactl"):
         note(f"there is an NVIDIA GPU, but torch cannot use it ({DRIVER}); computing on the CPU")
     try:

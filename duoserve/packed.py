@@ -145,12 +145,8 @@ class PackedModel(ModelShapes):
     def resident(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host,
         checked."""
-        out = {}
-        for name in self.shapes:
-            if name.startswith(prefix):
-                header, inside = self.locate(name)
-                out[name] = header.read(inside)
-        return out
+        located = {name: self.locate(name) for name in self.shapes if name.startswith(prefix)}
+        return {name: header.read(inside) for name, (header, inside) in located.items()}
 
     def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
         """Read and check one expert's block into uint8 [layout.nbytes]; safe from several threads."""

@@ -83,8 +83,7 @@ class ExpertStore:
                 progress.add(self.nbytes)
 
         with ThreadPoolExecutor(READERS) as pool:
-            for _ in pool.map(load, self.blocks):
-                pass                        # (the first corrupted expert ends the loading)
+            list(pool.map(load, self.blocks))                       # (the first corrupted expert ends it)
         # Of the experts on the disk: the CRC so far, until it has been checked, and a stamp of their files.
         self.crc = {key: 0 for key in model.config.expert_keys if key not in self.blocks}
         self.stamps = {}
@@ -93,7 +92,7 @@ class ExpertStore:
             with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
                 self.stamps[layer] = stamp(file)
         self.region = max(1, REGION // stride) * stride             # bytes; no copy may cross a multiple
-        self.pinned = pin and total > 0 and self._register(total, self.region)
+        self.pinned = pin and total > 0 and self._register(total)
 
     def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
         """Copy an expert's bytes from `start` on into uint8 [n], from memory or from the disk.
@@ -138,11 +137,11 @@ class ExpertStore:
         """An expert's bytes, if CUDA can copy them from where they are."""
         return self.blocks.get(key) if self.pinned else None
 
-    def _register(self, total: int, region: int) -> bool:
+    def _register(self, total: int) -> bool:
         """Pin our pages, region by region; on failure undo it and say what that costs."""
         runtime, base, done = torch.cuda.cudart(), self.bytes.ctypes.data, []
-        for start in range(0, total, region):
-            code = runtime.cudaHostRegister(base + start, min(region, total - start), 0)
+        for start in range(0, total, self.region):
+            code = runtime.cudaHostRegister(base + start, min(self.region, total - start), 0)
             if int(code) != 0:
                 for address in done:
                     runtime.cudaHostUnregister(address)
@@ -152,12 +151,12 @@ class ExpertStore:
                 return False
             done.append(base + start)
 
-        def release(memory, regions=done):  # holding the map: it must outlive its registration
+        def release(memory):                # holding the map: it must outlive its registration
             thread = threading.current_thread()
             if thread.name == HOST_THREAD:  # (it collects garbage, too; and the GPU may be waiting for it)
                 return threading.Thread(target=release, args=(memory,)).start()
             torch.cuda.synchronize()
-            for address in regions:
+            for address in done:
                 runtime.cudaHostUnregister(address)
 
         self.close = weakref.finalize(self, release, self.memory)      # also at interpreter exit

@@ -32,7 +32,6 @@ class Tokenizer:
                             f"{config.vocab_size}: it is another model's; get the one that belongs to this")
         self.bos, self.eos = config.bos_token_id, set(config.eos_token_ids)
         self.end = list(config.eos_token_ids[:1])                   # what stands after an answer in a chat
-        self.inst = [self.sp.piece_to_id(piece) for piece in ("[INST]", "[/INST]")]
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -56,7 +55,7 @@ class Tokenizer:
                             "give the bare message")
         if not message.strip():
             raise UserError("the message is empty; give some text")
-        begin, end = self.inst
+        begin, end = map(self.sp.piece_to_id, ("[INST]", "[/INST]"))
         if self.sp.is_control(begin) and self.sp.is_control(end):
             turn = [begin, *self.encode(message)[1:], end]
         else:

@@ -8,7 +8,7 @@ ready.
 import os
 import time
 import weakref
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -189,11 +189,9 @@ class Engine:
             total = len(self.config.expert_keys)
             rest = "; the others are read from the disk" if len(kept) < total else ""
             note(f"{len(kept)} of {total} experts are kept in memory{rest}")
-        bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None
-        store = ExpertStore(packed, kept, pin=cuda, progress=bar)
-        if bar:
-            bar.close()
-        return store
+        bar = closing(progress(len(kept) * packed.layout.nbytes, "loading")) if progress else nullcontext()
+        with bar as shown:
+            return ExpertStore(packed, kept, pin=cuda, progress=shown)
 
     def _load(self, compiled: bool) -> None:
         """Take all that the device will hold, once, the largest first; compile."""

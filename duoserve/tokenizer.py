@@ -30,8 +30,7 @@ class Tokenizer:
         if (pieces := self.sp.vocab_size()) > config.vocab_size:
             raise UserError(f"{path}: has {pieces} pieces, more than the model's vocab_size "
                             f"{config.vocab_size}: it is another model's; get the one that belongs to this")
-        self.bos, self.eos = config.bos_token_id, set(config.eos_token_ids)
-        self.end = list(config.eos_token_ids[:1])                   # what stands after an answer in a chat
+        self.bos, self.eos = config.bos_token_id, config.eos_token_ids      # (the first ends an answer)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -60,7 +59,7 @@ class Tokenizer:
             turn = [begin, *self.encode(message)[1:], end]
         else:
             turn = self.encode(f"[INST] {message} [/INST]")[1:]
-        return [*before, *self.end, *turn] if before else [self.bos, *turn]
+        return [*before, *self.eos[:1], *turn] if before else [self.bos, *turn]
 
     def decode(self, ids: list[int]) -> str:
         """New tokens as the text that follows a prompt: a leading space is kept."""

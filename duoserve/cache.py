@@ -73,9 +73,8 @@ class GPUExpertCache:
         again, in what is returned. A `host` may compute what is missing."""
         self.scheduler, self.host, self.counts = scheduler, host, Counts()
         self.since = self.lane.now()
-        for slot in self.slots:
-            if slot.transfer is not None:
-                slot.transfer.counted = True
+        for slot in self.slot_of.values():
+            slot.transfer.counted = True
         for transfer in self.queue:         # what has not begun is this phase's
             if transfer.slot < 0:
                 transfer.asked = self.since

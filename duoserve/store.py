@@ -124,8 +124,7 @@ class ExpertStore:
                     del self.crc[key]
         except UserError as error:
             raise LinkError(str(error)) from error
-        if host is not into:
-            into.copy_(host)
+        into.copy_(host)                    # (nothing is done if they are the same)
 
     def where(self, key: Key, start: int, stop: int) -> tuple[int, int]:
         """Which bytes of an expert are the `start`-th to `stop`-th that are sent: from its end towards its

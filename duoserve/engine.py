@@ -322,6 +322,10 @@ class Engine:
             h = torch.zeros(1, rows, c.hidden_size, dtype=self.dtype, device=self.device)
             layer.gate(layer.attend(h, rope_table(c, torch.arange(rows, device=self.device)), None, 0))
             expert(h[0])
+        if self.dtype != torch.float32 and not layer.attention.o.same_bits(self.dtype):
+            mend = "try --no-compile" if compiled else "use --device cpu"
+            raise UserError(f"what is computed on {self.device} has not the bits of the CPU (small numbers "
+                            f"may be taken for zero); {mend}")
         if not compiled:
             return
         prompt = [c.bos_token_id] * min(8, self.context - 1)

@@ -142,10 +142,9 @@ class PackedModel(ModelShapes):
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.directory / "tokenizer.model", self.config)
 
-    def resident(self, prefix: str = "") -> dict[str, torch.Tensor]:
-        """What stays on the device (or, of it, what begins so), by `Mixtral`'s names, on the host,
-        checked."""
-        located = {name: self.locate(name) for name in self.shapes if name.startswith(prefix)}
+    def resident(self) -> dict[str, torch.Tensor]:
+        """What stays on the device, by `Mixtral`'s names, on the host, checked."""
+        located = {name: self.locate(name) for name in self.shapes}
         return {name: header.read(inside) for name, (header, inside) in located.items()}
 
     def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:

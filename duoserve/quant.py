@@ -268,6 +268,13 @@ class PackedLinear(nn.Module):
         """x [1, columns] in 16 bits or fp32 -> [1, rows] in fp32, the same bits everywhere."""
         return self.exact_gemv(x, *self.matrix())
 
+    def same_bits(self, dtype: torch.dtype) -> bool:
+        """Has one row in 16 bits, here, the bits that it has on the host? (With some rows of the matrix, as
+        each is computed by itself.)"""
+        x = torch.linspace(-1, 1, 2 * self.q.shape[-1], dtype=dtype, device="cpu")[None]
+        rows = [tensor[:64].cpu() for tensor in (self.q, self.scale, self.zero)]
+        return torch.equal(self(x.to(self.q.device))[:, :64].cpu(), gemv(x, *rows))
+
     def parts(self) -> list[slice]:
         return parts(self.q.shape[-2], 2 * self.q.shape[-1])
 

@@ -130,6 +130,15 @@ def test_compiling_that_is_switched_off_is_noticed(monkeypatch, capsys):
     assert "torch.compile does not work here (it is switched off)" in capsys.readouterr().err
 
 
+def test_a_processor_with_other_bits_is_refused(tiny, monkeypatch):
+    """As of one that takes small numbers for zero."""
+    product = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: 0 * product(self, x))
+    load(tiny, dtype="float32")             # (in which no bits are promised)
+    with pytest.raises(UserError, match="has not the bits of the CPU.*; use --device cpu"):
+        load(tiny, dtype="bfloat16")
+
+
 @pytest.mark.parametrize("after", (1, 2, 5))
 def test_an_interruption_of_what_was_enqueued_ahead_leaves_no_trace(after, tiny, want):
     engine = load(tiny, cache_experts=24)

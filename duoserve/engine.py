@@ -323,9 +323,9 @@ class Engine:
             layer.gate(layer.attend(h, rope_table(c, torch.arange(rows, device=self.device)), None, 0))
             expert(h[0])
         if self.dtype != torch.float32 and not layer.attention.o.same_bits(self.dtype):
-            mend = "try --no-compile" if compiled else "use --device cpu"
+            mend = "--no-compile or --device cpu" if compiled else "--device cpu"
             raise UserError(f"what is computed on {self.device} has not the bits of the CPU (small numbers "
-                            f"may be taken for zero); {mend}")
+                            f"may be taken for zero); use {mend}")
         if not compiled:
             return
         prompt = [c.bos_token_id] * min(8, self.context - 1)

@@ -83,14 +83,14 @@ def compiled(function, **more):
     No kernel is chosen by timing: which one is fastest, and so the last bits of a sum, would change from one
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # (Whole, or not at all: as eager code it could not reach the slots that it is not told of, experts.py.)
     run = torch.compile(function, dynamic=False, fullgraph=True, options={**SAME_EVERYWHERE, **more})
 
     def alone(*arguments):
         if torch.compiler.is_dynamo_compiling():                    # it becomes a part of what is compiled
             return function(*arguments)
-        with COMPILER:
+        with COMPILER:                      # (from torch 2.13 on each thread has a limit of its own)
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             return run(*arguments)
     return alone
 
@@ -271,9 +271,11 @@ class PackedLinear(nn.Module):
     def same_bits(self, dtype: torch.dtype) -> bool:
         """Has one row in 16 bits, here, the bits that it has on the host? (With some rows of the matrix, as
         each is computed by itself.)"""
-        x = torch.linspace(-1, 1, 2 * self.q.shape[-1], dtype=dtype, device="cpu")[None]
-        rows = [tensor[:64].cpu() for tensor in (self.q, self.scale, self.zero)]
-        return torch.equal(self(x.to(self.q.device))[:, :64].cpu(), gemv(x, *rows))
+        rows, columns = len(self.q), 2 * self.q.shape[-1]
+        x, some = torch.linspace(-1, 1, columns, dtype=dtype, device="cpu")[None], max(1, rows // 64)
+        there = gemv(x, *(tensor[::some].cpu() for tensor in (self.q, self.scale, self.zero)))
+        here = self(x.to(self.q.device))[:, ::some].cpu()
+        return torch.allclose(here, there, rtol=0, atol=0, equal_nan=True)
 
     def parts(self) -> list[slice]:
         return parts(self.q.shape[-2], 2 * self.q.shape[-1])

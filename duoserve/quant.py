@@ -32,7 +32,6 @@ IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold":
 # as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need
 # be converted, and what the nibble meets is made larger by 2^LIFT.
 LIFT = 114
-PLACES = 0, 1, 2, 3, 4, 5, 4, 5             # of a word's nibbles when they are multiplied
 # While a thread traces what is to be compiled (host.py), compiled code refuses to be called, by any thread.
 COMPILER = threading.RLock()
 
@@ -159,13 +158,17 @@ def laid_out(x: Tensor, lift: int = 0) -> Tensor:
     """x [B, groups, G] -> for each nibble of a word of four bytes what it meets, times 2^lift: [B, nibble,
     groups, words].
 
-    So that a weight costs a mask, a conversion and a product, a nibble is left where it lies: k places up it
-    is 16^k times too large, and x is made as much smaller.
+    So that a weight costs a mask and a product (and a conversion, if it is to be a whole number), a nibble is
+    left where it lies: k places up it is 16^k times too large, and x is made as much smaller.
     """
-    k = torch.arange(8, dtype=torch.int32, device=x.device)
-    place = torch.where(k < 6, k, k - 2)            # (PLACES; to copy them would stop the host)
+    places = place(torch.arange(8, dtype=torch.int32, device=x.device))
     parts = x.unflatten(-1, (2, -1, 4)).permute(0, 4, 2, 1, 3).flatten(1, 2)
-    return parts * power(lift - 4 * place)[:, None, None]
+    return parts * power(lift - 4 * places)[:, None, None]
+
+
+def place(nibble):
+    """Where a word's nibble stands when it is multiplied: below bit 24, so the last two move down."""
+    return nibble % 6 + nibble // 6 * 4
 
 
 def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None,
@@ -194,8 +197,9 @@ def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
 
 
 def nibbles(w: Tensor, unconverted: bool) -> list[Tensor]:
-    """Words -> their eight nibbles in these PLACES, as whole numbers or as fp32 numbers of the same bits."""
-    masked = [(w if k == i else w >> 4 * (i - k)) & 15 << 4 * k for i, k in enumerate(PLACES)]
+    """Words -> their eight nibbles, each in its `place`, as whole numbers or as fp32 numbers of the same
+    bits."""
+    masked = [(w if k == i else w >> 4 * (i - k)) & 15 << 4 * k for i, k in enumerate(map(place, range(8)))]
     return [nibble.view(torch.float32) for nibble in masked] if unconverted else masked
 
 

@@ -275,14 +275,16 @@ class DecodeScheduler(ExpertScheduler):
         """What is missing is under way by now. Thinking takes longer than a layer whose experts are there. So
         where the lookahead's favourites are there, or the device is at the next layer already, what was
         thought before will do; what is absent of the favourites is asked for first."""
-        cache, likely = self.cache, ranked(routing.lookahead)[:len(routing.ids)]
+        cache = self.cache
         if len(cache.slot_of) == len(self.keys):
             return                          # all there is
+        likely = ranked(routing.lookahead)[:len(routing.ids)]
         absent = [(layer + 1, e) for e in likely if not cache.resident((layer + 1, e))]
+        rest = [guess.key for guess in cache.queue if guess.key[0] != layer]
         if self.value is None or not likely or absent and not cache.enqueued(layer + 1):
             self.replan()
-        elif absent or any(guess.key[0] == layer for guess in cache.queue):
-            cache.plan(absent + [guess.key for guess in cache.queue if guess.key[0] != layer])
+        elif absent or len(rest) < len(cache.queue):
+            cache.plan(absent + rest)
 
     def replan(self) -> None:
         """Guess at the next layer's experts, best first; then at what is worth most of the layers beyond, as

@@ -446,7 +446,7 @@ def test_a_failed_write_to_hf_leaves_nothing(packed, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".back[1].{dead.pid}.part").mkdir()
-    (tmp_path / "back[1]").mkdir()                                     # empty: may be there
+    (tmp_path / "back[1]").mkdir()                                  # empty: may be there
     flip(packed / "layer-001.safetensors", -100)
     to_hf(packed, tmp_path / "back[1]")
     assert set(path.name for path in tmp_path.iterdir()) == {"packed", "back[1]"}

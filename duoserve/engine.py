@@ -274,7 +274,7 @@ class Engine:
             compute(keys[0], WHOLE, x, torch.empty_like(x[0]))      # (compiles)
             return compute, lambda: on_threads(compute, keys, x, torch.empty_like(given), counts)
 
-        given, divisible = self.step.given, self.step.seen is not None
+        given, divisible = self.step.given, not cuda or self.step.capturing
         block = c.hidden_size // 2 * len(given) // BLOCKS if divisible else 0       # its bytes
         host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given,
                     self.cache.pump, self.cache.lane.wait_for)
@@ -413,14 +413,14 @@ class Engine:
         self.source.begin(self.sequence.schedulers[phase], position, tokens, decoding=bool(phase))
 
     def _fetch(self, values: Tensor) -> Tensor:
-        """values [n] of the device -> in fp32 on the host, until more are fetched; all that led to them has
-        been computed without a failure."""
+        """values [n] of the device -> in fp32 on the host; all that led to them has been computed without a
+        failure."""
         cache = self.cache
         with self._guarded():
             fetched = cache.read(cache.lane.fetch(values.float()))
             if cache.host is not None:
                 cache.host.collect()
-            return fetched
+            return torch.tensor(fetched)
 
     def _rest(self) -> None:
         """Nothing more is guessed, and every time is known. (The host is let go: it feeds the lane, which
@@ -445,7 +445,7 @@ class Engine:
                 out = [self.model.head(rows).float().cpu() for rows in hidden.split(LOGIT_ROWS)]
                 if decode:
                     self.cache.serve(self.sequence.schedulers[1], self._decoding_host())
-                    out += (self._fetch(self._decode(tokens[i:i + 1], i)).clone()[None]
+                    out += (self._fetch(self._decode(tokens[i:i + 1], i))[None]
                             for i in range(1, len(ids)))
                 return torch.cat(out)
             finally:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .cache import BLOCKS, HOST, LAUNCHED, GPUExpertCache
 from .config import MixtralConfig
 from .history import Routing
+from .link import Mailbox
 from .model import EXPERT_ROWS, Expert
 from .quant import ExpertLayout, compiled, exact_gemv, exact_swiglu, gemv, silu_table
 from .scheduler import ExpertScheduler
@@ -139,20 +140,22 @@ class StreamedExperts:
     def launched(self, layer: int, row: list[int]) -> None:
         """It is enqueued, with its experts that are there."""
         self.lane.used([slot for slot in row if slot != LAUNCHED])
-        self._span("expert", layer)
 
     def put(self, values: Tensor, into: Tensor) -> None:
         """Numbers of the host, in pinned memory, go to the device."""
         self.lane.put(values, into)
 
-    def fetch(self, layer: int, numbers: Tensor, here: Tensor | None = None) -> None:
+    def fetch(self, layer: int, numbers: Tensor, mailbox: Mailbox | None = None) -> None:
         """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`, and in decode
-        behind them the bytes of what its experts are to be given. `here`: where they are to be read."""
-        self.fetched.append(self.lane.fetch(numbers, here))
+        behind them the bytes of what its experts are to be given. (Those that are there are computed in the
+        same piece, and so belong to its span.)"""
+        self.fetched.append(self.lane.fetch(numbers, mailbox))
         self._span("attention", layer)
 
-    def read(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None) -> Routing:
-        """The oldest routing on its way. Without `rows` those of a single token, from its numbers."""
+    def read(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None] | None = None,
+             x: Tensor | None = None) -> Routing:
+        """The oldest routing on its way. Without `rows` those of a single token, from its numbers, and `x` is
+        what its experts are given, on the host."""
         E, K = self.config.num_local_experts, self.config.num_experts_per_tok
         if self.recorder is not None:
             logits, *lookahead = rows or numbers[E + 2 * K:].split(E)
@@ -161,8 +164,8 @@ class StreamedExperts:
                 self._record("lookahead", layer + 1, ahead)
         read, n = self.cache.read(self.fetched.pop(0)), len(numbers)
         if self.cache.host is not None:
-            self.cache.host.take(read, n)
-        return Routing.unpack(read.numpy()[:n].tolist(), E, K)      # (faster than a tensor's slices)
+            self.cache.host.take(x)
+        return Routing.unpack(read[:n].tolist(), E, K)
 
     def route(self, layer: int, numbers: Tensor, rows: tuple[Tensor, Tensor | None]) -> Routing:
         self.fetch(layer, numbers)

@@ -2,6 +2,7 @@
 policies."""
 
 from dataclasses import dataclass
+from operator import add
 
 import numpy as np
 
@@ -34,27 +35,23 @@ class History:
     """One request's routing so far; fed after every router, read by predictor, eviction and policies.
 
     Everything about a layer ahead of the current one is known up to the previous token only. `counts
-    [layers][experts]`: tokens of this request; `logits`, `recent [layers, experts]`: the router's logits for
-    the last token, and the decaying average of use; `ids [layers]`: the last token's experts.
+    [layers][experts]`: tokens of this request; `logits`, `recent [layers][experts]`: the router's logits for
+    the last token, and the decaying average of use; `ids [layers]`: the last token's experts. Plain lists, as
+    a layer is noted between its router and its experts, where numpy would take ten times as long.
     """
 
     def __init__(self, layers: int, experts: int):
         self.layers, self.experts, self.top_k = layers, experts, 1
         self.tokens = [0] * layers
-        self.counts = np.zeros((layers, experts), np.float32)
-        self.recent = np.zeros((layers, experts), np.float32)
-        self.logits = np.zeros((layers, experts), np.float32)
+        self.counts, self.recent, self.logits = ([[0.0] * experts for _ in range(layers)] for _ in range(3))
         self.ids: list[list[int]] = [[] for _ in range(layers)]
 
     def observe(self, layer: int, routing: Routing) -> None:
         tokens = sum(routing.counts) // max(1, len(routing.ids))
         keep = RECENT if tokens == 1 and self.tokens[layer] else 0.0     # a prompt's use is its average
-        recent, counts = self.recent[layer], self.counts[layer]
-        recent *= keep                      # (in place: this stands between a router and its experts)
-        for e, n in enumerate(routing.counts):
-            if n:
-                recent[e] += (1 - keep) / tokens * n
-                counts[e] += n
+        each = (1 - keep) / tokens
+        self.recent[layer] = [keep * share + each * n for share, n in zip(self.recent[layer], routing.counts)]
+        self.counts[layer] = list(map(add, self.counts[layer], routing.counts))
         self.tokens[layer] += tokens
         self.logits[layer] = routing.logits
         self.ids[layer] = routing.ids
@@ -67,5 +64,5 @@ class History:
     def rates(self, layers: int | slice = slice(None)) -> np.ndarray:
         """How often this request's tokens choose each expert of a layer, or of some; a few tokens say little,
         so four even ones are added."""
-        tokens = np.array(self.tokens)[layers, None]
-        return (self.counts[layers] + 4 * self.top_k / self.experts) / (tokens + 4)
+        tokens = np.array(self.tokens[layers])[..., None]
+        return (np.array(self.counts[layers]) + 4 * self.top_k / self.experts) / (tokens + 4)

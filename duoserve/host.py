@@ -94,10 +94,10 @@ class SimulatedHost:
         """How long so much of an expert takes."""
         return self.each if blocks == WHOLE else self.each * 2 / 3 * blocks / BLOCKS
 
-    def take(self, x: Tensor, start: int = 0) -> None:
-        """The row that the layer's experts are to be computed for: its bytes, as fp32 numbers, behind
-        `start` others. They may be overwritten after `submit`."""
-        self.worker.take(x, start)
+    def take(self, x: Tensor) -> None:
+        """The row [1, D] that the layer's experts are to be computed for. It may not change before they
+        are."""
+        self.worker.take(x)
 
     def submit(self, experts: dict[Key, int]) -> None:
         """Begin to compute these experts of a layer, or so many of their blocks, in this order."""
@@ -148,7 +148,7 @@ class Host:
         if sys.getswitchinterval() > 2 * SWITCH:
             USUAL.append(sys.getswitchinterval())
             sys.setswitchinterval(SWITCH)
-        self.keys, self.dtype, self.block, self.into = keys, dtype, block, into
+        self.keys, self.block, self.into = keys, block, into
         self.pump, self.wait_for, self.now = pump, wait_for, time.perf_counter
         self.jobs: dict[Key, Job] = {}      # not seen to be done
         self.answers: dict[Key, Tensor] = {}
@@ -193,19 +193,18 @@ class Host:
         each by themselves: a call has its own cost.)"""
         return ("each", 1) if blocks == WHOLE else ("block", blocks)
 
-    def take(self, x: Tensor, start: int = 0) -> None:
+    def take(self, x: Tensor) -> None:
         self.collect()
-        self.x, self.start, self.taken = x, start, self.now()
+        self.x, self.taken = x, self.now()
 
     def submit(self, experts: dict[Key, int]) -> None:
-        x = self.x[self.start:].view(self.dtype)[None].clone()
         for key, blocks in experts.items():
             self.free = max(self.taken + self.wakes, self.free) + self.seconds(blocks)
             self.number += 1
             answer = self.into
             if blocks == WHOLE:
                 answer = self.answers[key] = next(self.rows)
-            self.jobs[key] = job = Job(self.number, key, blocks, x, answer, self.taken)
+            self.jobs[key] = job = Job(self.number, key, blocks, self.x, answer, self.taken)
             self.queue.put(job)
         time.sleep(MOMENT)                  # (its thread needs the interpreter to begin)
 

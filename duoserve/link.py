@@ -13,8 +13,10 @@ import time
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
+from itertools import chain, count, islice
 from typing import Any, Callable
 
+import numpy as np
 import torch
 
 from .errors import UserError
@@ -26,6 +28,8 @@ BY_ADDRESS = 4                              # cudaMemcpyDefault: the addresses s
 AT_LEAST = 0                                # CU_STREAM_WAIT_VALUE_GEQ
 KERNEL_FAILED = 700                         # CUDA's errors from here on stay (illegal addresses and the like)
 IN_FLIGHT = 2                               # chunks of speculation
+UNWRITTEN = 2**32 - 1                       # as fp32 and as two 16-bit numbers NaNs, but none that CUDA gives
+LOOKS = 64                                  # at a mailbox, until CUDA is asked, too
 PACE = 0.1                                  # weight of the newest copy in the link's running mean
 PCIE = 25e9                                 # bytes a second: what a GPU's link is taken to move, at least
 
@@ -60,6 +64,24 @@ class Transfer:
     def missing(self) -> int:
         """Bytes still to be sent before it can be computed with."""
         return max(0, self.size - self.skip - self.sent)
+
+
+class Mailbox:
+    """Pinned memory, fp32 [n], where a kernel leaves numbers by itself: `device` is how it sees them there
+    (or None: it cannot, and they have to be copied). Each word tells whether it has been written, so that no
+    event is recorded, nor CUDA asked."""
+
+    def __init__(self, n: int, device: torch.device):
+        self.host = torch.zeros(n, pin_memory=device.type == "cuda")
+        self.device = on_device(self.host, device)
+        self.numbers = self.host.numpy()
+        self.words = self.numbers.view(np.uint32)
+
+    def clear(self) -> None:
+        self.words.fill(UNWRITTEN)
+
+    def full(self) -> bool:
+        return bool(self.words[-1] != UNWRITTEN and self.words[self.words.argmax()] != UNWRITTEN)
 
 
 def chunk_size(expert_bytes: int, rate: float) -> int:
@@ -176,10 +198,10 @@ class SimulatedLane:
         """What was computed up to here is the last use of these slots, until the next call: they may be
         overwritten after it."""
 
-    def fetch(self, values: torch.Tensor, here: torch.Tensor | None = None) -> torch.Tensor:
-        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous fp32.
-        The device may have written them to `here`, in pinned memory, by itself."""
-        return values
+    def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> torch.Tensor:
+        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous fp32;
+        into a `mailbox`, if one is given, where the device may leave them by itself."""
+        return values if mailbox is None or mailbox.device is not None else mailbox.host.copy_(values)
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
@@ -191,11 +213,11 @@ class SimulatedLane:
         pinned memory. False if it cannot be told: then the host has to wait before it tells it anything."""
         return False
 
-    def read(self, fetched: torch.Tensor, pause: Callable[[], None] | None = None) -> torch.Tensor:
+    def read(self, fetched: torch.Tensor, pause: Callable[[], None] | None = None) -> np.ndarray:
         """The numbers, on the host, until others are fetched; the lane is fed meanwhile, with a `pause` in
         between."""
         self.clock.pump()
-        return fetched.cpu()                # (on a GPU with a simulated link they are not there yet)
+        return fetched.cpu().numpy()        # (on a GPU with a simulated link they are not there yet)
 
     def mark(self) -> float:
         """This moment of the computation; `seconds` says when it was, on the lane's clock."""
@@ -214,10 +236,11 @@ class SimulatedLane:
 
 
 class CudaLane:
-    """A side stream, and an event each way: compute waits for a load, a load for the slot's last use.
+    """A side stream, and a wait each way: compute waits for a load, a load for the slot's last use.
 
     CUDA takes a wait on an event that was never recorded as done. So `loaded` is set only once a chunk is
-    enqueued, and a slot's first chunk waits for the event that `used` recorded.
+    enqueued. A slot's first chunk waits for all that is enqueued to be computed, unless it is known that the
+    slot's last use is over: something that was fetched after it has been read.
     """
 
     def __init__(self, slots: torch.Tensor, chunk: int, store):
@@ -234,7 +257,8 @@ class CudaLane:
         # Streams are handed around, as asking which one is current takes longer than handing a chunk to it.
         self.stream = torch.cuda.Stream(self.device)
         self.begin_pass()
-        self.last_use: list[torch.cuda.Event | None] = [None] * len(slots)
+        self.fetches = self.known = 0       # asked for so far; and read
+        self.last_use = [-1] * len(slots)   # so many had been asked for
         self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way,
         self.landed: deque = deque()        # and of those that are over, until there is time to look at them
         self.events: list = []              # with a time, to be used again
@@ -302,16 +326,23 @@ class CudaLane:
             self.busy += seconds
             self.pace += PACE * (seconds / nbytes - self.pace)
             transfer.spans.append((begin, begin + seconds))
-            self.events += start, end       # (once it has arrived nobody waits for it)
+            self.events.append(start)       # (once it has arrived nobody waits for it)
+            if not any(entry[0] is end for entry in islice(chain(self.landed, self.flying), 1)):
+                self.events.append(end)
 
     def room(self, asked: float) -> bool:
         return len(self.flying) < IN_FLIGHT
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
-        if transfer.sent == 0 and self.last_use[transfer.slot] is not None:
-            self.stream.wait_event(self.last_use[transfer.slot])
-        start, end = self.timed_event(), self.timed_event()
-        start.record(self.stream)
+        in_use = transfer.sent == 0 and self.last_use[transfer.slot] >= self.known
+        if in_use:
+            self.stream.wait_stream(self.compute)
+        end = self.timed_event()
+        if self.flying and not in_use:      # (it begins where the one before it ends)
+            start = self.flying[-1][1]
+        else:
+            start = self.timed_event()
+            start.record(self.stream)
         try:
             self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         except RuntimeError as error:       # (no pinned memory for the ring)
@@ -340,20 +371,20 @@ class CudaLane:
             self.compute.wait_event(transfer.loaded)
 
     def used(self, slots: list[int]) -> None:
-        event = self.compute.record_event()
         for slot in slots:
-            self.last_use[slot] = event
+            self.last_use[slot] = self.fetches
 
-    def fetch(self, values: torch.Tensor, here: torch.Tensor | None = None) -> tuple:
-        if here is not None:
-            return here, self.compute.record_event(), None
+    def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> tuple:
+        self.fetches += 1
+        if mailbox is not None and mailbox.device is not None:
+            return mailbox.numbers, mailbox.full, self.fetches, []
         free = self.buffers[len(values)]
         if not free:                        # (while the engine warms up: pinning takes its time)
             free += ((row, torch.cuda.Event()) for row in torch.empty(AHEAD, len(values), pin_memory=True))
-        buffer, copied = free.pop()
-        self.enqueue(buffer.data_ptr(), values.data_ptr(), buffer.nbytes, self.compute)
+        row, copied = (mailbox.host, torch.cuda.Event()) if mailbox is not None else free.pop()
+        self.enqueue(row.data_ptr(), values.data_ptr(), row.nbytes, self.compute)
         copied.record(self.compute)
-        return buffer, copied, free
+        return row.numpy(), copied.query, self.fetches, [] if mailbox is not None else [(row, copied)]
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms
@@ -370,15 +401,17 @@ class CudaLane:
         wait = stream_wait_value()          # (not every system has it: a code other than 0)
         return wait is not None and wait(self.compute.cuda_stream, word.data_ptr(), value, AT_LEAST) == 0
 
-    def read(self, fetched: tuple, pause: Callable[[], None] = yield_processor) -> torch.Tensor:
-        buffer, copied, free = fetched
-        while not copied.query():
+    def read(self, fetched: tuple, pause: Callable[[], None] = yield_processor) -> np.ndarray:
+        numbers, arrived, fetches, buffer = fetched
+        for looks in count(1):
+            if arrived() or looks % LOOKS == 0 and self.compute.query():        # (raises what has failed)
+                break
             self.pump()
             self.look()
             pause()
-        if free is not None:
-            free.append((buffer, copied))
-        return buffer
+        self.known = fetches
+        self.buffers[len(numbers)] += buffer
+        return numbers
 
     def mark(self) -> torch.cuda.Event:
         return self.compute.record_event(torch.cuda.Event(enable_timing=True))

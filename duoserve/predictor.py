@@ -146,8 +146,8 @@ class Forecast:
         h, hints = self.history, self.known
         for layer, tokens in enumerate(h.tokens):
             if self.seen[layer] != tokens:
-                hints[0, layer], hints[1, layer] = margin(h.logits[layer], self.top_k), h.recent[layer]
-                hints[2, layer] = h.counts[layer] / max(1, tokens)
+                hints[0, layer] = margin(np.array(h.logits[layer], np.float32), self.top_k)
+                hints[1, layer], hints[2, layer] = h.recent[layer], np.array(h.counts[layer]) / max(1, tokens)
                 self.seen[layer] = tokens
         if lookahead is not None:
             hints[0, state] = margin(np.array(lookahead, np.float32), self.top_k)

@@ -4,12 +4,16 @@ A decode step is some twenty small kernels a layer, and launching them costs the
 costs the GPU. But the host reads each router before it knows which experts to fetch, so the step is split
 there: piecewise CUDA graphs, each captured once and replayed as a whole.
 
-The device does not wait for the host to read. A table on the device says which slot holds which expert, and
-after each router the device computes those of the chosen experts that the table has; the host adds the
-others, one by one, when they have come. Where all of a layer's experts are there, nothing can be missing, and
-the next layer follows at once: the host reads the routings later, in their order. Where it has read that the
-chosen ones were there, the next layer follows before it thinks about anything else. What passes from piece to
-piece lies in buffers of its own.
+The device does not wait for the host to read. A table in pinned memory says which slot holds which expert,
+and after each router the device looks there and computes those of the chosen experts that it finds, all in
+the same graph; the host adds the others, one by one, when they have come. Where all of a layer's experts are
+there, nothing can be missing, and the next layer follows at once: the host reads the routings later, in their
+order. Where it has read that the chosen ones were there, the next layer follows before it thinks about
+anything else. What passes from piece to piece lies in buffers of its own.
+
+Between two experts of 94 MB the host's own code falls out of its processor's caches, and a call that takes 5
+us when repeated takes 50. So there is one call a layer: what else the two tell each other, they read and
+write in pinned memory.
 """
 
 import gc
@@ -21,6 +25,8 @@ import torch
 from torch import Tensor
 
 from .cache import HOST, LAUNCHED
+from .errors import note
+from .link import Mailbox
 from .machine import on_device
 from .model import Mixtral, combine_experts, key_sizes, padded, rope_table
 from .quant import compiled
@@ -45,38 +51,41 @@ class DecodeStep:
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
         self.lookahead = new(E, dtype=torch.float32)                                # of layer 0
         # What the host reads of a layer: numbers (the last has no lookahead), and behind them x, whose
-        # experts it may compute. Kernels write it straight to the host. And what that tells the device: the
-        # layer's slots.
+        # experts it may compute.
         sizes, cuda = [n * E + 2 * K for n in [3] * (layers - 1) + [2]], device.type == "cuda"
-        self.here = [torch.zeros(n + D * kv.itemsize // 4, pin_memory=cuda) for n in sizes]
-        self.report = [on_device(here, device) for here in self.here]
-        if any(report is None for report in self.report):           # (then they have to be copied)
-            self.here, self.report = [None] * layers, [torch.zeros_like(h, device=device) for h in self.here]
+        self.mail = [Mailbox(n + D * kv.itemsize // 4, device) for n in sizes]
+        reached = [mail.device for mail in self.mail]
+        self.report = [torch.zeros_like(mail.host, device=device) if there is None else there
+                       for mail, there in zip(self.mail, reached)]
         self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
                         for n, report in zip(sizes, self.report)]
-        self.table = [new(E, dtype=torch.long) for _ in range(layers)]
-        self.chosen, self.slot = new(K, dtype=torch.long), new(1, dtype=torch.long)
-        # Where the host puts the first numbers of w13's product, if the link brings the rest of an expert.
-        self.given = torch.zeros(2 * c.intermediate_size, pin_memory=cuda)
-        self.seen, self.given_rows = on_device(self.given, device), new(1, dtype=torch.long)
-        self.capturing = compile and device.type == "cuda"
+        self.x_here = [mail.host[n:].view(kv.dtype)[None] for n, mail in zip(sizes, self.mail)]
+        # And what the device reads: each layer's slots; the slot of an expert that comes later, for each rank
+        # (and how many numbers of w13's product are given, if the link brings only the rest); and these.
+        shared = partial(torch.zeros, pin_memory=cuda)
+        self.table, self.told = (shared(*shape, dtype=torch.long) for shape in ((layers, E), (K, 2)))
+        self.given = shared(2 * c.intermediate_size)
+        seen = [on_device(tensor, device) for tensor in (self.table, self.told, self.given)]
+        self.seen_table, self.seen_told, self.seen_given = seen
+        self.row_values, self.told_values = self.table.numpy(), self.told.numpy()
+        self.known: list[list[int]] = [[] for _ in range(layers)]                   # the table, as plain ints
+        self.ids, self.chosen, self.at = (new(n, dtype=torch.long) for n in (K, K, 2))
+        self.capturing = compile and cuda and not any(t is None for t in [*seen, *reached])
+        if compile and cuda and not self.capturing:
+            note("this process has pinned memory of another GPU, which CUDA graphs cannot reach from here: "
+                 "decode is slower (use a process for each GPU)")
         self.sizes = key_sizes(kv.shape[3]) if compile else []
         self.run_layer = compiled(run_layer) if compile else run_layer
         if self.capturing:
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-            self.rows = torch.zeros(layers, E, dtype=torch.long, pin_memory=True)   # the table, on the host
-            self.row_values = self.rows.numpy()
-            self.known: list[list[int]] = [[0] * E for _ in range(layers)]          # ... as plain ints
         self.begin = self.capture(self._begin)
         self.layers: dict[int, list[Callable[[], None]]] = {}
         for keys in self.sizes:
             self.pieces(keys - 1)
         if self.capturing:
-            self.present = self.capture(self._present)
-            self.experts = [self.capture(partial(self._expert, rank)) for rank in range(K)]
-            if self.seen is not None:       # (or no expert is divided)
-                self.numbers_given = torch.zeros_like(self.given, device=device)
-                self.divided = [self.capture(partial(self._divided, rank)) for rank in range(K)]
+            self.numbers_given = torch.zeros_like(self.given, device=device)
+            self.experts, self.divided = ([self.capture(partial(piece, rank)) for rank in range(K)]
+                                          for piece in (self._expert, self._divided))
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
@@ -116,7 +125,7 @@ class DecodeStep:
                 return self.logits
             if self.capturing:
                 source.begin_layer(i)
-            routing = source.read(i, self.numbers[i][0])
+            routing = source.read(i, self.numbers[i][0], x=self.x_here[i])
             if self.capturing and i + 1 == ahead and self.there(i, routing.ids):
                 whole, ahead = self.launch(ahead, layers, source), ahead + 1
             self.settle(i, routing, source)
@@ -134,23 +143,20 @@ class DecodeStep:
         if i == len(layers):
             self.end()
             return False
+        self.mail[i].clear()                # (what was there is read)
         if not self.capturing:
             source.begin_layer(i)
             layers[i]()
-            source.fetch(i, self.report[i], self.here[i])
+            source.fetch(i, self.report[i], self.mail[i])
             return False
         row = source.launch(i)
-        if row != self.known[i]:            # (the old row's copy is over: what came after it is read)
+        if row != self.known[i]:            # (nobody reads the old one now: what came after that is read)
             self.known[i] = []              # (should this be interrupted)
-            self.row_values[i] = row
-            source.put(self.rows[i], self.table[i])
+            self.row_values[i] = [max(slot, 0) for slot in row]
             self.known[i] = row
         layers[i]()
-        source.fetch(i, self.report[i], self.here[i])
-        if any(slot != LAUNCHED for slot in row):
-            source.mark()
-            self.present()
-            source.launched(i, row)
+        source.fetch(i, self.report[i], self.mail[i])
+        source.launched(i, row)
         return LAUNCHED not in row
 
     def there(self, i: int, experts: list[int]) -> bool:
@@ -173,9 +179,7 @@ class DecodeStep:
         if not self.capturing:
             self.expert_out[:, rank] = self.slots[slot](self.x, self.given[:given].to(self.x.device))
             return
-        self.slot.fill_(slot)
-        if given:
-            self.given_rows.fill_(given)
+        self.told_values[rank] = slot, given    # (the last one's is read: as above)
         (self.divided if given else self.experts)[rank]()
 
     def _begin(self) -> None:
@@ -188,30 +192,31 @@ class DecodeStep:
     def _layer(self, i: int, keys: int) -> None:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
-        self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position, self.table[i],
-                       self.h, self.x, self.weights, *self.numbers[i], self.chosen)
+        self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position,
+                       self.h, self.x, self.weights, *self.numbers[i], self.ids)
+        if self.capturing:                  # (what is not there is computed again, when it is)
+            torch.index_select(self.seen_table[i], 0, self.ids, out=self.chosen)
+            self.slots.run(self.chosen, self.x, self.expert_out[0])
 
-    def _present(self) -> None:
-        self.slots.run(self.chosen, self.x, self.expert_out[0])
-
-    def _expert(self, rank: int, given: tuple[Tensor, Tensor] | None = None) -> None:
-        self.slots.run(self.slot, self.x, self.expert_out[0, rank:rank + 1], given)
+    def _expert(self, rank: int, given: Tensor | None = None) -> None:
+        torch.mul(self.seen_told[rank], 1, out=self.at)             # (across the link, once)
+        self.slots.run(self.at[:1], self.x, self.expert_out[0, rank:rank + 1],
+                       None if given is None else (given, self.at[1:]))
 
     def _divided(self, rank: int) -> None:
-        torch.mul(self.seen, 1, out=self.numbers_given)             # (across the link, once)
-        self._expert(rank, (self.numbers_given, self.given_rows))
+        torch.mul(self.seen_given, 1, out=self.numbers_given)
+        self._expert(rank, self.numbers_given)
 
     def _end(self) -> None:
         h = self.model.norm(combine_experts(self.h, self.weights, self.expert_out))
         self.logits.copy_(self.model.head(h)[0])
 
 
-def run_layer(layer, following, expert_out, rope, k, v, position, table, h, x, weights, numbers, x_read,
-              chosen):
+def run_layer(layer, following, expert_out, rope, k, v, position, h, x, weights, numbers, x_read, ids):
     """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values
     and the last six are written."""
     h_in = combine_experts(h, weights, expert_out)
-    *out, ids = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
-    for buffer, value in zip((h, x, weights, numbers, chosen), (*out, table[ids[0]].clamp(min=0))):
+    *out, chosen = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
+    for buffer, value in zip((h, x, weights, numbers, ids), (*out, chosen[0])):
         buffer.copy_(value)
     x_read.copy_(out[1])

@@ -289,10 +289,7 @@ class LateLane(SimulatedLane):
 def by_table(engine):
     """Lets a step on the CPU take the way of one on a GPU: by the table, ahead of what the host has read."""
     step, c = engine.step, engine.config
-    step.capturing, step.capture, step.present = True, lambda piece: piece, step._present
-    step.rows = torch.zeros(c.num_hidden_layers, c.num_local_experts, dtype=torch.long)
-    step.row_values = step.rows.numpy()
-    step.known = [[] for _ in range(c.num_hidden_layers)]
+    step.capturing, step.capture = True, lambda piece: piece
     step.numbers_given = torch.zeros_like(step.given)
     step.experts, step.divided = ([partial(piece, rank) for rank in range(c.num_experts_per_tok)]
                                   for piece in (step._expert, step._divided))

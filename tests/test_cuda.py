@@ -179,8 +179,8 @@ def test_slots_poisoned_when_they_are_reloaded(directory):
         lane = e.cache.lane
         if transfer.sent == 0:
             with torch.cuda.stream(lane.stream):
-                if lane.last_use[transfer.slot] is not None:
-                    lane.stream.wait_event(lane.last_use[transfer.slot])
+                if lane.last_use[transfer.slot] >= lane.known:
+                    lane.stream.wait_stream(lane.compute)
                 slots[transfer.slot].fill_(0xFF)
         send(transfer, nbytes)
     e.cache.lane.send = poison

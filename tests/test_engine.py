@@ -153,14 +153,14 @@ def test_a_processor_with_other_bits_is_refused(tiny, monkeypatch):
 def test_an_interruption_of_what_was_enqueued_ahead_leaves_no_trace(after, tiny, want):
     engine = load(tiny, cache_experts=24)
     by_table(engine)
-    present, calls = engine.step.present, iter(range(after))
+    source, calls = engine.source, iter(range(after))
 
-    def interrupted():
-        present()
+    def interrupted(*launched):
         if next(calls, None) is None:
-            engine.step.present = present
+            del source.launched
             raise KeyboardInterrupt
-    engine.step.present = interrupted
+        type(source).launched(source, *launched)
+    source.launched = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.generate(SHORT, **SAMPLED)
     assert at_rest(engine.cache) and not engine.cache.launched
@@ -182,7 +182,7 @@ def test_a_row_of_the_table_whose_copy_was_interrupted_is_copied_again(tiny, wan
 
     class Rows(list):
         def __setitem__(self, i, row):
-            engine.step.row_values = engine.step.rows.numpy()
+            engine.step.row_values = engine.step.table.numpy()
             raise KeyboardInterrupt
     engine.step.row_values = Rows()
     with pytest.raises(KeyboardInterrupt):

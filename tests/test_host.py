@@ -377,7 +377,7 @@ def test_an_answer_of_a_request_that_was_interrupted_is_never_used(tiny, monkeyp
         if next(calls) == 2:
             while self.done[0] < self.number:
                 time.sleep(1e-4)
-            x = torch.full_like(self.x.view(self.dtype)[None], torch.nan)
+            x = torch.full_like(self.x, torch.nan)
             self.queue.put(Job(self.number, key, WHOLE, x, self.answers[key], self.now()))
             raise KeyboardInterrupt         # as if it was computed only now, into the same row
         wait(self, key)
@@ -394,7 +394,7 @@ def test_ctrl_c_at_any_moment_of_a_wait_leaves_the_thread_at_work():
     before, interrupted = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
     try:
         for _ in range(600):
-            host.take(torch.ones(4))
+            host.take(torch.ones(1, 4))
             host.submit({(0, 0): WHOLE})
             job = host.jobs[(0, 0)]
             try:
@@ -477,7 +477,7 @@ def test_a_thread_that_is_gone_is_an_error_and_no_hang():
     host = a_host(adding, {"each": 0.02, "threads": 1})
     host.queue.put(None)
     host.thread.join(5)
-    host.take(torch.ones(4))
+    host.take(torch.ones(1, 4))
     host.submit({(0, 0): WHOLE})
     with pytest.raises(HostError, match="gone"):
         host.wait((0, 0))
@@ -488,7 +488,7 @@ def test_where_the_device_can_wait_for_an_answer_we_do_not():
     host, told = a_host(adding, {"each": 0.02, "threads": 1}), []
     host.wait_for = lambda word, number: told.append(number) or True
     for n in (1, 2):
-        host.take(torch.full((4,), float(n)))
+        host.take(torch.full((1, 4), float(n)))
         host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         answer = host.answer((0, 0))
@@ -508,7 +508,7 @@ def test_nothing_makes_the_device_wait_in_vain():
     host.wait_for = lambda word, number: True
     until = time.monotonic() + 10
     for n in (1, 2):
-        host.take(torch.ones(4))
+        host.take(torch.ones(1, 4))
         host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         if n == 1:
@@ -516,7 +516,7 @@ def test_nothing_makes_the_device_wait_in_vain():
         while host.done[0] < n:
             assert time.monotonic() < until
     with pytest.raises(HostError, match="ValueError: no"):
-        host.take(torch.ones(4))
+        host.take(torch.ones(1, 4))
     host.abandon()
     host.queue.put(None)
     host.thread.join(5)
@@ -573,7 +573,7 @@ def test_a_lane_that_takes_its_time_is_not_the_host_s_cost():
     host = a_host(lambda key, blocks, x, out: time.sleep(1e-3), {"each": 0.002, "threads": 1})
     host.pump = lambda: time.sleep(0.01)
     for _ in range(10):
-        host.take(torch.ones(4))
+        host.take(torch.ones(1, 4))
         host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         host.answer((0, 0))
@@ -623,7 +623,7 @@ def test_the_interpreter_switches_as_before_when_no_host_is_left():
 
 def test_what_was_begun_for_nobody_still_takes_its_time():
     host = a_host(adding, {"each": 0.02, "threads": 1})
-    host.take(torch.ones(4))
+    host.take(torch.ones(1, 4))
     host.submit({(0, 0): WHOLE})
     while not host.jobs[(0, 0)].begun:
         time.sleep(1e-4)
@@ -635,7 +635,7 @@ def test_what_was_begun_for_nobody_still_takes_its_time():
 
 def test_the_thread_ends_with_its_engine_also_at_work(tiny):
     host = a_host(adding, {"each": 0.02, "threads": 1})
-    host.take(torch.ones(4))
+    host.take(torch.ones(1, 4))
     host.submit({(0, 0): WHOLE})
     thread, gone = host.thread, weakref.ref(host)
     del host
@@ -651,23 +651,11 @@ def test_the_thread_ends_with_its_engine_also_at_work(tiny):
     assert not thread.is_alive()
 
 
-def test_what_an_expert_is_given_may_be_overwritten_at_once():
-    """It lies in a buffer that the next routing is read into."""
-    host, x = a_host(adding, {"each": 0.02, "threads": 1}), torch.ones(4)
-    for _ in range(3):
-        x.fill_(1)
-        host.take(x)
-        host.submit({(0, 0): WHOLE})
-        x.fill_(7)
-        host.wait((0, 0))
-        assert host.answer((0, 0)).tolist() == [2.0] * 4
-
-
 def test_what_was_seen_of_late_is_followed_and_forgotten(monkeypatch):
     host = a_host(adding, {"each": 0.001, "threads": 1})
     assert host.seconds() == 0.001
     for _ in range(3):                      # each takes twenty times as long; one alone counts as three times
-        host.take(torch.ones(4))
+        host.take(torch.ones(1, 4))
         host.submit({(0, 0): WHOLE})
         host.wait((0, 0))
         assert host.answer((0, 0)).tolist() == [2.0] * 4
@@ -681,7 +669,7 @@ def test_a_thread_that_wakes_late_is_the_host_s_affair():
     """Each time, however little it is asked for: it is no part of what an expert takes."""
     host = a_host(lambda key, blocks, x, out: time.sleep(1e-3), {"each": 0.004, "block": 0.001, "threads": 1})
     for _ in range(5):
-        host.take(torch.ones(4))
+        host.take(torch.ones(1, 4))
         asked = host.now()
         host.submit({(0, 0): 1})
         host.jobs[(0, 0)].asked -= 0.025    # (an outlier; and nobody was before it)
@@ -696,7 +684,7 @@ def test_a_thread_that_wakes_late_is_the_host_s_affair():
 def test_how_late_a_thread_begins_counts_from_when_its_row_was_there():
     """As who decides what it is asked for does so then."""
     host = a_host(adding, {"each": 0.001, "threads": 1})
-    host.take(torch.ones(4))
+    host.take(torch.ones(1, 4))
     time.sleep(0.01)
     host.submit({(0, 0): WHOLE})
     job = host.jobs[0, 0]
@@ -708,7 +696,7 @@ def test_what_blocks_take_says_nothing_of_an_expert():
     """A call has its own cost, so they take longer than their share."""
     host = a_host(lambda key, blocks, x, out: time.sleep(5e-3), {"each": 0.004, "block": 0.001, "threads": 1})
     for _ in range(5):
-        host.take(torch.ones(4))
+        host.take(torch.ones(1, 4))
         host.submit({(0, 0): 2})
         host.wait((0, 0))
     assert host.seconds() == 0.004 and host.seconds(2) > 0.0025

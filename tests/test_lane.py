@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from duoserve.cache import GPUExpertCache
 from duoserve import link
-from duoserve.cache import LAUNCHED
-from duoserve.link import CudaLane
+from duoserve.cache import LAUNCHED, GPUExpertCache
+from duoserve.link import CudaLane, Mailbox
 
 CHUNKS = 4
 NOTHING = (None,) * CHUNKS
@@ -72,6 +71,9 @@ class Stream:
     def wait_stream(self, other):
         self.wait_event(other.record_event())
 
+    def query(self):
+        return not self.operations
+
     def synchronize(self):
         while self.operations and self.device.step():
             pass
@@ -96,6 +98,17 @@ class Event:
 
     def elapsed_time(self, other):
         return 1.0
+
+
+class Mail:
+    """What the compute stream leaves for the host."""
+
+    device, numbers = True, ()
+
+    def __init__(self, device):
+        self.written = Event(device)
+        self.written.record(device.compute)
+        self.full = self.written.query
 
 
 @pytest.fixture
@@ -134,7 +147,7 @@ def wrong_reads(cuda, seed, spoil=lambda lane, cache: None) -> int:
     layers before any is known; it computes with those that are there, wanted or not. Sometimes that is
     interrupted.
     """
-    slots, rng, table = 5, random.Random(seed), {}
+    slots, rng, table, fetched = 5, random.Random(seed), {}, []
     device = cuda(seed, slots)
     lane = CudaLane(torch.empty(slots, CHUNKS), 1, device)
 
@@ -150,16 +163,22 @@ def wrong_reads(cuda, seed, spoil=lambda lane, cache: None) -> int:
         ahead, interrupted = rng.choice(((), (0,), (1,), (0, 1))), False
         for layer in ahead:
             table[layer] = cache.launch(layer, 4)
+            fetched.append(Mail(device))    # (the router is before its experts)
             for e, slot in enumerate(table[layer]):
                 if slot != LAUNCHED:
                     device.read(slot, (layer, e))
-            if interrupted := not rng.randrange(30):
+            if interrupted := not rng.randrange(10):
                 cache.abandon()
+                fetched.clear()
+                cache.demand(rng.choice(keys))
                 break
+            fetched[-1] = lane.fetch((), fetched[-1])
             lane.used([slot for slot in table[layer] if slot != LAUNCHED])
             for _ in range(rng.randrange(3)):
                 cache.pump()
         for layer in () if interrupted else ahead or (rng.randrange(2),):
+            if ahead or rng.randrange(2):
+                lane.read(fetched.pop(0) if ahead else lane.fetch((), Mail(device)))
             wanted = rng.sample([key for key in keys if key[0] == layer], 1 + (len(ahead) < 2))
             cache.require(wanted)
             for key in wanted:
@@ -197,6 +216,20 @@ def no_mark_of_a_launch(lane, cache):
         release(key)
         lane.used = lambda slots: None
     cache.release = marked
+
+
+def a_use_that_is_over_too_early(lane, cache):
+    used = lane.used
+
+    def hasty(slots):
+        lane.fetches -= 1
+        used(slots)
+        lane.fetches += 1
+    lane.used = hasty
+
+
+def no_wait_for_a_use(lane, cache):
+    lane.used = lambda slots: None
 
 
 def launched_before_it_has_arrived(lane, cache):
@@ -240,11 +273,27 @@ def arrived_before_the_last_chunk(lane, cache):
     lane.poll = hasty
 
 
+def test_a_mailbox_is_full_when_each_of_its_words_is_written():
+    mail, rng = Mailbox(40, torch.device("cpu")), random.Random(0)
+    assert mail.full()
+    for _ in range(2):
+        mail.clear()
+        for word in rng.sample(range(40), 40):
+            assert not mail.full()
+            mail.device[word] = rng.choice((0.0, -1.5, torch.nan, torch.inf))
+        assert mail.full()
+    for nan in torch.tensor(torch.nan), torch.tensor(0x7FFF, dtype=torch.int16):
+        mail.clear()
+        mail.device.view(nan.dtype).copy_(nan)
+        assert mail.full()
+
+
 def test_every_read_of_a_slot_finds_its_expert(cuda):
     assert not any(wrong_reads(cuda, seed) for seed in range(200))
 
 
 @pytest.mark.parametrize("spoil", (no_wait_for_a_load, no_mark_of_the_last_use, no_mark_of_a_launch,
+                                   a_use_that_is_over_too_early, no_wait_for_a_use,
                                    launched_before_it_has_arrived, no_wait_after_an_interruption,
                                    loaded_after_the_first_chunk, the_last_chunk_withheld,
                                    arrived_before_the_last_chunk))

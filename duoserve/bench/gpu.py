@@ -163,8 +163,8 @@ class CountingExperts(StreamedExperts):
                 self.lane.look()
                 self.prefill_busy = self.lane.busy
 
-    def read(self, layer, numbers, rows=None):
-        routing = super().read(layer, numbers, rows)
+    def read(self, layer, numbers, rows=None, x=None):
+        routing = super().read(layer, numbers, rows, x)
         self.used += 0 if self.decoding else sum(n > 0 for n in routing.counts)
         return routing
 
@@ -299,7 +299,7 @@ def host_speed(engine: Engine) -> dict:
     """Milliseconds of an expert on the host, alone and while the link works, and GB/s of the link then;
     microseconds until its thread has begun; beside it torch's own 4-bit product, on as many threads."""
     host, cache, c, out = engine.host, engine.cache, engine.config, {}
-    keys, x = list(engine.store.blocks), torch.zeros(c.hidden_size, dtype=engine.dtype).view(torch.float32)
+    keys, x = list(engine.store.blocks), torch.zeros(1, c.hidden_size, dtype=engine.dtype)
     waits = []
     for name in ("alone", "beside_link"):
         took, (busy, moved) = [], (cache.lane.busy, cache.counts.bytes_moved)
@@ -350,10 +350,12 @@ def host_int4(c: MixtralConfig, threads: int, out: dict) -> None:
 
 @torch.inference_mode()
 def kernels(engine: Engine) -> dict:
-    """Microseconds of the pieces of a decode step, and the memory bandwidth that an expert's product makes
-    of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16 scale and zero)."""
+    """Microseconds of the pieces of a decode step (a layer's with two experts), and the memory bandwidth that
+    an expert's product makes of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16
+    scale and zero)."""
     c, step, device = engine.config, engine.step, engine.device
-    experts = [partial(step.compute, slot, 0) for slot in range(min(64, engine.plan.slots))]
+    out, several = step.expert_out[0, :1], torch.arange(min(64, engine.plan.slots), device=device)
+    experts = [step.capture(partial(engine.source.slots.run, at, step.x, out)) for at in several.split(1)]
     layers = step.layers[step.sizes[0]]
     out = {"layer_kernels_us": kernel_us(layers, device),
            "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(layers),

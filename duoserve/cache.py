@@ -7,7 +7,6 @@ as the lane has room), and answers one question, `victim`: which slot to give up
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Callable
 
 from .errors import UserError
 from .link import Key, LinkError, Transfer
@@ -64,7 +63,6 @@ class GPUExpertCache:
         self.experts = 0                    # of a layer, as `launch` is told
         self.scheduler, self.host = None, None
         self.blocked: Transfer | None = None                        # a guess that found no slot to take
-        self.later: Callable[[], None] | None = None                # to be done while something is awaited
         self.sent = 0                       # transfers that were ready to be computed with so far
         self.counts = Counts()
         self.log: list[Transfer] | None = None                      # what moved, for the timeline
@@ -139,7 +137,7 @@ class GPUExpertCache:
 
     def plan(self, keys: list[Key]) -> None:
         """Replace the guesses by these, best first. One no longer wanted stops at its chunk's end."""
-        keys, self.later = dict.fromkeys(keys), None
+        keys = dict.fromkeys(keys)
         if unknown := [key for key in keys if key not in self.scheduler.known]:
             raise UserError(f"policy {type(self.scheduler).__name__}: it plans {unknown[0]!r}, which is no "
                             "(layer, expert) of this model")
@@ -152,11 +150,7 @@ class GPUExpertCache:
         self.pump()
 
     def pump(self) -> None:
-        """While something is awaited: do what was left for then, and send the chunks of guesses that are
-        due."""
-        if self.later is not None:
-            later, self.later = self.later, None
-            later()
+        """Send the chunks of guesses that are due."""
         self.lane.poll()
         while self.queue and self.lane.room(self.queue[0].asked):
             transfer = self.queue[0]
@@ -262,7 +256,6 @@ class GPUExpertCache:
 
     def abandon(self) -> None:
         """After a failure or an interruption, wherever it came: no request, no pin; what is loaded stays."""
-        self.later = None
         self.queue.clear()
         self.needed.clear()
         self.launched.clear()

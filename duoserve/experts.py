@@ -139,7 +139,8 @@ class StreamedExperts:
 
     def launched(self, layer: int, row: list[int]) -> None:
         """It is enqueued, with its experts that are there."""
-        self.lane.used([slot for slot in row if slot != LAUNCHED])
+        if slots := [slot for slot in row if slot != LAUNCHED]:
+            self.lane.used(slots)
 
     def put(self, values: Tensor, into: Tensor) -> None:
         """Numbers of the host, in pinned memory, go to the device."""

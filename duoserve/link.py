@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain, count, cycle, islice
 from typing import Any, Callable
 
 import numpy as np
@@ -28,6 +28,7 @@ BY_ADDRESS = 4                              # cudaMemcpyDefault: the addresses s
 AT_LEAST = 0                                # CU_STREAM_WAIT_VALUE_GEQ
 KERNEL_FAILED = 700                         # CUDA's errors from here on stay (illegal addresses and the like)
 IN_FLIGHT = 2                               # chunks of speculation
+USES = 256                                  # events; one that is used again too soon means a longer wait
 UNWRITTEN = 2**32 - 1                       # as fp32 and as two 16-bit numbers NaNs, but none that CUDA gives
 LOOKS = 64                                  # at a mailbox, until CUDA is asked, too
 PACE = 0.1                                  # weight of the newest copy in the link's running mean
@@ -239,8 +240,8 @@ class CudaLane:
     """A side stream, and a wait each way: compute waits for a load, a load for the slot's last use.
 
     CUDA takes a wait on an event that was never recorded as done. So `loaded` is set only once a chunk is
-    enqueued. A slot's first chunk waits for all that is enqueued to be computed, unless it is known that the
-    slot's last use is over: something that was fetched after it has been read.
+    enqueued. A slot's first chunk waits for the event that `used` recorded, unless it is known that this is
+    over: something that was fetched after it has been read. (So the events can be used again and again.)
     """
 
     def __init__(self, slots: torch.Tensor, chunk: int, store):
@@ -258,7 +259,8 @@ class CudaLane:
         self.stream = torch.cuda.Stream(self.device)
         self.begin_pass()
         self.fetches = self.known = 0       # asked for so far; and read
-        self.last_use = [-1] * len(slots)   # so many had been asked for
+        self.uses = cycle(torch.cuda.Event() for _ in range(USES))
+        self.last_use: list[tuple] = [(-1, None)] * len(slots)      # so many had been asked for; its event
         self.flying: deque = deque()        # (start, end, transfer, bytes) of each copy under way,
         self.landed: deque = deque()        # and of those that are over, until there is time to look at them
         self.events: list = []              # with a time, to be used again
@@ -334,9 +336,10 @@ class CudaLane:
         return len(self.flying) < IN_FLIGHT
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
-        in_use = transfer.sent == 0 and self.last_use[transfer.slot] >= self.known
+        fetches, use = self.last_use[transfer.slot]
+        in_use = transfer.sent == 0 and fetches >= self.known
         if in_use:
-            self.stream.wait_stream(self.compute)
+            self.stream.wait_event(use)
         end = self.timed_event()
         if self.flying and not in_use:      # (it begins where the one before it ends)
             start = self.flying[-1][1]
@@ -371,8 +374,10 @@ class CudaLane:
             self.compute.wait_event(transfer.loaded)
 
     def used(self, slots: list[int]) -> None:
+        use = next(self.uses)
+        use.record(self.compute)
         for slot in slots:
-            self.last_use[slot] = self.fetches
+            self.last_use[slot] = self.fetches, use
 
     def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> tuple:
         self.fetches += 1

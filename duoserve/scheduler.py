@@ -7,7 +7,6 @@ time (DuoServe-MoE, arXiv 2509.07379). Both share one cache, which is the hand-o
 """
 
 import math
-from functools import partial
 from itertools import islice, product
 from typing import Iterator
 
@@ -72,7 +71,6 @@ class ExpertScheduler:
         until resumed or closed; LAUNCHED where the device has been told to compute it already; or HOST, where
         what is computed from here on finds the host's answer."""
         cache, remaining = self.cache, [(layer, e) for e, n in enumerate(routing.counts) if n]
-        one_token, late = len(remaining) == len(routing.ids), cache.later is not None
         for_host: dict[Key, int] = {}
         if cache.host is not None:          # (what is launched is computed whatever we say)
             for_host = self.for_host([key for key in remaining if key not in cache.launched])
@@ -91,11 +89,8 @@ class ExpertScheduler:
                 if not planned:             # (the demands first: a thread that wakes takes the interpreter)
                     if for_host:
                         cache.host.submit(for_host)
-                    # A token's next layer does not wait for thoughts, unless there was no time for them
-                    # since the last.
-                    cache.later, planned = partial(self.plan_prefetch, layer, routing), True
-                    if late or not one_token:
-                        cache.pump()
+                    self.plan_prefetch(layer, routing)
+                    planned = True
                 if not remaining:
                     break
                 # The lane delivers in the order of asking, so the oldest transfer is the next to be ready.
@@ -261,7 +256,7 @@ class DecodeScheduler(ExpertScheduler):
         # once somebody asks: the next layer's `chance [experts]`, and `value [layers][experts]`. If nothing
         # has to be guessed or evicted, nobody does, and the host goes straight on.
         self.state, self.lookahead = self.layers, None
-        self.thinks, self.hurried = True, False
+        self.thinks = True
         self.chance: list[float] = []
         self.value: list[list[float]] | None = None
         steps = np.arange(1, self.layers + 1) / self.layers
@@ -275,11 +270,10 @@ class DecodeScheduler(ExpertScheduler):
 
     def on_routing(self, layer: int, routing: Routing) -> None:
         self.state, self.lookahead = layer + 1, routing.lookahead
-        self.hurried = self.cache.enqueued(layer + 1)
 
     def plan_prefetch(self, layer: int, routing: Routing) -> None:
         """What is missing is under way by now. Thinking takes longer than a layer whose experts are there. So
-        where the lookahead's favourites are there, or the device was at the next layer already, what was
+        where the lookahead's favourites are there, or the device is at the next layer already, what was
         thought before will do; what is absent of the favourites is asked for first."""
         cache = self.cache
         if len(cache.slot_of) == len(self.keys):
@@ -287,7 +281,7 @@ class DecodeScheduler(ExpertScheduler):
         likely = ranked(routing.lookahead)[:len(routing.ids)]
         absent = [(layer + 1, e) for e in likely if not cache.resident((layer + 1, e))]
         rest = [guess.key for guess in cache.queue if guess.key[0] != layer]
-        if self.value is None or not likely or absent and not self.hurried:
+        if self.value is None or not likely or absent and not cache.enqueued(layer + 1):
             self.replan()
         elif absent or len(rest) < len(cache.queue):
             cache.plan(absent + rest)

@@ -179,8 +179,9 @@ def test_slots_poisoned_when_they_are_reloaded(directory):
         lane = e.cache.lane
         if transfer.sent == 0:
             with torch.cuda.stream(lane.stream):
-                if lane.last_use[transfer.slot] >= lane.known:
-                    lane.stream.wait_stream(lane.compute)
+                fetches, use = lane.last_use[transfer.slot]
+                if fetches >= lane.known:
+                    lane.stream.wait_event(use)
                 slots[transfer.slot].fill_(0xFF)
         send(transfer, nbytes)
     e.cache.lane.send = poison

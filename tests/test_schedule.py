@@ -763,48 +763,23 @@ def test_where_the_lookahead_s_favourites_are_there_nobody_thinks(monkeypatch):
     assert shares[0] > 0.5 > shares[1] > 0
 
 
-def test_where_the_device_was_at_the_next_layer_its_favourites_are_fetched_without_a_thought(monkeypatch):
+def test_where_the_device_is_at_the_next_layer_its_favourites_are_fetched_without_a_thought(monkeypatch):
     r = Replay(skewed_traces(0, sequences=1)[0], 2, "duo", 12, COSTS, lambda *_: np.full((6, 8), 0.5)).run()
     duo, cache, thought = r.decode, r.cache, []
     monkeypatch.setattr(duo, "replan", lambda: thought.append(1))
     absent = [e for e in range(8) if (2, e) not in cache.slot_of][:2]
     routing = Routing([0] * 8, [0, 1], [0.5, 0.5], [0.0] * 8, [float(e in absent) for e in range(8)])
     duo.update_values()
-    duo.on_routing(1, routing)
     duo.plan_prefetch(1, routing)
     assert thought
     cache.plan([(1, e) for e in range(8)] + [(3, e) for e in range(8)])
     left = [guess.key for guess in cache.queue if guess.key[0] == 3]
     cache.launched, thought[:] = {(3, 0)}, []                       # (not the next one)
-    duo.on_routing(1, routing)
     duo.plan_prefetch(1, routing)
     assert thought.pop()
     cache.launched = {(2, 0)}
-    duo.on_routing(1, routing)
     duo.plan_prefetch(1, routing)
     assert not thought and [guess.key for guess in cache.queue] == [(2, e) for e in absent] + left and left
-
-
-def test_a_token_s_layer_is_planned_while_something_is_awaited_or_else_at_the_next():
-    r = Replay(skewed_traces(0, sequences=1)[0], 2, "cache", 48, COSTS, None).run()
-    scheduler, cache, planned = r.decode, r.cache, []
-    scheduler.plan_prefetch = lambda layer, routing: planned.append(layer)
-    one = Routing([1, 1] + [0] * 6, [0, 1], [0.5, 0.5], [0.0] * 8, None)
-    cache.launched = {(layer, e) for layer in range(6) for e in range(8)}           # (so nobody waits)
-    for layer, done in ((0, []), (1, [1]), (2, [1]), (3, [1, 3])):
-        assert [place for _, place in scheduler.experts(layer, one)] == [LAUNCHED] * 2 and planned == done
-    list(scheduler.experts(4, one))
-    assert planned == [1, 3]
-    cache.pump()
-    cache.pump()
-    assert planned == [1, 3, 4]             # (once)
-    list(scheduler.experts(5, Routing([2, 1] + [0] * 6, [0], [1.0], [0.0] * 8, None)))     # several tokens
-    assert planned == [1, 3, 4, 5]
-    cache.launched = {(0, 0), (0, 1)}
-    list(scheduler.experts(0, one))
-    cache.abandon()
-    cache.pump()
-    assert planned == [1, 3, 4, 5]
 
 
 def test_the_replay_charges_for_the_predictor_where_it_runs():

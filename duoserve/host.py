@@ -69,11 +69,14 @@ class Job:
 
 
 class SimulatedHost:
-    """A host that takes `each` seconds for an expert, one after the other, on a clock. A `worker` computes
-    them; without one there are times alone: nothing is taken, and no answer is asked for."""
+    """A host that takes `each` seconds for an expert, one after the other, on a clock, and `part` for a block
+    (or else what its share of the bytes would). A `worker` computes them; without one there are times alone:
+    nothing is taken, and no answer is asked for."""
 
-    def __init__(self, clock: Clock, each: float, block: int = 0, worker: "Host | None" = None):
+    def __init__(self, clock: Clock, each: float, block: int = 0, worker: "Host | None" = None,
+                 part: float | None = None):
         self.clock, self.each, self.block, self.worker = clock, each, block, worker
+        self.part = each * 2 / 3 / BLOCKS if part is None else part
         self.compiled, self.ready = (worker.compiled, worker.ready) if worker else (None, None)
         self.free, self.busy = 0.0, 0.0     # when it has done all; seconds so far
         self.due: dict[Key, float] = {}
@@ -92,7 +95,7 @@ class SimulatedHost:
 
     def seconds(self, blocks: int = WHOLE) -> float:
         """How long so much of an expert takes."""
-        return self.each if blocks == WHOLE else self.each * 2 / 3 * blocks / BLOCKS
+        return self.each if blocks == WHOLE else self.part * blocks
 
     def take(self, x: Tensor) -> None:
         """The row [1, D] that the layer's experts are to be computed for. It may not change before they

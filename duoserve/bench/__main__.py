@@ -21,6 +21,7 @@ MILLISECONDS = (                            # the defaults are those of `replay.
     ("--attention-ms", "A", "to compute a layer without its experts (default %(default)s)"),
     ("--expert-ms", "B", "to compute an expert (default %(default)s)"),
     ("--host-expert-ms", "H", "for an expert on the host (default: it computes none)"),
+    ("--host-block-ms", "H", "for a sixth of one that is divided (default: by its share of the bytes)"),
     ("--predict-ms", "X", "more for a layer visit with the trained predictor (default %(default)s)"),
     ("--prefill-attention-ms", "A", "for a prompt (default: --attention-ms x (1 + tokens / 128))"),
     ("--prefill-expert-ms", "B", "for a prompt (default: --expert-ms x (1 + its tokens / 128))"))

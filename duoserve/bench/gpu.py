@@ -247,7 +247,9 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
             needed, hosted = visits.T.reshape(2, steps, -1).tolist()                # [steps][layers]
             row |= {"host_experts": stats.host_experts, "split_experts": stats.split_experts,
                     "host_busy": host.busy / decode_s if host else 0.0,
-                    "host_ms": 1e3 * host.seconds() if host else 0.0, "link_ms": 1e3 * cache.transfer_s(),
+                    "host_ms": 1e3 * host.seconds() if host else 0.0,
+                    "host_block_ms": 1e3 * host.seconds(1) if host else 0.0,
+                    "link_ms": 1e3 * cache.transfer_s(),
                     "hosted": hosted, "tpot_ms": 1e3 * stats.tpot_s, "new_tokens": steps + 1,
                     "hits": stats.hits, "prefetched_used": stats.prefetched_used, "misses": stats.misses,
                     "needed_per_token": sum(map(sum, needed)) / steps,
@@ -415,7 +417,7 @@ def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, reside
             row["ttft_over_floor"][tokens] = row["ttft_ms"][tokens] / (max(compute, used * expert_ms) or 1)
         needed, hosted = row.pop("needed"), row.pop("hosted")
         costs = Costs(layer_ms * 0.6, layer_ms * 0.4 / k, row["link_ms"] or expert_ms, predict_ms=0.0,
-                      host_expert_ms=row["host_ms"] or None)
+                      host_expert_ms=row["host_ms"] or None, host_block_ms=row["host_block_ms"] or None)
         if row["host_ms"]:
             floor = statistics.mean(step_floor(costs, layers, k, sum(on_host), sum(moved))
                                     for on_host, moved in zip(hosted, needed))

@@ -53,6 +53,7 @@ class Costs:
     prefill_attention_ms: float | None = None
     prefill_expert_ms: float | None = None
     host_expert_ms: float | None = None     # None: the host computes nothing
+    host_block_ms: float | None = None      # of one that is divided; None: by its share of the bytes
 
     def prefill(self, part: str, tokens: int) -> float:
         """The part, `attention` or `expert`, when so many tokens of a prompt go through it at once."""
@@ -94,9 +95,11 @@ class Replay:
         self.forecast = kind(history, predictor and counted, top_k)
         self.prefill, self.decode = schedulers("duo" if policy in TOLD else policy, self.cache, history,
                                                self.forecast, trace.prompt)
-        each = costs.host_expert_ms
+        each, part = costs.host_expert_ms, costs.host_block_ms
+        if part is not None:
+            part /= 1e3
         self.host = None if each is None else \
-            SimulatedHost(self.clock, each / 1e3, int(nbytes * FIRST_MATRIX / BLOCKS))
+            SimulatedHost(self.clock, each / 1e3, int(nbytes * FIRST_MATRIX / BLOCKS), part=part)
         if policy == "host-only":
             self.decode.for_host = lambda keys: {key: WHOLE for key in keys if not self.cache.resident(key)}
         self.floor = 0.0

@@ -252,7 +252,7 @@ class Engine:
             return None
         if not store.blocks:
             self.host_unused = "all experts are on the disk"
-        elif cuda and (not compiled or dtype == torch.float32):
+        elif cuda and (not self.step.capturing or dtype == torch.float32):
             self.host_unused = "only compiled code in a 16-bit dtype has the GPU's bits"
         if self.host_unused:
             return None
@@ -274,8 +274,8 @@ class Engine:
             compute(keys[0], WHOLE, x, torch.empty_like(x[0]))      # (compiles)
             return compute, lambda: on_threads(compute, keys, x, torch.empty_like(given), counts)
 
-        given, divisible = self.step.given, not cuda or self.step.capturing
-        block = c.hidden_size // 2 * len(given) // BLOCKS if divisible else 0       # its bytes
+        given = self.step.given
+        block = c.hidden_size // 2 * len(given) // BLOCKS           # its bytes
         host = Host(c.hidden_size, dtype, cuda, store.blocks.keys(), prepare, block, given,
                     self.cache.pump, self.cache.lane.wait_for)
         if not options.simulate_host:

@@ -68,9 +68,9 @@ class Transfer:
 
 
 class Mailbox:
-    """Pinned memory, fp32 [n], where a kernel leaves numbers by itself: `device` is how it sees them there
-    (or None: it cannot, and they have to be copied). Each word tells whether it has been written, so that no
-    event is recorded, nor CUDA asked."""
+    """Pinned memory, fp32 [n], where a kernel leaves numbers by itself; `device` is how it sees them there
+    (None: it cannot). Each word tells whether it has been written, so that no event is recorded, nor CUDA
+    asked."""
 
     def __init__(self, n: int, device: torch.device):
         self.host = torch.zeros(n, pin_memory=device.type == "cuda")
@@ -200,9 +200,9 @@ class SimulatedLane:
         overwritten after it."""
 
     def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> torch.Tensor:
-        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous fp32;
-        into a `mailbox`, if one is given, where the device may leave them by itself."""
-        return values if mailbox is None or mailbox.device is not None else mailbox.host.copy_(values)
+        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous fp32.
+        (The device leaves them in a `mailbox` by itself.)"""
+        return values
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
@@ -381,15 +381,15 @@ class CudaLane:
 
     def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> tuple:
         self.fetches += 1
-        if mailbox is not None and mailbox.device is not None:
+        if mailbox is not None:
             return mailbox.numbers, mailbox.full, self.fetches, []
         free = self.buffers[len(values)]
         if not free:                        # (while the engine warms up: pinning takes its time)
             free += ((row, torch.cuda.Event()) for row in torch.empty(AHEAD, len(values), pin_memory=True))
-        row, copied = (mailbox.host, torch.cuda.Event()) if mailbox is not None else free.pop()
+        row, copied = free.pop()
         self.enqueue(row.data_ptr(), values.data_ptr(), row.nbytes, self.compute)
         copied.record(self.compute)
-        return row.numpy(), copied.query, self.fetches, [] if mailbox is not None else [(row, copied)]
+        return row.numpy(), copied.query, self.fetches, [(row, copied)]
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms

@@ -54,11 +54,7 @@ class DecodeStep:
         # experts it may compute.
         sizes, cuda = [n * E + 2 * K for n in [3] * (layers - 1) + [2]], device.type == "cuda"
         self.mail = [Mailbox(n + D * kv.itemsize // 4, device) for n in sizes]
-        reached = [mail.device for mail in self.mail]
-        self.report = [torch.zeros_like(mail.host, device=device) if there is None else there
-                       for mail, there in zip(self.mail, reached)]
-        self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
-                        for n, report in zip(sizes, self.report)]
+        self.report = [mail.device for mail in self.mail]
         self.x_here = [mail.host[n:].view(kv.dtype)[None] for n, mail in zip(sizes, self.mail)]
         # And what the device reads: each layer's slots; the slot of an expert that comes later, for each rank
         # (and how many numbers of w13's product are given, if the link brings only the rest); and these.
@@ -67,13 +63,18 @@ class DecodeStep:
         self.given = shared(2 * c.intermediate_size)
         seen = [on_device(tensor, device) for tensor in (self.table, self.told, self.given)]
         self.seen_table, self.seen_told, self.seen_given = seen
+        reached = all(tensor is not None for tensor in (*seen, *self.report))
+        if not reached:
+            note(f"pinned memory of another GPU is used again, which {device} cannot reach: decode is slower "
+                 "(use a process for each GPU)")
+            self.report = [torch.zeros_like(mail.host, device=device) for mail in self.mail]
+            self.mail = [None] * layers
+        self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
+                        for n, report in zip(sizes, self.report)]
         self.row_values, self.told_values = self.table.numpy(), self.told.numpy()
         self.known: list[list[int]] = [[] for _ in range(layers)]                   # the table, as plain ints
         self.ids, self.chosen, self.at = (new(n, dtype=torch.long) for n in (K, K, 2))
-        self.capturing = compile and cuda and not any(t is None for t in [*seen, *reached])
-        if compile and cuda and not self.capturing:
-            note("this process has pinned memory of another GPU, which CUDA graphs cannot reach from here: "
-                 "decode is slower (use a process for each GPU)")
+        self.capturing = compile and cuda and reached
         self.sizes = key_sizes(kv.shape[3]) if compile else []
         self.run_layer = compiled(run_layer) if compile else run_layer
         if self.capturing:
@@ -143,7 +144,8 @@ class DecodeStep:
         if i == len(layers):
             self.end()
             return False
-        self.mail[i].clear()                # (what was there is read)
+        if self.mail[i] is not None:
+            self.mail[i].clear()            # (what was there is read)
         if not self.capturing:
             source.begin_layer(i)
             layers[i]()

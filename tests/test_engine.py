@@ -84,6 +84,13 @@ def test_the_same_bits_by_the_table_in_16_bits(slots, deepest, tiny):
     assert deepest <= set(ahead)
 
 
+def test_pinned_memory_that_the_device_cannot_reach_is_copied(tiny, want, monkeypatch, capsys):
+    monkeypatch.setattr("duoserve.link.on_device", lambda *_: None)
+    engine = load(tiny, cache_experts=9)
+    assert "decode is slower (use a process for each GPU)" in capsys.readouterr().err
+    assert engine.step.mail == [None] * 3 and same(answers(engine), want)
+
+
 def test_several_rows_go_through_one_of_a_few_pieces(tiny):
     """Filled up to the least of them that holds all: what they make of a row depends on no other row."""
     engine = load(tiny, cache_experts=24)

@@ -252,8 +252,10 @@ class Engine:
             return None
         if not store.blocks:
             self.host_unused = "all experts are on the disk"
-        elif cuda and (not self.step.capturing or dtype == torch.float32):
+        elif cuda and (not compiled or dtype == torch.float32):
             self.host_unused = "only compiled code in a 16-bit dtype has the GPU's bits"
+        elif cuda and not self.step.capturing:
+            self.host_unused = "the GPU cannot reach its pinned memory"
         if self.host_unused:
             return None
         keys = list(store.blocks)

@@ -99,7 +99,7 @@ class SimulatedHost:
 
     def take(self, x: Tensor) -> None:
         """The row [1, D] that the layer's experts are to be computed for. It may not change before they
-        are."""
+        are, or nobody wants them any more."""
         self.worker.take(x)
 
     def submit(self, experts: dict[Key, int]) -> None:

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from itertools import chain, count, cycle, islice
+from itertools import count, cycle
 from typing import Any, Callable
 
 import numpy as np
@@ -69,20 +69,22 @@ class Transfer:
 
 class Mailbox:
     """Pinned memory, fp32 [n], where a kernel leaves numbers by itself; `device` is how it sees them there
-    (None: it cannot). Each word tells whether it has been written, so that no event is recorded, nor CUDA
-    asked."""
+    (None: it cannot). Each word tells whether it has been written (two numbers of 16 bits are, at once), so
+    that no event is recorded, nor CUDA asked."""
 
     def __init__(self, n: int, device: torch.device):
-        self.host = torch.zeros(n, pin_memory=device.type == "cuda")
+        memory = torch.zeros(n + 1, pin_memory=device.type == "cuda")
+        self.host = memory[:n]
         self.device = on_device(self.host, device)
-        self.numbers = self.host.numpy()
-        self.words = self.numbers.view(np.uint32)
+        self.numbers, self.words = self.host.numpy(), memory.numpy().view(np.uint32)
+        self.words[n] = UNWRITTEN           # (which it stays)
 
     def clear(self) -> None:
         self.words.fill(UNWRITTEN)
 
     def full(self) -> bool:
-        return bool(self.words[-1] != UNWRITTEN and self.words[self.words.argmax()] != UNWRITTEN)
+        """(The first that is not written is looked for once: what comes meanwhile is seen the next time.)"""
+        return bool(self.words.argmax() == len(self.words) - 1)
 
 
 def chunk_size(expert_bytes: int, rate: float) -> int:
@@ -328,24 +330,17 @@ class CudaLane:
             self.busy += seconds
             self.pace += PACE * (seconds / nbytes - self.pace)
             transfer.spans.append((begin, begin + seconds))
-            self.events.append(start)       # (once it has arrived nobody waits for it)
-            if not any(entry[0] is end for entry in islice(chain(self.landed, self.flying), 1)):
-                self.events.append(end)
+            self.events += start, end       # (once it has arrived nobody waits for it)
 
     def room(self, asked: float) -> bool:
         return len(self.flying) < IN_FLIGHT
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
         fetches, use = self.last_use[transfer.slot]
-        in_use = transfer.sent == 0 and fetches >= self.known
-        if in_use:
+        if transfer.sent == 0 and fetches >= self.known:
             self.stream.wait_event(use)
-        end = self.timed_event()
-        if self.flying and not in_use:      # (it begins where the one before it ends)
-            start = self.flying[-1][1]
-        else:
-            start = self.timed_event()
-            start.record(self.stream)
+        start, end = self.timed_event(), self.timed_event()
+        start.record(self.stream)
         try:
             self.copy(transfer, transfer.sent, transfer.sent + nbytes)
         except RuntimeError as error:       # (no pinned memory for the ring)

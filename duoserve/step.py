@@ -12,8 +12,8 @@ order. Where it has read that the chosen ones were there, the next layer follows
 anything else. What passes from piece to piece lies in buffers of its own.
 
 Between two experts of 94 MB the host's own code falls out of its processor's caches, and a call that takes 5
-us when repeated takes 50. So there is one call a layer: what else the two tell each other, they read and
-write in pinned memory.
+us when repeated takes 50. So a layer is one launch: what else the two tell each other, they read and write
+in pinned memory.
 """
 
 import gc
@@ -145,14 +145,14 @@ class DecodeStep:
             self.end()
             return False
         if self.mail[i] is not None:
-            self.mail[i].clear()            # (what was there is read)
+            self.mail[i].clear()            # (what was there is read, or was a request's that is given up)
         if not self.capturing:
             source.begin_layer(i)
             layers[i]()
             source.fetch(i, self.report[i], self.mail[i])
             return False
         row = source.launch(i)
-        if row != self.known[i]:            # (nobody reads the old one now: what came after that is read)
+        if row != self.known[i]:            # (the device has done with the old one, a token ago)
             self.known[i] = []              # (should this be interrupted)
             self.row_values[i] = [max(slot, 0) for slot in row]
             self.known[i] = row
@@ -181,7 +181,7 @@ class DecodeStep:
         if not self.capturing:
             self.expert_out[:, rank] = self.slots[slot](self.x, self.given[:given].to(self.x.device))
             return
-        self.told_values[rank] = slot, given    # (the last one's is read: as above)
+        self.told_values[rank] = slot, given    # (the last one ran before what has been read of this layer)
         (self.divided if given else self.experts)[rank]()
 
     def _begin(self) -> None:

@@ -3,7 +3,8 @@ which waited for which.
 
 `watch` has the engine keep its transfers and the spans of its computation; `save` writes them down: all of
 them as JSON in Chrome's trace format (ui.perfetto.dev opens it), or a picture of the prefill and of the first
-tokens as SVG, if wanted beside the baseline's. `trace` and `picture` need no engine.
+tokens as SVG, if wanted beside the baseline's. `trace` and `picture` need no engine. (In decode on a GPU a
+layer's attention and those of its experts that are there are one graph, and so one block.)
 """
 
 import json

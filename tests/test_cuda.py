@@ -155,6 +155,13 @@ def test_a_host_that_fails_or_is_interrupted_leaves_a_gpu_that_works(directory, 
         assert tokens(e) == expected
 
 
+def test_pinned_memory_that_the_device_cannot_reach_gives_the_same_tokens(directory, monkeypatch):
+    expected = tokens(engine(directory))
+    monkeypatch.setattr("duoserve.link.on_device", lambda *_: None)
+    e = engine(directory)
+    assert not e.step.capturing and tokens(e) == expected
+
+
 def test_a_simulated_link_gives_the_same_tokens(directory):
     e = engine(directory, cache_experts=5, simulate_link="100MB/s")
     assert tokens(e) == tokens(engine(directory, cache_experts=24))

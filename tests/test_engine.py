@@ -29,7 +29,7 @@ from duoserve.quant import PackedLinear, compiled
 from duoserve.sampling import sample
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.link import LinkError, SimulatedLane, WallClock
+from duoserve.link import LinkError, Mailbox, SimulatedLane, WallClock
 from duoserve.policies import POLICIES
 from duoserve.tokenizer import TextStream, Tokenizer
 
@@ -89,6 +89,24 @@ def test_pinned_memory_that_the_device_cannot_reach_is_copied(tiny, want, monkey
     engine = load(tiny, cache_experts=9)
     assert "decode is slower (use a process for each GPU)" in capsys.readouterr().err
     assert engine.step.mail == [None] * 3 and same(answers(engine), want)
+
+
+def test_a_mailbox_is_cleared_before_the_device_writes_there(tiny, monkeypatch):
+    """Or else a GPU's host would read what the token before left."""
+    cleared, clear, fetch, fetched = set(), Mailbox.clear, SimulatedLane.fetch, []
+    monkeypatch.setattr(Mailbox, "clear", lambda mail: cleared.add(mail) or clear(mail))
+
+    def checked(self, values, mailbox=None):
+        if mailbox is not None:
+            cleared.remove(mailbox)
+            fetched.append(mailbox.full())
+        return fetch(self, values, mailbox)
+    monkeypatch.setattr(SimulatedLane, "fetch", checked)
+    engine = load(tiny, cache_experts=9)
+    engine.generate(SHORT, max_new_tokens=3)
+    by_table(engine)
+    engine.generate(SHORT, max_new_tokens=3)
+    assert len(fetched) == 2 * 2 * 3 and all(fetched)
 
 
 def test_several_rows_go_through_one_of_a_few_pieces(tiny):
@@ -183,7 +201,7 @@ def test_compiled_code_knows_few_sizes_of_the_context():
                for position in range(0, 32768, 7))
 
 
-def test_a_row_of_the_table_whose_copy_was_interrupted_is_copied_again(tiny, want):
+def test_a_row_of_the_table_whose_writing_was_interrupted_is_written_again(tiny, want):
     engine = load(tiny, cache_experts=24)
     by_table(engine)
 

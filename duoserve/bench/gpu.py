@@ -356,8 +356,9 @@ def kernels(engine: Engine) -> dict:
     an expert's product makes of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16
     scale and zero)."""
     c, step, device = engine.config, engine.step, engine.device
-    out, several = step.expert_out[0, :1], torch.arange(min(64, engine.plan.slots), device=device)
-    experts = [step.capture(partial(engine.source.slots.run, at, step.x, out)) for at in several.split(1)]
+    run, out = engine.source.slots.run, step.expert_out[0, :1]
+    experts = [step.capture(partial(run, torch.full((1,), slot, device=device), step.x, out))
+               for slot in range(min(64, engine.plan.slots))]
     layers = step.layers[step.sizes[0]]
     out = {"layer_kernels_us": kernel_us(layers, device),
            "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(layers),

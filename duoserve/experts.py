@@ -142,10 +142,6 @@ class StreamedExperts:
         if slots := [slot for slot in row if slot != LAUNCHED]:
             self.lane.used(slots)
 
-    def put(self, values: Tensor, into: Tensor) -> None:
-        """Numbers of the host, in pinned memory, go to the device."""
-        self.lane.put(values, into)
-
     def fetch(self, layer: int, numbers: Tensor, mailbox: Mailbox | None = None) -> None:
         """A layer's routing is on its way to the host: numbers as in `ExpertSource.route`, and in decode
         behind them the bytes of what its experts are to be given. (Those that are there are computed in the
@@ -185,9 +181,9 @@ class StreamedExperts:
         """How many numbers of its first product the host computes of the expert in a slot."""
         return self.cache.slots[slot].transfer.skip // (self.config.hidden_size // 2)
 
-    def answer(self, layer: int, expert: int) -> Tensor:
-        """On the host: where it puts what comes of an expert, [D]."""
-        return self.cache.host.answer((layer, expert))
+    def answer(self, layer: int, expert: int, into: Tensor) -> None:
+        """What the host made of an expert goes to the device, into [D]."""
+        self.lane.put(self.cache.host.answer((layer, expert)), into)
 
     def experts(self, layer: int, routing: Routing) -> Iterator[tuple[int, Callable[[Tensor], Tensor]]]:
         """The same, as experts to compute with."""

@@ -377,14 +377,14 @@ class CudaLane:
     def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> tuple:
         self.fetches += 1
         if mailbox is not None:
-            return mailbox.numbers, mailbox.full, self.fetches, []
+            return mailbox.numbers, mailbox.full, self.fetches, None
         free = self.buffers[len(values)]
         if not free:                        # (while the engine warms up: pinning takes its time)
             free += ((row, torch.cuda.Event()) for row in torch.empty(AHEAD, len(values), pin_memory=True))
         row, copied = free.pop()
         self.enqueue(row.data_ptr(), values.data_ptr(), row.nbytes, self.compute)
         copied.record(self.compute)
-        return row.numpy(), copied.query, self.fetches, [(row, copied)]
+        return row.numpy(), copied.query, self.fetches, (row, copied)
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
         """By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms
@@ -410,7 +410,8 @@ class CudaLane:
             self.look()
             pause()
         self.known = fetches
-        self.buffers[len(numbers)] += buffer
+        if buffer is not None:
+            self.buffers[len(numbers)].append(buffer)
         return numbers
 
     def mark(self) -> torch.cuda.Event:

@@ -23,10 +23,11 @@ from .errors import UserError
 from .files import ALIGN
 
 UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows
-# What the compiler is told: of everything, to choose no kernel by timing; of a product, not to store what
-# comes between, as it does beyond 30 operations or 8 tensors.
+# What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
+# set up while the one before it ends (programmatic dependent launch: a layer has 29); of a product, not to
+# store what comes between, as it does beyond 30 operations or 8 tensors.
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
-                   "assert_indirect_indexing": False}
+                   "assert_indirect_indexing": False, "triton.enable_pdl": True}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
 # A word of which only a nibble is left, k places up and below bit 24, is q 16^k 2^-149 if its bits are read
 # as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need

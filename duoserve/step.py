@@ -73,11 +73,13 @@ class DecodeStep:
                         for n, report in zip(sizes, self.report)]
         self.row_values, self.told_values = self.table.numpy(), self.told.numpy()
         self.known: list[list[int]] = [[] for _ in range(layers)]                   # the table, as plain ints
-        self.ids, self.chosen, self.at = (new(n, dtype=torch.long) for n in (K, K, 2))
+        self.chosen, self.at = (new(n, dtype=torch.long) for n in (K, 2))           # slots
         self.capturing = compile and cuda and reached
         self.sizes = key_sizes(kv.shape[3]) if compile else []
         self.run_layer = compiled(run_layer) if compile else run_layer
-        if self.capturing:
+        self.run_begin, self.run_end = run_begin, run_end
+        if self.capturing:                  # (on a CPU these two are not worth their compiling)
+            self.run_begin, self.run_end = compiled(run_begin), compiled(run_end)
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.begin = self.capture(self._begin)
         self.layers: dict[int, list[Callable[[], None]]] = {}
@@ -185,19 +187,16 @@ class DecodeStep:
         (self.divided if given else self.experts)[rank]()
 
     def _begin(self) -> None:
-        h = self.model.embed(self.token)
-        self.h.copy_(h)
-        self.lookahead.copy_(self.model.layers[0].gate(h)[0])
-        self.rope.copy_(rope_table(self.model.config, self.position))
+        self.run_begin(self.model, self.token, self.position, self.h, self.lookahead, self.rope)
         self.weights.zero_(), self.expert_out.zero_()                  # layer 0 comes after no experts
 
     def _layer(self, i: int, keys: int) -> None:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :keys]
         following = layers[i + 1] if i + 1 < len(layers) else None
         self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position,
-                       self.h, self.x, self.weights, *self.numbers[i], self.ids)
+                       self.h, self.x, self.weights, *self.numbers[i], self.chosen,
+                       self.seen_table[i] if self.capturing else None)
         if self.capturing:                  # (what is not there is computed again, when it is)
-            torch.index_select(self.seen_table[i], 0, self.ids, out=self.chosen)
             self.slots.run(self.chosen, self.x, self.expert_out[0])
 
     def _expert(self, rank: int, given: Tensor | None = None) -> None:
@@ -210,15 +209,31 @@ class DecodeStep:
         self._expert(rank, self.numbers_given)
 
     def _end(self) -> None:
-        h = self.model.norm(combine_experts(self.h, self.weights, self.expert_out))
-        self.logits.copy_(self.model.head(h)[0])
+        self.run_end(self.model, self.h, self.weights, self.expert_out, self.logits)
 
 
-def run_layer(layer, following, expert_out, rope, k, v, position, h, x, weights, numbers, x_read, ids):
-    """What the experts of the layer before gave, then this layer up to its router's choice. Keys and values
-    and the last six are written."""
+def run_begin(model, token, position, h, lookahead, rope):
+    """The token's embedding, what layer 0's router says to that, and where it stands. The last three are
+    written."""
+    embedding = model.embed(token)
+    h.copy_(embedding)
+    lookahead.copy_(model.layers[0].gate(embedding)[0])
+    rope.copy_(rope_table(model.config, position))
+
+
+def run_layer(layer, following, expert_out, rope, k, v, position, h, x, weights, numbers, x_read, chosen,
+              slots):
+    """What the experts of the layer before gave, then this layer up to its router's choice, and in which of
+    the layer's `slots` [E] that is. Keys and values and the six before `slots` are written."""
     h_in = combine_experts(h, weights, expert_out)
-    *out, chosen = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
-    for buffer, value in zip((h, x, weights, numbers, ids), (*out, chosen[0])):
+    *out, ids = layer.step(h_in, rope, k, v, position, weights.shape[1], following)
+    for buffer, value in zip((h, x, weights, numbers), out):
         buffer.copy_(value)
     x_read.copy_(out[1])
+    if slots is not None:
+        chosen.copy_(slots[ids[0]])
+
+
+def run_end(model, h, weights, expert_out, logits):
+    """What the experts of the last layer gave -> the next token's logits, which are written."""
+    logits.copy_(model.head(model.norm(combine_experts(h, weights, expert_out)))[0])

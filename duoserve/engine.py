@@ -172,7 +172,8 @@ class Engine:
         if self.predictor is None and options.predictor != "none" and self.policy == "duo":
             note(f"no {own}; predicting by lookahead alone (train_predictor.py makes one)")
         self.store = self._fill_store(progress) if store is None else store
-        with enough_memory():
+        # (Tensors of both modes would have each product compiled twice.)
+        with enough_memory(), torch.inference_mode():
             self._load(compiled)
             self.host = self._make_host(compiled)
             self.fill_slots()
@@ -211,19 +212,18 @@ class Engine:
         self.model.requires_grad_(False)
         self.cache = GPUExpertCache(self.plan.slots, self.plan.expert, self._lane())
         self.source = StreamedExperts(c, slots, self.cache)
-        with torch.inference_mode():
-            self.step = DecodeStep(self.model, slots, self.kv, compiled)
-            if self.step.capturing:         # what a prompt unpacks lies at fixed addresses too
-                attention = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
-                matrices = [*attention, *slots.matrices]
-                largest = max(2 * m.q.shape[-1] * m.parts()[0].stop for m in matrices)
-                workspace = torch.empty(largest, dtype=dtype, device=device)
-                for matrix in matrices:
-                    matrix.workspace = workspace
-                for module in (*attention, slots):
-                    module.capture(self.step.capture)
-                torch.cuda.empty_cache()    # (what the captures' trial runs took)
-            self._warm_up(slots[0], compiled)
+        self.step = DecodeStep(self.model, slots, self.kv, compiled)
+        if self.step.capturing:             # what a prompt unpacks lies at fixed addresses too
+            attention = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
+            matrices = [*attention, *slots.matrices]
+            largest = max(2 * m.q.shape[-1] * m.parts()[0].stop for m in matrices)
+            workspace = torch.empty(largest, dtype=dtype, device=device)
+            for matrix in matrices:
+                matrix.workspace = workspace
+            for module in (*attention, slots):
+                module.capture(self.step.capture)
+            torch.cuda.empty_cache()        # (what the captures' trial runs took)
+        self._warm_up(slots[0], compiled)
 
     def _make_model(self, linear) -> Mixtral:
         return Mixtral(self.config, linear)
@@ -320,7 +320,7 @@ class Engine:
         counts as loading, never as time to first token: a layer's attention and an expert, with one row and
         with several; and what is compiled: a prompt, its sampling, and a step."""
         c, layer = self.config, self.model.layers[0]
-        for rows in (1, 2) * (2 if compiled else 1):        # (torch may compile at a second call, too)
+        for rows in 1, 2:
             h = torch.zeros(1, rows, c.hidden_size, dtype=self.dtype, device=self.device)
             layer.gate(layer.attend(h, rope_table(c, torch.arange(rows, device=self.device)), None, 0))
             expert(h[0])

@@ -195,6 +195,7 @@ def test_slots_poisoned_when_they_are_reloaded(directory):
     assert tokens(e) == expected
 
 
+@torch.inference_mode()
 def test_a_last_chunk_withheld_shows(directory):
     expected, e = greedy(engine(directory, cache_experts=3)), engine(directory, cache_experts=3)
     copy = e.cache.lane.copy

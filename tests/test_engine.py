@@ -802,6 +802,7 @@ def test_a_damaged_manifest_is_named(tiny, tmp_path, damage):
 
 @pytest.mark.parametrize("temperature", (0, 0.8))
 @pytest.mark.parametrize("value", (math.nan, math.inf))
+@torch.inference_mode()
 def test_logits_that_are_not_finite_are_said_to_be(temperature, value, tiny):
     engine = load(tiny)
     weight = engine.model.norm.weight
@@ -814,6 +815,7 @@ def test_logits_that_are_not_finite_are_said_to_be(temperature, value, tiny):
     assert engine.generate(SHORT, max_new_tokens=3).token_ids == want.token_ids
 
 
+@torch.inference_mode()
 def test_a_request_that_went_wrong_leaves_nothing_behind(tiny):
     """Its keys and values may be NaN, and later requests must not see them through the attention mask."""
     engine, want = load(tiny), load(tiny).generate(SHORT, max_new_tokens=4).token_ids

@@ -135,6 +135,7 @@ class MadeUpEngine(Engine):
             layer.router.table, layer.router.here = steps, self.here
         return model
 
+    @torch.inference_mode()
     def follow(self, trace) -> None:
         """From now on decode routes as in this trace."""
         steps = torch.from_numpy(np.stack((trace.logits, trace.lookahead), 1)[trace.prompt:])
@@ -195,6 +196,7 @@ def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engi
     return engine
 
 
+@torch.inference_mode()
 def bandwidth(engine: Engine) -> float:
     """Bytes a second from pinned memory into the slots, the best of ten copies; empties the cache."""
     slots = engine.slots_memory.view(-1)

@@ -320,7 +320,7 @@ class Engine:
         counts as loading, never as time to first token: a layer's attention and an expert, with one row and
         with several; and what is compiled: a prompt, its sampling, and a step."""
         c, layer = self.config, self.model.layers[0]
-        for rows in 1, 2:
+        for rows in (1, 2) * (2 if compiled else 1):        # (torch may compile at a second call, too)
             h = torch.zeros(1, rows, c.hidden_size, dtype=self.dtype, device=self.device)
             layer.gate(layer.attend(h, rope_table(c, torch.arange(rows, device=self.device)), None, 0))
             expert(h[0])

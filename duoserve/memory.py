@@ -46,8 +46,6 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
     attention = [packed.shapes[f"layers.0.attention.{name}.q"][1] for name in ("qkv", "o")]
     unpacked = max(parts(rows, 2 * half)[0].stop * 2 * half for rows, half in expert + attention)
     unpacked *= size if compiled else size + 9
-    if not compiled and not cuda:           # (a one-row product: no more than 7 for each weight)
-        unpacked = max(unpacked, 14 * max(rows * half for rows, half in expert + attention))
     prompt = context * c.hidden_size * (4 + 2 * c.num_experts_per_tok) * size
     # (A row block: gate and up, silu; what it reads and gives, twice, as captured code has its own copy.)
     rows = EXPERT_ROWS * (3 * c.intermediate_size + 4 * c.hidden_size) * size

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from .errors import UserError
 from .files import ALIGN
 
-UNPACK = 64 * 2**20             # weights unpacked at a time for a product of several rows
+UNPACK = 64 * 2**20             # weights unpacked at a time,
+UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
 # What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
 # set up while the one before it ends (programmatic dependent launch: a layer has 29); of a product, not to
 # store what comes between, as it does beyond 30 operations or 8 tensors.
@@ -68,10 +69,10 @@ def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None, o
     out.copy_(dequantize(*(w if at is None else w[at][0] for w in (q, scale, zero))))
 
 
-def parts(rows: int, columns: int) -> list[slice]:
+def parts(rows: int, columns: int, most: int | None = None) -> list[slice]:
     """The rows of a matrix that are unpacked at a time: in equal parts, which is one shape to compile; in
     eights, so that none begins where compiled code would copy it first."""
-    each = -(-rows // -(-rows * columns // UNPACK) // 8) * 8
+    each = -(-rows // -(-rows * columns // (most or UNPACK)) // 8) * 8
     return [slice(i, min(i + each, rows)) for i in range(0, rows, each)]
 
 
@@ -147,12 +148,15 @@ def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = 
 
 def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
             at: Tensor | None) -> Tensor:
-    """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts."""
-    unconverted = q.is_cuda and len(sums) > 1       # (x is then whole numbers, and may be made larger)
-    laid = laid_out(x, LIFT if unconverted else 0)
+    """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts.
+    Compiled code never has a weight in memory but packed; eager code unpacks some rows at a time."""
     if torch.compiler.is_compiling():
-        return fused_dots(laid, sums, q, scale, zero, at, unconverted)
-    return dots(laid, sums, q.view(torch.int32), scale, zero, at, unconverted, 4 if q.is_cuda else 1)
+        unconverted = q.is_cuda and len(sums) > 1   # (x is then whole numbers, and may be made larger)
+        return fused_dots(laid_out(x, LIFT if unconverted else 0), sums, q, scale, zero, at, unconverted)
+    q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
+    some = parts(q.shape[1], 2 * q.shape[2], None if q.is_cuda else UNPACK_ROW)
+    dot = [(unpack(q[:, part], x.shape[-1]) * x[:, None]).sum(-1) for part in some]
+    return scaled(torch.cat(dot, 1), sums, scale, zero)
 
 
 def laid_out(x: Tensor, lift: int = 0) -> Tensor:
@@ -173,19 +177,21 @@ def place(nibble):
 
 
 def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None,
-         unconverted: bool = False, at_once: int = 4) -> Tensor:
-    """`product` of what was laid out, in fp32: [B, N]. q is in words, of four bytes; `unconverted`: these are
-    read as fp32 numbers, and x was laid out with LIFT. Compiled, x is read once for that many rows
-    `at_once`."""
+         unconverted: bool = False) -> Tensor:
+    """`product` of what was laid out, in fp32: [B, N]; to be compiled. q is in words, of four bytes;
+    `unconverted`: these are read as fp32 numbers, and x was laid out with LIFT. x is read once for four
+    rows."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
     parts = laid[:, None].unbind(2)
-    w = q.view(len(q), at_once, -1, *parts[0].shape[2:])            # [B, 4, N / 4, groups, words]
-    dot = [reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), parts)).sum(-1)
-           for rows in w.unbind(1)]
-    dot = torch.cat(dot, 1) if len(dot) > 1 else dot[0]
-    if unconverted:
-        dot = dot * 2.0 ** (149 - LIFT)
-    scale, zero = scale.float(), zero.float()       # [B, N, groups], like dot
+    w = q.view(len(q), 4, -1, *parts[0].shape[2:])                  # [B, 4, N / 4, groups, words]
+    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), parts)).sum(-1)
+                     for rows in w.unbind(1)], 1)
+    return scaled(dot * 2.0 ** (149 - LIFT) if unconverted else dot, sums, scale, zero)
+
+
+def scaled(dot: Tensor, sums: list[Tensor], scale: Tensor, zero: Tensor) -> Tensor:
+    """The groups' dot products, scales and zeros, [B, N, groups] each -> [B, N]."""
+    scale, zero = scale.float(), zero.float()
     sums = [s[:, None] for s in sums]
     if len(sums) == 1:
         return ((dot - zero * sums[0]) * scale).sum(-1)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from duoserve.quant import (LIFT, PackedLinear, compiled, dequantize, dots, exact_gemv, laid_out, pack,
+from duoserve import quant
+from duoserve.quant import (LIFT, PackedLinear, compiled, dequantize, dots, exact_gemv, gemv, laid_out, pack,
                             silu_table, unpack, whole_numbers)
 from duoserve.quantize import quantize
 from models import load
@@ -74,13 +75,27 @@ def test_the_order_does_not_matter(group, dtype):
 
 
 @pytest.mark.parametrize("group, dtype", CASES)
-def test_words_read_as_numbers(group, dtype):
-    """A GPU's way, which converts no nibble."""
+def test_by_words(group, dtype):
+    """What is compiled: on a CPU, where a nibble is converted, and on a GPU, where it is not."""
     for weights, (q, scale, zero) in matrices(8, 7 * group, group).items():
         for name, x in rows(7 * group, group, dtype).items():
             p, sums = whole_numbers(x, 7)
-            y = dots(laid_out(p, LIFT), sums, q.view(torch.int32), scale, zero, None, unconverted=True)
-            assert same(y, exact_gemv(x, q, scale, zero)), (weights, name)
+            for unconverted in (False, True):
+                laid = laid_out(p, LIFT * unconverted)
+                y = dots(laid, sums, q.view(torch.int32), scale, zero, None, unconverted)
+                assert same(y, exact_gemv(x, q, scale, zero)), (weights, name, unconverted)
+
+
+@pytest.mark.parametrize("gemv", [gemv, exact_gemv])
+def test_some_rows_of_several_matrices_at_a_time(gemv, monkeypatch):
+    """As eager code takes them; the last are fewer."""
+    q, scale, zero = (torch.stack(w) for w in zip(*matrices(28, 256, 64).values()))
+    x = rows(256, 64, BF16)["gaussian"].to(BF16 if gemv is exact_gemv else torch.float32)
+    whole = [gemv(x, *w) for w in zip(q, scale, zero)]
+    monkeypatch.setattr(quant, "UNPACK_ROW", 8 * 256)
+    assert [part.stop for part in quant.parts(28, 256, quant.UNPACK_ROW)] == [8, 16, 24, 28]
+    for i, y in enumerate(whole):
+        assert same(gemv(x, q, scale, zero, torch.tensor([i])), y)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

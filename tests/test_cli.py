@@ -692,6 +692,7 @@ BENCH_MISTAKES = [
     ("schedule TRACES --expert-transfer-ms 0", "--expert-transfer-ms"),
     ("schedule TRACES --prefill-attention-ms -1", "--prefill-attention-ms"),
     ("schedule TRACES --prefill-expert-ms nan", "--prefill-expert-ms"),
+    ("schedule TRACES --host-block-ms 1", "--host-expert-ms"),
     ("schedule TRACES --chunks 0", "--chunks"), ("schedule TRACES --link fast", "--link"),
     ("schedule TRACES --link 25", "--link 25: 25 B a second is not a link's speed; write it like 25GB/s"),
     ("schedule TRACES --link 100Gbit/s", "--link 100Gbit/s: that is bits, 8 of them a byte: write 12.5GB/s"),

@@ -246,6 +246,8 @@ def schedule(args) -> dict:
     told = TOLD if args.host_expert_ms is not None else TOLD[:1]
     policies = args.policies or [*POLICIES, *told]
     check_policies(policies, told)
+    if args.host_block_ms is not None and args.host_expert_ms is None:
+        raise UserError("--host-block-ms: there is no host; add --host-expert-ms")
     alone = args.model_config               # without a model
     shape = SHAPES.get(alone)
     model = ModelShapes(shape or MixtralConfig.read(alone)) if alone else PackedModel(args.model)

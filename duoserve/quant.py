@@ -25,8 +25,9 @@ from .files import ALIGN
 UNPACK = 64 * 2**20             # weights unpacked at a time,
 UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
 # What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
-# set up while the one before it ends (programmatic dependent launch: a layer has 29); of a product, not to
-# store what comes between, as it does beyond 30 operations or 8 tensors.
+# set up while the one before it ends (programmatic dependent launch: a layer has 29; each waits for the one
+# before it to be over, and only then lets the next begin); of a product, not to store what comes between, as
+# it does beyond 30 operations or 8 tensors.
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
                    "assert_indirect_indexing": False, "triton.enable_pdl": True}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}

@@ -117,7 +117,7 @@ def common_prefix_len(a: list[int], b: list[int]) -> int:
 
 class Engine:
     """A loaded model. One request at a time; the cache stays warm between requests. `result` is the last
-    request's."""
+    request's. Its tensors are of inference mode: whoever changes one does so in `torch.inference_mode()`."""
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, progress=None, **options) -> "Engine":

@@ -1,4 +1,4 @@
-"""Four bits a weight: how a matrix is packed, and how it is multiplied without unpacking it first.
+"""Four bits a weight: how a matrix is packed, and how compiled code multiplies it without unpacking it first.
 
 A weight is `(q - zero) * scale` with q in 0..15, and one fp16 scale and zero for each group of up to 128
 columns. Within a group of G columns, byte j holds column j in its low nibble and column j + G/2 in its high
@@ -26,8 +26,8 @@ UNPACK = 64 * 2**20             # weights unpacked at a time,
 UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
 # What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
 # set up while the one before it ends (programmatic dependent launch: a layer has 29; each waits for the one
-# before it to be over, and only then lets the next begin); of a product, not to store what comes between, as
-# it does beyond 30 operations or 8 tensors.
+# before it to be over, and only then lets the next begin, if there is anything that it reads, as all of these
+# do); of a product, not to store what comes between, as it does beyond 30 operations or 8 tensors.
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
                    "assert_indirect_indexing": False, "triton.enable_pdl": True}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
@@ -97,8 +97,8 @@ def compiled(function, **more):
     return alone
 
 
-# One row meets a packed matrix in one pass over its bytes. Scale and zero meet each group's dot product and
-# sum of x, not each weight: a third of the arithmetic.
+# One row meets a packed matrix, in compiled code in one pass over its bytes. Scale and zero meet each group's
+# dot product and sum of x, not each weight: a third of the arithmetic.
 #
 # In a 16-bit dtype the answer has the same bits wherever it is computed, in whatever order: by bytes or
 # words, with fused multiply-adds or without. Each group of x is rounded to whole numbers p, |p| <= 8192,

@@ -1,11 +1,13 @@
 """`bench gpu` at a size that runs anywhere: its rows are true, and what cannot be measured is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from duoserve.bench import __main__ as bench, gpu as bench_gpu
+from duoserve.bench.flags import SHAPES
 from duoserve.bench.replay import synthetic_traces
 from duoserve.policies import POLICIES
 
@@ -79,3 +81,12 @@ def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
 def test_mistakes(gpu, arguments, words):
     with pytest.raises(bench_gpu.UserError, match=words):
         gpu(*arguments)
+
+
+def test_the_host_beside_a_simulated_link():
+    model = bench_gpu.RandomModel(SHAPES["tiny"], torch.device("cpu"))
+    options = SimpleNamespace(device="cpu", context=64, compile=False, simulate_link="10MB/s", host_threads=1,
+                              simulate_host=None)
+    speed = bench_gpu.host_speed(bench_gpu.build(model, options, None, cache_experts=16))
+    assert speed["host_alone_ms"] > 0 and speed["host_beside_link_ms"] > 0 and speed["host_threads"] == 1
+    assert speed["link_beside_GB_s"] == pytest.approx(0.01, rel=0.01)

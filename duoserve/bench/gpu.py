@@ -300,7 +300,6 @@ def host_us(engine: Engine, policy: str, args, trace) -> dict:
 
 
 @torch.inference_mode()
-@torch.inference_mode()
 def host_speed(engine: Engine) -> dict:
     """Milliseconds of an expert on the host, alone and while the link works, and GB/s of the link then;
     microseconds until its thread has begun; beside it torch's own 4-bit product, on as many threads."""

@@ -88,7 +88,8 @@ def test_the_host_beside_a_simulated_link():
     options = SimpleNamespace(device="cpu", context=64, compile=False, simulate_link="10MB/s", host_threads=1,
                               simulate_host=None)
     engine = bench_gpu.build(model, options, None, cache_experts=16)
-    engine.generate([1], max_new_tokens=2)
+    trace, = synthetic_traces(model.config, 0.5, 0.5, 1, 2, 4)
+    bench_gpu.request(engine, "duo", 8, 3, trace)
     speed = bench_gpu.host_speed(engine)
     assert speed["host_alone_ms"] > 0 and speed["host_beside_link_ms"] > 0 and speed["host_threads"] == 1
     assert speed["link_beside_GB_s"] == pytest.approx(0.01, rel=0.01)

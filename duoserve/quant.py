@@ -183,9 +183,9 @@ def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
     `unconverted`: these are read as fp32 numbers, and x was laid out with LIFT. x is read once for four
     rows."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
-    parts = laid[:, None].unbind(2)
-    w = q.view(len(q), 4, -1, *parts[0].shape[2:])                  # [B, 4, N / 4, groups, words]
-    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), parts)).sum(-1)
+    met = laid[:, None].unbind(2)                                   # by each of a word's nibbles
+    w = q.view(len(q), 4, -1, *met[0].shape[2:])                    # [B, 4, N / 4, groups, words]
+    dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), met)).sum(-1)
                      for rows in w.unbind(1)], 1)
     return scaled(dot * 2.0 ** (149 - LIFT) if unconverted else dot, sums, scale, zero)
 

@@ -39,14 +39,23 @@ class ExpertSlots:
         for matrix in self.matrices:
             matrix.at = self.slot
         self.compiled = compiled(run_experts) if compile else run_experts
+        # Numbers of w13's product that are given; and how many of them are, where a slot is chosen.
+        self.given = memory.new_zeros(self.expert.w13.q.shape[-2], dtype=torch.float32)
+        self.count = memory.new_zeros(1, dtype=torch.long)
         self.pieces: list[Callable[[], None]] = []
 
     def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
-        return partial(self._compute, slot)
+        return partial(self.compute, slot)
 
-    def _compute(self, slot: int, x: Tensor, given: Tensor | None = None) -> Tensor:
+    def compute(self, slot: int, x: Tensor, given: Tensor | None = None) -> Tensor:
         """As `Expert.forward`."""
         self.choose(slot)
+        if len(x) == 1 and self.slot is not None and x.dtype != torch.float32:
+            out, n = torch.empty_like(x), 0 if given is None else len(given)
+            if n:
+                self.given[:n] = given
+            self.run(self.slot, x, out, self.count.fill_(n))
+            return out
         if not self.pieces or len(x) == 1:
             return self.expert(x, given)
         self.x[:len(x)] = x
@@ -76,16 +85,16 @@ class ExpertSlots:
         """x [1, D] -> so many blocks of out [2F], `given` to `Expert.forward`."""
         self.choose(slot)
         w13, each = self.expert.w13, len(out) // BLOCKS
-        product = w13.gemv if x.dtype == torch.float32 else w13.exact_gemv
+        product = gemv if x.dtype == torch.float32 else exact_gemv
         for i in range(0, blocks * each, each):
-            out[i:i + each] = product(x, *w13.matrix(slice(i, i + each)))[0]
+            out[i:i + each] = product(x, *w13.matrix(slice(i, i + each)), w13.fused)[0]
 
-    def run(self, at: Tensor, x: Tensor, out: Tensor, given: tuple[Tensor, Tensor] | None = None) -> None:
-        """x [1, D] through the experts in the slots `at [n]`, read on the device, into out [n, D]. `given`:
-        numbers of w13's product [2F], and how many of them are [1]."""
+    def run(self, at: Tensor, x: Tensor, out: Tensor, count: Tensor | None = None) -> None:
+        """x [1, D] through the experts in the slots `at [n]`, read on the device, into out [n, D]; so many
+        numbers of the first product are `given`, if a count [1] is."""
         w13, w2 = ([matrix.q, matrix.scale, matrix.zero] for matrix in self.matrices)
         table = None if x.dtype == torch.float32 else silu_table(x.dtype, x.device)
-        self.compiled(w13, w2, table, at, x, out, given)
+        self.compiled(w13, w2, table, at, x, out, None if count is None else (self.given, count))
 
 
 def run_experts(w13, w2, table: Tensor | None, at: Tensor, x: Tensor, out: Tensor, given) -> None:

@@ -203,15 +203,14 @@ class Layer(nn.Module):
             for i, (block, turn) in enumerate(zip(h.split(rows, 1), rope.split(rows, 1)))], 1)
 
     def step(self, h: Tensor, rope: Tensor, k: Tensor, v: Tensor, position: Tensor, top_k: int,
-             following: "Layer | None"):
+             following: "Layer"):
         """One token up to the router's choice: h [1, D] -> h, what the experts read [1, D], their weights
         [1, K], what the host must know, and their ids [1, K]."""
         h = h + self.attention.step(self.attention_norm(h), rope, k, v, position)
         x = self.ffn_norm(h)
         logits = self.router(x)
         ids, weights = route(logits, top_k)
-        lookahead = following.gate(h) if following else None
-        return h, x, weights, pack_routing(logits, ids, weights, lookahead), ids
+        return h, x, weights, pack_routing(logits, ids, weights, following.gate(h)), ids
 
     def gate(self, h: Tensor) -> Tensor:
         """Router logits [.., E] of a residual stream h [.., D]: its own, or a look ahead from the one

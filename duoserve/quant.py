@@ -121,12 +121,14 @@ def exponent(largest: Tensor) -> Tensor:
     return torch.where(e > -100, e, 1000)
 
 
-def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None) -> Tensor:
+def exact_gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None,
+               fused: bool = False) -> Tensor:
     """x [B, columns] -> [B, N] in fp32, the same bits everywhere; all NaN where anything in x is not finite.
 
     With `at [B]` q, scale and zero hold several matrices: the one for each row. (x may then be one for all.)
+    `fused`: the matrix is met by compiled code, also where this itself is not compiled.
     """
-    return product(*whole_numbers(x, scale.shape[-1]), q, scale, zero, at)
+    return product(*whole_numbers(x, scale.shape[-1]), q, scale, zero, at, fused)
 
 
 def whole_numbers(x: Tensor, groups: int) -> tuple[Tensor, list[Tensor]]:
@@ -139,19 +141,20 @@ def whole_numbers(x: Tensor, groups: int) -> tuple[Tensor, list[Tensor]]:
     return p, [high, total - high, power(e - 13)]
 
 
-def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None) -> Tensor:
+def gemv(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None = None,
+         fused: bool = False) -> Tensor:
     """x [1, columns] -> [1, N] in its dtype: exact in 16 bits, in fp32 as it comes."""
     if x.dtype != torch.float32:
-        return exact_gemv(x, q, scale, zero, at).to(x.dtype)
+        return exact_gemv(x, q, scale, zero, at, fused).to(x.dtype)
     x = x.unflatten(-1, (scale.shape[-1], -1))
-    return product(x, [x.sum(-1)], q, scale, zero, at)
+    return product(x, [x.sum(-1)], q, scale, zero, at, fused)
 
 
 def product(x: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor,
-            at: Tensor | None) -> Tensor:
+            at: Tensor | None, fused: bool) -> Tensor:
     """x [B, groups, G] -> [B, N]; `sums` are the groups', or their halves and the size of what x counts.
     Compiled code never has a weight in memory but packed; eager code unpacks some rows at a time."""
-    if torch.compiler.is_compiling():
+    if fused or torch.compiler.is_compiling():
         unconverted = q.is_cuda and len(sums) > 1   # (x is then whole numbers, and may be made larger)
         return fused_dots(laid_out(x, LIFT if unconverted else 0), sums, q, scale, zero, at, unconverted)
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
@@ -248,8 +251,8 @@ class PackedLinear(nn.Module):
                  compile: bool = False):
         super().__init__()
         group = group_size(columns, largest_group)
-        self.gemv, self.exact_gemv, self.dequantize_into = map(
-            compiled if compile else lambda function: function, (gemv, exact_gemv, dequantize_into))
+        self.fused = compile
+        self.dequantize_into = compiled(dequantize_into) if compile else dequantize_into
         self.at: int | Tensor | None = None
         self.workspace: Tensor | None = None                        # to unpack into; or else new memory
         self.graphs: list[Callable[[], None]] = []
@@ -270,7 +273,7 @@ class PackedLinear(nn.Module):
         """x [.., columns] -> [.., rows]; which kernel runs depends on the number of rows of x alone."""
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) == 1:
-            return self.gemv(flat, *self.matrix()).view(*x.shape[:-1], -1)
+            return gemv(flat, *self.matrix(), self.fused).view(*x.shape[:-1], -1)
         y = x.new_empty(len(flat), self.q.shape[-2])
         for i, part in enumerate(self.parts()):     # (each part's weights are given back before the next)
             torch.mm(flat, self.unpacked(i, part, x).T, out=y[:, part])
@@ -278,7 +281,7 @@ class PackedLinear(nn.Module):
 
     def exact(self, x: Tensor) -> Tensor:
         """x [1, columns] in 16 bits or fp32 -> [1, rows] in fp32, the same bits everywhere."""
-        return self.exact_gemv(x, *self.matrix())
+        return exact_gemv(x, *self.matrix(), self.fused)
 
     def same_bits(self, dtype: torch.dtype) -> bool:
         """Has one row in 16 bits, here, the bits that it has on the host? (With some rows of the matrix, as

@@ -50,12 +50,11 @@ class DecodeStep:
         self.h, self.x, self.expert_out = new(1, D), new(1, D), new(1, K, D)
         self.weights, self.logits = new(1, K, dtype=torch.float32), new(c.vocab_size, dtype=torch.float32)
         self.lookahead = new(E, dtype=torch.float32)                                # of layer 0
-        # What the host reads of a layer: numbers (the last has no lookahead), and behind them x, whose
-        # experts it may compute.
-        sizes, cuda = [n * E + 2 * K for n in [3] * (layers - 1) + [2]], device.type == "cuda"
-        self.mail = [Mailbox(n + D * kv.itemsize // 4, device) for n in sizes]
+        # What the host reads of a layer: numbers, and behind them x, whose experts it may compute.
+        n, cuda = 3 * E + 2 * K, device.type == "cuda"
+        self.mail = [Mailbox(n + D * kv.itemsize // 4, device) for _ in range(layers)]
         self.report = [mail.device for mail in self.mail]
-        self.x_here = [mail.host[n:].view(kv.dtype)[None] for n, mail in zip(sizes, self.mail)]
+        self.x_here = [mail.host[n:].view(kv.dtype)[None] for mail in self.mail]
         # And what the device reads: each layer's slots; the slot of an expert that comes later, for each rank
         # (and how many numbers of w13's product are given, if the link brings only the rest); and these.
         shared = partial(torch.zeros, pin_memory=cuda)
@@ -69,8 +68,9 @@ class DecodeStep:
                  "(use a process for each GPU)")
             self.report = [torch.zeros_like(mail.host, device=device) for mail in self.mail]
             self.mail = [None] * layers
-        self.numbers = [(report[:n], report[n:].view(kv.dtype)[None])
-                        for n, report in zip(sizes, self.report)]
+        self.numbers = [(report[:n], report[n:].view(kv.dtype)[None]) for report in self.report]
+        # (The last layer looks ahead to itself, as then all are one piece of code; nobody reads that.)
+        self.routings = [numbers[:n - E * (i == layers - 1)] for i, (numbers, _) in enumerate(self.numbers)]
         self.row_values, self.told_values = self.table.numpy(), self.told.numpy()
         self.known: list[list[int]] = [[] for _ in range(layers)]                   # the table, as plain ints
         self.chosen, self.at = (new(n, dtype=torch.long) for n in (K, 2))           # slots
@@ -86,7 +86,6 @@ class DecodeStep:
         for keys in self.sizes:
             self.pieces(keys - 1)
         if self.capturing:
-            self.numbers_given = torch.zeros_like(self.given, device=device)
             self.experts, self.divided = ([self.capture(partial(piece, rank)) for rank in range(K)]
                                           for piece in (self._expert, self._divided))
         self.end = self.capture(self._end)
@@ -128,7 +127,7 @@ class DecodeStep:
                 return self.logits
             if self.capturing:
                 source.begin_layer(i)
-            routing = source.read(i, self.numbers[i][0], x=self.x_here[i])
+            routing = source.read(i, self.routings[i], x=self.x_here[i])
             if self.capturing and i + 1 == ahead and self.there(i, routing.ids):
                 whole, ahead = self.launch(ahead, layers, source), ahead + 1
             self.settle(i, routing, source)
@@ -181,7 +180,7 @@ class DecodeStep:
     def compute(self, slot: int, rank: int, given: int = 0) -> None:
         """The router's choice of this rank, from its slot; of w13's product so many numbers are given."""
         if not self.capturing:
-            self.expert_out[:, rank] = self.slots[slot](self.x, self.given[:given].to(self.x.device))
+            self.expert_out[:, rank] = self.slots.compute(slot, self.x, self.given[:given] if given else None)
             return
         self.told_values[rank] = slot, given    # (the last one ran before what has been read of this layer)
         (self.divided if given else self.experts)[rank]()
@@ -192,21 +191,20 @@ class DecodeStep:
 
     def _layer(self, i: int, keys: int) -> None:
         layers, (k, v) = self.model.layers, self.kv[i, :, :, :keys]
-        following = layers[i + 1] if i + 1 < len(layers) else None
+        following = layers[min(i + 1, len(layers) - 1)]
         self.run_layer(layers[i], following, self.expert_out, self.rope, k, v, self.position,
                        self.h, self.x, self.weights, *self.numbers[i], self.chosen,
                        self.seen_table[i] if self.capturing else None)
         if self.capturing:                  # (what is not there is computed again, when it is)
             self.slots.run(self.chosen, self.x, self.expert_out[0])
 
-    def _expert(self, rank: int, given: Tensor | None = None) -> None:
+    def _expert(self, rank: int) -> None:
         torch.mul(self.seen_told[rank], 1, out=self.at)             # (across the link, once)
-        self.slots.run(self.at[:1], self.x, self.expert_out[0, rank:rank + 1],
-                       None if given is None else (given, self.at[1:]))
+        self.slots.run(self.at[:1], self.x, self.expert_out[0, rank:rank + 1], self.at[1:])
 
     def _divided(self, rank: int) -> None:
-        torch.mul(self.seen_given, 1, out=self.numbers_given)
-        self._expert(rank, self.numbers_given)
+        torch.mul(self.seen_given, 1, out=self.slots.given)
+        self._expert(rank)
 
     def _end(self) -> None:
         self.run_end(self.model, self.h, self.weights, self.expert_out, self.logits)

@@ -290,7 +290,6 @@ def by_table(engine):
     """Lets a step on the CPU take the way of one on a GPU: by the table, ahead of what the host has read."""
     step, c = engine.step, engine.config
     step.capturing, step.capture = True, lambda piece: piece
-    step.numbers_given = torch.zeros_like(step.given)
     step.experts, step.divided = ([partial(piece, rank) for rank in range(c.num_experts_per_tok)]
                                   for piece in (step._expert, step._divided))
 

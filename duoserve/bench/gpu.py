@@ -359,8 +359,9 @@ def kernels(engine: Engine) -> dict:
     an expert's product makes of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16
     scale and zero)."""
     c, step, device = engine.config, engine.step, engine.device
-    run, out = engine.source.slots.run, step.expert_out[0, :1]
-    experts = [step.capture(partial(run, torch.full((1,), slot, device=device), step.x, out))
+    slots, out = engine.source.slots, step.expert_out[0, :1]
+    experts = [step.capture(partial(slots.run, torch.full((1,), slot, device=device), step.x, out,
+                                    slots.count.zero_()))
                for slot in range(min(64, engine.plan.slots))]
     layers = step.layers[step.sizes[0]]
     out = {"layer_kernels_us": kernel_us(layers, device),

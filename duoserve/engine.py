@@ -8,7 +8,7 @@ ready.
 import os
 import time
 import weakref
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -171,17 +171,17 @@ class Engine:
         self.predictor = open_predictor(options.predictor, own, packed.fingerprint, c)
         if self.predictor is None and options.predictor != "none" and self.policy == "duo":
             note(f"no {own}; predicting by lookahead alone (train_predictor.py makes one)")
-        self.store = self._fill_store(progress) if store is None else store
         # (Tensors of both modes would have each product compiled twice.)
-        with enough_memory(), torch.inference_mode():
+        with ExitStack() as loading, enough_memory(), torch.inference_mode():
+            self.store = self._open_store(progress, loading) if store is None else store
             self._load(compiled)
             self.host = self._make_host(compiled)
             self.fill_slots()
             self._await_host()
         self.load_s = time.perf_counter() - began
 
-    def _fill_store(self, progress) -> ExpertStore:
-        """Read the experts that the host's memory is to hold."""
+    def _open_store(self, progress, loading: ExitStack) -> ExpertStore:
+        """Begin to read the experts that the host's memory is to hold. However loading ends, that ends."""
         packed, wanted, cuda = self.packed, self.options.host_memory, self.device.type == "cuda"
         nbytes = None if wanted is None else parse_amount(wanted, packed.nbytes, "--host-memory")
         popularity, beside = self.predictor and self.predictor.popularity(), 0 if cuda else self.plan.total
@@ -190,9 +190,10 @@ class Engine:
             total = len(self.config.expert_keys)
             rest = "; the others are read from the disk" if len(kept) < total else ""
             note(f"{len(kept)} of {total} experts are kept in memory{rest}")
-        bar = closing(progress(len(kept) * packed.layout.nbytes, "loading")) if progress else nullcontext()
-        with bar as shown:
-            return ExpertStore(packed, kept, pin=cuda, progress=shown)
+        bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None
+        store = ExpertStore(packed, kept, pin=cuda, progress=bar)
+        loading.callback(store.stop)
+        return store
 
     def _load(self, compiled: bool) -> None:
         """Take all that the device will hold, once, the largest first; compile."""
@@ -210,8 +211,6 @@ class Engine:
             state["head.weight"] = state["embed.weight"]
         self.model.load_state_dict(state, assign=True)
         self.model.requires_grad_(False)
-        self.cache = GPUExpertCache(self.plan.slots, self.plan.expert, self._lane())
-        self.source = StreamedExperts(c, slots, self.cache)
         self.step = DecodeStep(self.model, slots, self.kv, compiled)
         if self.step.capturing:             # what a prompt unpacks lies at fixed addresses too
             attention = [m for m in self.model.modules() if isinstance(m, PackedLinear)]
@@ -223,6 +222,9 @@ class Engine:
             for module in (*attention, slots):
                 module.capture(self.step.capture)
             torch.cuda.empty_cache()        # (what the captures' trial runs took)
+        self.store.wait()
+        self.cache = GPUExpertCache(self.plan.slots, self.plan.expert, self._lane())
+        self.source = StreamedExperts(c, slots, self.cache)
         self._warm_up(slots[0], compiled)
 
     def _make_model(self, linear) -> Mixtral:

@@ -1,17 +1,17 @@
 """ExpertStore: the experts' bytes on the host, one contiguous block each, registered with CUDA if there is
 one.
 
-The memory is one anonymous map of exactly the size needed. `pin_memory` would round every block up to a power
-of two (94 MB to 128 MiB); registering our own pages with the driver pins them as they are. Where the memory
-does not hold all experts, those used least stay in their files, and come through a small buffer when the lane
-asks for them.
+Threads read them while the engine compiles. The memory is one anonymous map of exactly the size needed.
+`pin_memory` would round every block up to a power of two (94 MB to 128 MiB); registering our own pages with
+the driver pins them as they are. Where the memory does not hold all experts, those used least stay in their
+files, and come through a small buffer when the lane asks for them.
 """
 
 import mmap
 import os
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndar
 
 class ExpertStore:
     """`blocks[layer, expert]`, uint8 [nbytes], are the bytes of an expert in memory; `pinned` says whether
-    CUDA can copy them directly.
+    CUDA can copy them directly. Both hold after `wait`.
 
     `kept` names those in memory. The others' files must stay as they are while the store lives.
     """
@@ -77,13 +77,6 @@ class ExpertStore:
         self.stacked = torch.from_numpy(self.bytes)
         self.blocks = dict(zip(sorted(kept), self.stacked.unbind()))
 
-        def load(key):
-            model.read_expert(*key, self.blocks[key].numpy())
-            if progress:
-                progress.add(self.nbytes)
-
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(load, self.blocks))                       # (the first corrupted expert ends it)
         # Of the experts on the disk: the CRC so far, until it has been checked, and a stamp of their files.
         self.crc = {key: 0 for key in model.config.expert_keys if key not in self.blocks}
         self.stamps = {}
@@ -92,7 +85,37 @@ class ExpertStore:
             with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
                 self.stamps[layer] = stamp(file)
         self.region = max(1, REGION // stride) * stride             # bytes; no copy may cross a multiple
-        self.pinned = pin and total > 0 and self._register(total)
+        self.pin, self.pinned, self.progress = pin and total > 0, False, progress
+
+        def load(key):
+            model.read_expert(*key, self.blocks[key].numpy())
+            if progress:
+                progress.add(self.nbytes)
+
+        pool = ThreadPoolExecutor(READERS)
+        self.reading = [pool.submit(load, key) for key in self.blocks]
+        pool.shutdown(wait=False)           # (its threads end when nothing is left)
+
+    def wait(self) -> None:
+        """Until all that is kept has been read, and is pinned. Raises `UserError` for the first expert that is
+        damaged."""
+        try:
+            for each in self.reading:
+                each.result()
+        finally:
+            self.stop()
+        if self.pin and not self.pinned:
+            self.pin = self.pinned = self._register(len(self.blocks) * self.bytes.strides[0])
+
+    def stop(self) -> None:
+        """Read no more than this. (Where `wait` was not called the store is of no use then.)"""
+        for each in self.reading:
+            each.cancel()
+        wait(self.reading)
+        self.reading = []
+        if self.progress:
+            self.progress.close()
+        self.progress = None
 
     def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
         """Copy an expert's bytes from `start` on into uint8 [n], from memory or from the disk.

@@ -27,6 +27,7 @@ from duoserve.options import SamplingParams
 from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear, compiled
 from duoserve.sampling import sample
+from duoserve.step import DecodeStep
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.link import LinkError, Mailbox, SimulatedLane, WallClock
@@ -772,13 +773,14 @@ def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
 @pytest.mark.compiles
 def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sample(tiny, monkeypatch):
     torch._dynamo.reset()                   # (what other tests have compiled)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))            # the end, at once
     monkeypatch.setattr("duoserve.step.key_sizes", lambda context: [64, context])
     engine = load(tiny, cache_experts=4, context=100, compile=True)
     assert 2 in engine.tokenizer.eos
     monkeypatch.setattr(engine_module, "sample", sample)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs > 0 and engine.step.sizes == [64, 128]
+    assert 0 < graphs - before <= 12 and engine.step.sizes == [64, 128]     # (each takes half a second)
     assert len(engine.generate([1, *[40] * 61], max_new_tokens=4, temperature=0).token_ids) > 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
@@ -789,6 +791,43 @@ def test_compiled_with_the_smallest_context(tiny):
     engine = load(tiny, cache_experts=4, context=2, compile=True)
     assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1
     assert torch._dynamo.utils.counters["graph_break"] == before    # each piece is compiled as a whole
+
+
+def test_experts_are_read_while_the_rest_is_made_ready(tiny, monkeypatch):
+    ready, read, make = threading.Event(), PackedModel.read_expert, DecodeStep.__init__
+
+    def late(*arguments):
+        assert ready.wait(60)
+        time.sleep(0.01)                    # (then it is waited for)
+        read(*arguments)
+
+    def making(*arguments):
+        make(*arguments)
+        ready.set()
+    monkeypatch.setattr(PackedModel, "read_expert", late)
+    monkeypatch.setattr(DecodeStep, "__init__", making)
+    engine = load(tiny, policy="cache", cache_experts=24)
+    monkeypatch.setattr(PackedModel, "read_expert", read)
+    assert same(answers(engine), answers(load(tiny, policy="cache", cache_experts=24)))
+
+
+def test_loading_that_is_interrupted_reads_no_more(tiny, monkeypatch):
+    read = []
+
+    def slow(*arguments):
+        read.append(arguments)
+        time.sleep(0.05)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(PackedModel, "read_expert", slow)
+    monkeypatch.setattr(DecodeStep, "__init__", interrupted)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        load(tiny)
+    n = len(read)
+    time.sleep(0.1)
+    assert n == len(read) < 24 and threading.active_count() <= threads
 
 
 @pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))

@@ -94,6 +94,7 @@ def taken(device: str) -> tuple[int, int, int]:
         model = RandomModel(config, torch.device("cpu"))
         keys = [(layer, e) for layer in range(8) for e in range(experts)]
         made = store.ExpertStore(model, keys, pin=device == "cuda")
+        made.wait()
         assert made.pinned == (device == "cuda")
         return made, 8 * experts * store.stride_of(model)
 

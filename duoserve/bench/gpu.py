@@ -126,6 +126,11 @@ class MadeUpLayer(Layer):
 class MadeUpEngine(Engine):
     """Routes decode as a made-up trace says. (Random weights route like no language model.)"""
 
+    def _open_store(self, progress, loading):
+        store = super()._open_store(progress, loading)
+        store.wait()                        # (random bytes are made on the device, before it is full)
+        return store
+
     def _make_model(self, linear):
         model, c, device = super()._make_model(linear), self.config, self.device
         self.here = torch.zeros(1, dtype=torch.long, device=device)

@@ -180,6 +180,7 @@ class Trainer:
                  batch: int):
         device = optimizer.master.device
         self.model, self.source, self.optimizer, self.batch, self.length = model, source, optimizer, batch, 0
+        self.hidden = torch.zeros((), device=device)        # share of the tokens that are
         self.text = torch.from_numpy(text.astype(np.int32)).to(device)
         self.report = torch.zeros(3, device=device)         # loss, smallest and largest load of an expert
         self.cuda = device.type == "cuda"
@@ -189,13 +190,15 @@ class Trainer:
         """All of it on the device, from `starts` and the optimizer's `rate` to the weights and `report`."""
         place = torch.arange(self.length + 1, device=self.text.device)
         tokens = self.text[self.starts[:, None] + place].long()
-        logits = self.model.head(self.model(tokens[:, :-1], self.source))
+        shown = tokens[:, :-1]              # (0 is <unk>, which no text has, as any byte is a token)
+        shown = shown.masked_fill(torch.rand(shown.shape, device=shown.device) < self.hidden, 0)
+        logits = self.model.head(self.model(shown, self.source))
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
         self.optimizer.step(torch.autograd.grad(loss + 0.01 * self.source.balance, self.optimizer.params))
         self.report.copy_(torch.stack((loss.detach(), *torch.stack(self.source.load).aminmax())))
         self.source.layers, self.source.balance = [], 0.0       # lets go of this step's autograd graph
 
-    def advance(self, length: int, rate: float) -> bool:
+    def advance(self, length: int, rate: float, hidden: float) -> bool:
         """One step. True if it was a slow one, which prepares those that follow."""
         with torch.cuda.stream(self.stream):
             if length != self.length:
@@ -207,7 +210,7 @@ class Trainer:
                                           device=self.text.device)
             starts = torch.tensor([next(self.next) for _ in range(len(self.starts))], pin_memory=self.cuda)
             self.starts.copy_(starts, non_blocking=True)
-            self.optimizer.rate.fill_(rate)
+            self.optimizer.rate.fill_(rate), self.hidden.fill_(hidden)
             self.run()
         self.age += 1
         if self.cuda and self.age == 3:
@@ -353,6 +356,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weight-decay", type=float, default=1.0, help="of the matrices that Muon trains")
     parser.add_argument("--dropout", type=float, default=0.0,
                         help="of what attention and (on a GPU) experts write")
+    parser.add_argument("--mask", type=float, nargs=2, default=(0.0, 0.0), metavar=("FROM", "TO"),
+                        help="the share of the tokens that are hidden from the model as it reads, at the\n"
+                        "beginning of training and at its end")
     parser.add_argument("--eval-every", type=float, default=10, metavar="MINUTES",
                         help="save and measure this often")
     parser.add_argument("--compile", action="store_true", help="fuse the experts' activation (needs Triton)")
@@ -422,7 +428,8 @@ def main() -> None:
         done = min(done, 1)
         rate = min(1, (step + 1) / 50) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         before = time.time()
-        if trainer.advance(args.length * (2 if done > 0.75 else 1), rate):
+        hidden = args.mask[0] + done * (args.mask[1] - args.mask[0])
+        if trainer.advance(args.length * (2 if done > 0.75 else 1), rate, hidden):
             slow, began = slow + 1, began + time.time() - before
         step += 1
         if step % 20 == 0 or done >= 1:

@@ -21,8 +21,8 @@ from .cache import BLOCKS, WHOLE, Counts, GPUExpertCache
 from .errors import WEIGHTS, UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .history import History
-from .host import Host, HostError, SimulatedHost, compiled_experts, on_threads
-from .link import PCIE, CudaLane, LinkError, SimulatedLane, WallClock, chunk_size
+from .host import Host, HostError, compiled_experts, on_threads
+from .link import PCIE, CudaLane, LinkError, chunk_size
 from .machine import can_compile, enough_memory, set_threads, usable_cpus
 from .memory import LOGIT_ROWS, plan_memory
 from .model import Mixtral, padded, rope_table
@@ -33,6 +33,7 @@ from .predictor import Forecast, open_predictor
 from .quant import PackedLinear
 from .sampling import sample
 from .scheduler import THOUGHT
+from .simulated import SimulatedHost, SimulatedLane, WallClock
 from .step import DecodeStep
 from .store import ExpertStore, choose_kept, most_used
 from .tokenizer import TextStream

@@ -1,9 +1,8 @@
 """The host computes an expert where its bytes lie, in a thread of its own, while the link brings others.
 
 In a 16-bit dtype a row has the same bits wherever it is computed (`quant.py`), so a scheduler may let the
-clock decide which of a layer's missing experts cross the link and which are computed here. As with the lane,
-there are forms that nothing above this file can tell apart: a thread that computes, one whose answers come
-when a simulated host would be done, and, for the replay, times alone.
+clock decide which of a layer's missing experts cross the link and which are computed here. (A simulated host
+behaves alike: one whose answers come when it would be done, or, for the replay, times alone.)
 """
 
 import math
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .cache import BLOCKS, WHOLE
-from .link import Clock, Key
+from .link import Key
 from .machine import HOST_THREAD, yield_processor
 from .quant import (COMPILER, IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out,
                     silu_table, whole_numbers)
@@ -68,77 +67,6 @@ class Job:
     error: BaseException | None = None
 
 
-class SimulatedHost:
-    """A host that takes `each` seconds for an expert, one after the other, on a clock, and `part` for a block
-    (or else what its share of the bytes would). A `worker` computes them; without one there are times alone:
-    nothing is taken, and no answer is asked for."""
-
-    def __init__(self, clock: Clock, each: float, block: int = 0, worker: "Host | None" = None,
-                 part: float | None = None):
-        self.clock, self.each, self.block, self.worker = clock, each, block, worker
-        self.part = each * 2 / 3 / BLOCKS if part is None else part
-        self.compiled, self.ready = (worker.compiled, worker.ready) if worker else (None, None)
-        self.free, self.busy = 0.0, 0.0     # when it has done all; seconds so far
-        self.due: dict[Key, float] = {}
-        self.log: list | None = None        # (key, start, end) of what was computed, for the timeline
-
-    def trouble(self) -> str | None:
-        """Why it can compute nothing yet, or at all; None if it can."""
-        return self.worker.trouble()
-
-    def has(self, key: Key) -> bool:
-        """May it compute this expert?"""
-        return self.worker is None or self.worker.has(key)
-
-    def free_at(self) -> float:
-        return max(self.clock.now(), self.free)
-
-    def seconds(self, blocks: int = WHOLE) -> float:
-        """How long so much of an expert takes."""
-        return self.each if blocks == WHOLE else self.part * blocks
-
-    def take(self, x: Tensor) -> None:
-        """The row [1, D] that the layer's experts are to be computed for. It may not change before they
-        are, or nobody wants them any more."""
-        self.worker.take(x)
-
-    def submit(self, experts: dict[Key, int]) -> None:
-        """Begin to compute these experts of a layer, or so many of their blocks, in this order."""
-        for key, blocks in experts.items():
-            start = self.free_at()
-            self.free = self.due[key] = start + self.seconds(blocks)
-            self.busy += self.seconds(blocks)
-            if self.log is not None:
-                self.log.append((key, start, self.free))
-        if self.worker:
-            self.worker.submit(experts)
-
-    def wait(self, key: Key) -> None:
-        """What is computed from here on finds an expert's answer: the device waits for it, or we do, and the
-        lane is fed meanwhile."""
-        if self.worker:
-            self.worker.wait(key)
-        self.clock.wait_until(self.due.pop(key))
-
-    def answer(self, key: Key) -> Tensor:
-        """Where it is, [D], for a while; the device may copy it from there. (What comes of blocks lies where
-        the worker was told to put it.)"""
-        return self.worker.answer(key)
-
-    def pause(self) -> None:
-        """For a moment, while the device is awaited."""
-
-    def collect(self) -> None:
-        """The device has done what it was told so far, so what it waited for is there. Raises `HostError` if
-        something is not."""
-        self.worker.collect()
-
-    def abandon(self) -> None:
-        self.due.clear()
-        self.free = 0.0
-        self.worker.abandon()
-
-
 class Host:
     """A thread that computes experts of these `keys`. It first calls `prepare()`, which gives `compute(key,
     blocks, x [1, D], out)` and `measure()`; the event `compiled` is set then, and `ready` when it has called
@@ -172,19 +100,23 @@ class Host:
         self.close = weakref.finalize(self, stop, self.queue, self.thread, self.ready)
 
     def trouble(self) -> str | None:
+        """Why it can compute nothing yet, or at all; None if it can."""
         if "each" in self.state:
             return None
         error = self.state.get("error")
         return "its code is still being compiled" if error is None else f"{type(error).__name__}: {error}"
 
     def has(self, key: Key) -> bool:
+        """May it compute this expert?"""
         return key in self.keys
 
     def free_at(self) -> float:
         return max(self.now() + self.wakes, self.free)
 
     def seconds(self, blocks: int = WHOLE) -> float:
-        """A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
+        """How long so much of an expert takes.
+
+        A host that has become slow is used less, so nobody would notice that it is fast again. Therefore
         what was seen of late fades, and what was measured at first comes back."""
         thing, n = self.timed(blocks)
         first = self.state[thing]
@@ -197,10 +129,13 @@ class Host:
         return ("each", 1) if blocks == WHOLE else ("block", blocks)
 
     def take(self, x: Tensor) -> None:
+        """The row [1, D] that the layer's experts are to be computed for. It may not change before they
+        are, or nobody wants them any more."""
         self.collect()
         self.x, self.taken = x, self.now()
 
     def submit(self, experts: dict[Key, int]) -> None:
+        """Begin to compute these experts of a layer, or so many of their blocks, in this order."""
         for key, blocks in experts.items():
             self.free = max(self.taken + self.wakes, self.free) + self.seconds(blocks)
             self.number += 1
@@ -212,6 +147,8 @@ class Host:
         time.sleep(MOMENT)                  # (its thread needs the interpreter to begin)
 
     def wait(self, key: Key) -> None:
+        """What is computed from here on finds an expert's answer: the device waits for it, or we do, and the
+        lane is fed meanwhile."""
         job = self.jobs.get(key)            # (or it has been seen to be done)
         if job is not None and (job.ended or not self.wait_for(self.done, job.number)):
             while key in self.jobs:
@@ -231,9 +168,13 @@ class Host:
                 job.done.get(timeout=PATIENCE)
 
     def answer(self, key: Key) -> Tensor:
+        """Where it is, [D], for a while; the device may copy it from there. (What comes of blocks lies where
+        the worker was told to put it.)"""
         return self.answers.pop(key)
 
     def collect(self) -> None:
+        """The device has done what it was told so far, so what it waited for is there. Raises `HostError` if
+        something is not."""
         for job in list(self.jobs.values()):
             if job.error is not None:
                 raise HostError(f"{type(job.error).__name__}: {job.error}") from job.error

@@ -4,11 +4,9 @@ A lane sends bytes of experts in the order it is told and says when they are the
 in one piece. *Speculation* is sent in chunks, two in flight at most, so a demand never waits for more than
 those two. The lane knows nothing of why: who asks, who is evicted and what is dropped is the cache's affair.
 
-Three lanes behave alike: CUDA's copy engine, and a simulated link on the wall's clock or on a virtual one.
-Nothing above this file asks which it has.
+Here it is CUDA's copy engine. A simulated link (simulated.py) behaves alike: nothing above asks which it has.
 """
 
-import math
 import time
 import weakref
 from collections import defaultdict, deque
@@ -95,149 +93,6 @@ def chunk_size(expert_bytes: int, rate: float) -> int:
     return min(expert_bytes, max(most, int(rate * 1e-4))) if rate else expert_bytes
 
 
-class Clock:
-    """Time, for a simulated lane. Whoever waits stops at each moment at which a chunk falls due, and the lane
-    is fed: what is sent, and what is evicted for it, is decided with what was known at that moment."""
-
-    due = math.inf                          # when the lane will have room for the chunk that is next
-    pump = staticmethod(lambda: None)       # what feeds the lane
-
-    def wait_until(self, t: float) -> None:
-        self.pump()
-        while self.now() < self.due < t:
-            self._pass(self.due)
-            self.pump()
-        self._pass(t)
-        self.pump()
-
-
-class WallClock(Clock):
-    now = staticmethod(time.perf_counter)
-
-    def _pass(self, t: float) -> None:
-        while (left := t - time.perf_counter()) > 0:
-            if left > 0.0005:
-                time.sleep(left - 0.0004)   # sleep oversleeps: spin the rest
-
-
-class VirtualClock(Clock):
-    """Time that passes only when told: `advance` for the replay's compute, `wait_until` for its waits."""
-
-    time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def _pass(self, t: float) -> None:
-        self.time = max(self.time, t)
-
-    def advance(self, seconds: float) -> None:
-        self.wait_until(self.time + seconds)
-
-
-class SimulatedLane:
-    """A link of `rate` bytes a second (0: as fast as memcpy). `copy(transfer, start, stop)` moves the bytes,
-    if any: the start-th to stop-th in the order of sending.
-
-    A chunk starts when the lane falls free or when it was asked for, whichever is later, even if it is sent
-    after that: this models a host that feeds the lane while the accelerator computes.
-    """
-
-    def __init__(self, clock: Clock, rate: float, chunk: int,
-                 copy: Callable[[Transfer, int, int], None] = lambda transfer, start, stop: None):
-        self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
-        self.now = clock.now
-        self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # of the latest chunks: when they are done
-        self.busy = 0.0                     # seconds so far
-
-    def fed_by(self, pump: Callable[[], None]) -> None:
-        """`pump` sends what is due: called whenever the host waits."""
-        self.clock.pump = pump
-
-    def begin_pass(self) -> None:
-        """What is computed from here on runs on the stream that is current now."""
-
-    def poll(self) -> None:
-        """Take note of what has arrived. `pump` asks once, so it sends no more than may be in flight."""
-        self.clock.due = math.inf
-
-    def look(self) -> None:
-        """Work out when what has arrived was sent, and how busy the lane was: for while the host has nothing
-        else to do."""
-
-    def room(self, asked: float) -> bool:
-        """Is a chunk asked for then due to be sent by now?"""
-        self.clock.due = max(asked, self.ends[0])
-        return self.clock.due <= self.now()
-
-    def send(self, transfer: Transfer, nbytes: int) -> None:
-        """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
-        self.copy(transfer, transfer.sent, transfer.sent + nbytes)
-        start = max(transfer.asked, self.ends[-1])
-        end = start + self.seconds_of(nbytes)
-        self.ends.append(end)
-        self.busy += end - start
-        transfer.spans.append((start, end))
-        transfer.loaded = end               # before it counts as sent: an interruption may come in between
-        transfer.sent += nbytes
-
-    def free_at(self) -> float:
-        """When all that is enqueued has been sent."""
-        return max(self.now(), self.ends[-1])
-
-    def seconds_of(self, nbytes: int) -> float:
-        """How long the link takes for so many."""
-        return nbytes / self.rate if self.rate else 0.0
-
-    def arrived(self, transfer: Transfer) -> bool:
-        """Is what was sent of it there, as far as the host has seen?"""
-        return transfer.loaded is not None and transfer.loaded <= self.now()
-
-    def wait(self, transfer: Transfer) -> None:
-        """What is computed from here on finds the expert in its slot."""
-        self.clock.wait_until(transfer.loaded)
-
-    def used(self, slots: list[int]) -> None:
-        """What was computed up to here is the last use of these slots, until the next call: they may be
-        overwritten after it."""
-
-    def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> torch.Tensor:
-        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous fp32.
-        (The device leaves them in a `mailbox` by itself.)"""
-        return values
-
-    def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
-        """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
-        may not change until that is done. Both are contiguous, of one dtype and shape."""
-        into.copy_(values)
-
-    def wait_for(self, word: torch.Tensor, value: int) -> bool:
-        """Tell the device to go on only when the host has written `value`, or more, into `word` [1], int32 in
-        pinned memory. False if it cannot be told: then the host has to wait before it tells it anything."""
-        return False
-
-    def read(self, fetched: torch.Tensor, pause: Callable[[], None] | None = None) -> np.ndarray:
-        """The numbers, on the host, until others are fetched; the lane is fed meanwhile, with a `pause` in
-        between."""
-        self.clock.pump()
-        return fetched.cpu().numpy()        # (on a GPU with a simulated link they are not there yet)
-
-    def mark(self) -> float:
-        """This moment of the computation; `seconds` says when it was, on the lane's clock."""
-        return self.now()
-
-    def seconds(self, mark: float) -> float:
-        return mark
-
-    def abandon(self) -> None:
-        """After a failure or an interruption: what is sent from here on comes after all that is enqueued to
-        be computed, as nobody may know which slots that reads."""
-
-    def finish(self) -> None:
-        """Wait for all that is enqueued, so that every time is known."""
-        self.clock.wait_until(self.ends[-1])
-
-
 class CudaLane:
     """A side stream, and a wait each way: compute waits for a load, a load for the slot's last use.
 
@@ -309,13 +164,16 @@ class CudaLane:
             raise LinkError(f"cudaMemcpyAsync: error {code}")
 
     def fed_by(self, pump: Callable[[], None]) -> None:
+        """`pump` sends what is due: called whenever the host waits."""
         self.pump = pump
 
     def begin_pass(self) -> None:
+        """What is computed from here on runs on the stream that is current now."""
         self.compute = torch.cuda.current_stream(self.device)
 
     def poll(self) -> None:
-        """Take note of the pieces that have arrived."""
+        """Take note of the pieces that have arrived. `pump` asks once, so it sends no more than may be in
+        flight."""
         while self.flying and self.flying[0][1].query():
             _, end, transfer, _ = self.flying[0]
             transfer.arrived = end is transfer.loaded               # (first: an interruption may come here)
@@ -323,6 +181,8 @@ class CudaLane:
             self.free = self.now() + self.seconds_of(sum(entry[3] for entry in self.flying))
 
     def look(self) -> None:
+        """Work out when what has arrived was sent, and how busy the lane was: for while the host has nothing
+        else to do."""
         while self.landed:
             start, end, transfer, nbytes = self.landed.popleft()
             begin = self.epoch + self.origin.elapsed_time(start) / 1e3
@@ -333,9 +193,11 @@ class CudaLane:
             self.events += start, end       # (once it has arrived nobody waits for it)
 
     def room(self, asked: float) -> bool:
+        """Is a chunk asked for then due to be sent by now?"""
         return len(self.flying) < IN_FLIGHT
 
     def send(self, transfer: Transfer, nbytes: int) -> None:
+        """Enqueue the next bytes of a transfer. Raises `LinkError` if that fails."""
         fetches, use = self.last_use[transfer.slot]
         if transfer.sent == 0 and fetches >= self.known:
             self.stream.wait_event(use)
@@ -353,28 +215,36 @@ class CudaLane:
         transfer.sent += nbytes
 
     def free_at(self) -> float:
+        """When all that is enqueued has been sent."""
         return max(self.now(), self.free)
 
     def seconds_of(self, nbytes: int) -> float:
+        """How long the link takes for so many."""
         return nbytes * self.pace
 
     def timed_event(self) -> torch.cuda.Event:
         return self.events.pop() if self.events else torch.cuda.Event(enable_timing=True)
 
     def arrived(self, transfer: Transfer) -> bool:
+        """Is what was sent of it there, as far as the host has seen?"""
         return transfer.arrived
 
     def wait(self, transfer: Transfer) -> None:
+        """What is computed from here on finds the expert in its slot."""
         if not transfer.arrived:
             self.compute.wait_event(transfer.loaded)
 
     def used(self, slots: list[int]) -> None:
+        """What was computed up to here is the last use of these slots, until the next call: they may be
+        overwritten after it."""
         use = next(self.uses)
         use.record(self.compute)
         for slot in slots:
             self.last_use[slot] = self.fetches, use
 
     def fetch(self, values: torch.Tensor, mailbox: Mailbox | None = None) -> tuple:
+        """Begin to copy a few numbers from the device to the host, for `read`: values [n], contiguous fp32.
+        (The device leaves them in a `mailbox` by itself.)"""
         self.fetches += 1
         if mailbox is not None:
             return mailbox.numbers, mailbox.full, self.fetches, None
@@ -387,7 +257,10 @@ class CudaLane:
         return row.numpy(), copied.query, self.fetches, (row, copied)
 
     def put(self, values: torch.Tensor, into: torch.Tensor) -> None:
-        """By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms
+        """Copy a few numbers from the host's pinned memory to the device, after what is enqueued so far; they
+        may not change until that is done. Both are contiguous, of one dtype and shape.
+
+        By a kernel: a copy of 8 kB that comes after other work waits for all experts on their way, 1.5 ms
         instead of 19 us (H200)."""
         if values.data_ptr() not in self.seen:
             self.seen[values.data_ptr()] = on_device(values, self.device)
@@ -398,10 +271,14 @@ class CudaLane:
             self.enqueue(into.data_ptr(), values.data_ptr(), into.nbytes, self.compute)
 
     def wait_for(self, word: torch.Tensor, value: int) -> bool:
+        """Tell the device to go on only when the host has written `value`, or more, into `word` [1], int32 in
+        pinned memory. False if it cannot be told: then the host has to wait before it tells it anything."""
         wait = stream_wait_value()          # (not every system has it: a code other than 0)
         return wait is not None and wait(self.compute.cuda_stream, word.data_ptr(), value, AT_LEAST) == 0
 
     def read(self, fetched: tuple, pause: Callable[[], None] = yield_processor) -> np.ndarray:
+        """The numbers, on the host, until others are fetched; the lane is fed meanwhile, with a `pause` in
+        between."""
         numbers, arrived, fetches, buffer = fetched
         for looks in count(1):
             if arrived() or looks % LOOKS == 0 and self.compute.query():        # (raises what has failed)
@@ -415,6 +292,7 @@ class CudaLane:
         return numbers
 
     def mark(self) -> torch.cuda.Event:
+        """This moment of the computation; `seconds` says when it was, on the lane's clock."""
         return self.compute.record_event(torch.cuda.Event(enable_timing=True))
 
     def seconds(self, mark: torch.cuda.Event) -> float:
@@ -422,9 +300,12 @@ class CudaLane:
         return self.epoch + self.origin.elapsed_time(mark) / 1e3
 
     def abandon(self) -> None:
+        """After a failure or an interruption: what is sent from here on comes after all that is enqueued to
+        be computed, as nobody may know which slots that reads."""
         self.stream.wait_stream(self.compute)
 
     def finish(self) -> None:
+        """Wait for all that is enqueued, so that every time is known."""
         self.stream.synchronize()
         self.poll()
         self.look()

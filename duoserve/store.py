@@ -97,8 +97,8 @@ class ExpertStore:
         pool.shutdown(wait=False)           # (its threads end when nothing is left)
 
     def wait(self) -> None:
-        """Until all that is kept has been read, and is pinned. Raises `UserError` for the first expert that is
-        damaged."""
+        """Until all that is kept has been read, and is pinned. Raises `UserError` for the first damaged
+        expert."""
         try:
             for each in self.reading:
                 each.result()

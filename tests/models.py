@@ -23,10 +23,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from duoserve import Engine
 from duoserve.history import Routing
-from duoserve.link import SimulatedLane, VirtualClock
 from duoserve.model import Expert, Mixtral
 from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear
+from duoserve.simulated import SimulatedLane, VirtualClock
 
 TEXT = ("the quick brown fox jumps over the lazy dog and then the other dogs run home to the old house "
         "on the hill")

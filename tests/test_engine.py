@@ -30,8 +30,9 @@ from duoserve.sampling import sample
 from duoserve.step import DecodeStep
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.link import LinkError, Mailbox, SimulatedLane, WallClock
+from duoserve.link import LinkError, Mailbox
 from duoserve.policies import POLICIES
+from duoserve.simulated import SimulatedLane, WallClock
 from duoserve.tokenizer import TextStream, Tokenizer
 
 

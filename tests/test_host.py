@@ -24,14 +24,14 @@ from duoserve.cache import BLOCKS, HOST, LAUNCHED, WHOLE, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import (FORGET, HOST_THREAD, Host, HostError, Job, SimulatedHost, compiled_graph,
-                           run_rows)
-from duoserve.link import LinkError, SimulatedLane, VirtualClock
+from duoserve.host import FORGET, HOST_THREAD, Host, HostError, Job, compiled_graph, run_rows
+from duoserve.link import LinkError
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast
 from duoserve.quant import compiled
 from duoserve.sampling import sample
 from duoserve.scheduler import DecodeScheduler, ExpertScheduler
+from duoserve.simulated import SimulatedHost, SimulatedLane, VirtualClock
 
 SLOW = dict(simulate_link=8e6, simulate_host=8e6)                   # an expert takes about a millisecond
 SPLIT = ExpertScheduler.for_host

@@ -27,10 +27,11 @@ from duoserve.cache import GPUExpertCache
 from duoserve.checkpoint import convert, hugging_face, to_hf
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.link import IN_FLIGHT, LinkError, SimulatedLane, VirtualClock
+from duoserve.link import IN_FLIGHT, LinkError
 from duoserve.memory import LIBRARIES, LOGIT_ROWS, plan_memory
 from duoserve.packed import ModelShapes, PackedModel
 from duoserve.predictor import Predictor
+from duoserve.simulated import SimulatedLane, VirtualClock
 from duoserve.trace import read_traces
 from duoserve.training import measure_affinity
 

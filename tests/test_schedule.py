@@ -17,11 +17,12 @@ from duoserve.bench.replay import Costs, Replay, belady, row, synthetic_traces
 from duoserve.cache import LAUNCHED, GPUExpertCache, Slot
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.link import CudaLane, LinkError, SimulatedLane, Transfer, VirtualClock, chunk_size
+from duoserve.link import CudaLane, LinkError, Transfer, chunk_size
 from duoserve.history import History, Routing
 from duoserve.policies import POLICIES, load_policy, schedulers
 from duoserve.predictor import Forecast
 from duoserve.scheduler import ExpertScheduler
+from duoserve.simulated import SimulatedLane, VirtualClock
 from duoserve.trace import Trace
 
 CHUNKS = 6

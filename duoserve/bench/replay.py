@@ -15,8 +15,6 @@ from ..cache import BLOCKS, HOST, WHOLE, GPUExpertCache
 from ..config import MixtralConfig
 from ..errors import Progress, UserError, count, format_bytes, note, parse_amount, parse_rate
 from ..history import History, Routing
-from ..host import SimulatedHost
-from ..link import SimulatedLane, VirtualClock
 from ..memory import plan_memory
 from ..options import check_context
 from ..packed import ModelShapes, PackedModel
@@ -25,6 +23,7 @@ from ..predictor import Forecast, Predictor, open_predictor
 from ..store import most_used
 from ..trace import Trace, decoded_traces
 from .flags import SHAPES, check_policies, table
+from ..simulated import SimulatedHost, SimulatedLane, VirtualClock
 
 
 LEGEND = """

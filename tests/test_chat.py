@@ -15,6 +15,7 @@ from duoserve import engine as engine_module
 from duoserve.checkpoint import convert
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
+from duoserve.model import Mixtral
 from duoserve.policies import POLICIES
 from duoserve.tokenizer import Tokenizer
 
@@ -113,8 +114,8 @@ def test_the_space_before_an_answer_is_the_templates(tiny, cli, monkeypatch):
 @pytest.fixture
 def passes(monkeypatch):
     """A list to which each prefill adds its number of tokens."""
-    taken, forward = [], engine_module.Mixtral.forward
-    monkeypatch.setattr(engine_module.Mixtral, "forward",
+    taken, forward = [], Mixtral.forward
+    monkeypatch.setattr(Mixtral, "forward",
                         lambda model, tokens, *rest:
                         taken.append(tokens.shape[1]) or forward(model, tokens, *rest))
     return taken

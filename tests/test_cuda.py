@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from duoserve import Engine, scheduler
-from duoserve import engine as engine_module
+from duoserve import loading
 from duoserve.cache import WHOLE
 from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
@@ -104,12 +104,12 @@ def test_the_device_waits_for_an_answer_of_the_host(directory, compiled, monkeyp
     """Nobody else does; and the wait is what makes it right."""
     if not compiled:
         pytest.skip("an eager engine has no host")
-    expected, make = tokens(engine(directory, cache_experts=24), 0), engine_module.compiled_experts
+    expected, make = tokens(engine(directory, cache_experts=24), 0), loading.compiled_experts
 
     def late(*arguments):
         compute = make(*arguments)
         return lambda *job: time.sleep(2e-3) or compute(*job)
-    monkeypatch.setattr(engine_module, "compiled_experts", late)
+    monkeypatch.setattr(loading, "compiled_experts", late)
     monkeypatch.setattr(scheduler.ExpertScheduler, "for_host",
                         lambda self, keys: dict.fromkeys(keys[:1], WHOLE))
     e = ready(engine(directory, cache_experts=5, host_threads=2))
@@ -129,12 +129,12 @@ def test_a_host_that_fails_or_is_interrupted_leaves_a_gpu_that_works(directory, 
         pytest.skip("an eager engine has no host")
     monkeypatch.setattr(scheduler.ExpertScheduler, "for_host",
                         lambda self, keys: dict.fromkeys(keys[:1], WHOLE))
-    make, fails = engine_module.compiled_experts, []
+    make, fails = loading.compiled_experts, []
 
     def failing(*arguments):
         compute = make(*arguments)
         return lambda *job: {}["no expert"] if fails else compute(*job)
-    monkeypatch.setattr(engine_module, "compiled_experts", failing)
+    monkeypatch.setattr(loading, "compiled_experts", failing)
     e = ready(engine(directory, cache_experts=5, host_threads=2))
     expected, submit, left = tokens(e), e.host.submit, [20]
 

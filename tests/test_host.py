@@ -18,7 +18,7 @@ import torch._inductor
 from models import answers, at_rest, by_table, load, same, SAMPLED, SHORT
 
 import generate
-from duoserve import engine as engine_module
+from duoserve import engine as engine_module, loading
 from duoserve.bench.replay import Costs, Replay, step_floor, synthetic_traces
 from duoserve.cache import BLOCKS, HOST, LAUNCHED, WHOLE, GPUExpertCache
 from duoserve.config import MixtralConfig
@@ -102,7 +102,7 @@ def test_every_access_is_counted_once(tiny):
 
 def test_the_warm_up_is_given_what_a_decode_gives(tiny, monkeypatch):
     """A tensor of inference or not is a difference to compiled code: it would be compiled anew, in decode."""
-    given, on_threads, submit = [], engine_module.on_threads, Host.submit
+    given, on_threads, submit = [], loading.on_threads, Host.submit
 
     def warm(compute, keys, x, *more):
         given.append(x)
@@ -111,7 +111,7 @@ def test_the_warm_up_is_given_what_a_decode_gives(tiny, monkeypatch):
     def submitted(self, experts):
         submit(self, experts)
         given.extend(job.x for job in self.jobs.values())
-    monkeypatch.setattr(engine_module, "on_threads", warm)
+    monkeypatch.setattr(loading, "on_threads", warm)
     monkeypatch.setattr(Host, "submit", submitted)
     load(tiny, cache_experts=3, **SLOW).generate(SHORT, max_new_tokens=3)
     assert len(given) > 1
@@ -603,7 +603,7 @@ def test_a_host_that_is_much_slower_than_the_link_has_to_be_asked_for(tiny, monk
 
 
 def test_one_processor_is_enough_for_a_simulated_host(tiny, monkeypatch):
-    monkeypatch.setattr(engine_module, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(loading, "usable_cpus", lambda: 1)
     assert load(tiny, cache_experts=3, **SLOW).generate(SHORT, max_new_tokens=4).stats.host_experts
 
 

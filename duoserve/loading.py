@@ -10,10 +10,11 @@ import torch
 from .cache import BLOCKS, WHOLE, GPUExpertCache
 from .errors import UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
-from .host import Host, compiled_experts, on_threads
+from .host import Host
+from .hostcode import compiled_experts, on_threads
 from .link import PCIE, CudaLane, chunk_size
 from .machine import can_compile, enough_memory, set_threads, usable_cpus
-from .memory import plan_memory
+from .memory import choose_kept, plan_memory
 from .model import Mixtral, padded
 from .options import EngineOptions, check_context
 from .packed import PackedModel
@@ -22,7 +23,7 @@ from .quant import PackedLinear
 from .scheduler import THOUGHT
 from .simulated import SimulatedHost, SimulatedLane, WallClock
 from .step import DecodeStep
-from .store import ExpertStore, choose_kept, most_used
+from .store import ExpertStore, most_used
 
 HOST_WAIT = 10                              # seconds that loading waits for the host to be ready
 HOST_HELPS = 2.5                            # how many times as long as the link the host may take for one and

@@ -1,17 +1,20 @@
-"""The memory plan: what the device will hold, all of it taken once, and how many experts that leaves room
-for.
+"""The memory plan: what the device will hold, all of it taken once, and which experts the host will.
 
-Resident weights, KV cache and workspace come first; what is left of `--gpu-memory` is slots.
+On the device resident weights, KV cache and workspace come first; what is left of `--gpu-memory` is slots.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .errors import UserError, format_bytes, rounded_up
+from .link import Key
+from .machine import available_memory
 from .model import ATTENTION_ROWS, EXPERT_ROWS, key_sizes, padded
-from .packed import ModelShapes
+from .packed import ModelShapes, PackedModel
 from .quant import parts
+from .store import most_used, stride_of
 
 LOGIT_ROWS = 64                             # rows of logits made at a time when all are wanted
 # Measured on an H200, with 6 to 256 slots: what cuBLAS takes and rounding loses; a CUDA graph.
@@ -70,3 +73,25 @@ def plan_memory(packed: ModelShapes, dtype: torch.dtype, context: int, compiled:
                         f"for {fit}")
     plan.slots = min(total, fit if cache_experts is None else cache_experts)
     return plan
+
+
+def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None,
+                beside: int) -> list[Key]:
+    """Which experts to keep in memory: all, or as many as `host_memory` bytes hold of those used most.
+
+    Those are the first of the `most_used`. `UserError`, before anything is read, if that much and the
+    `beside` bytes of other things are not available.
+    """
+    stride = stride_of(model)
+    keys = most_used(model.config.expert_keys, popularity)
+    kept = keys if host_memory is None else keys[:host_memory // stride]
+    need, available = len(kept) * stride + beside, available_memory()
+    if available is not None and need > available:
+        room = int(0.9 * (available - beside)) // 1000
+        size = f"{room // 1000}MB" if room >= 10**4 else f"{room}kB"
+        mend = f"--host-memory {size} keeps what is used most there and reads the rest from the disk"
+        wanted = f"--host-memory {format_bytes(host_memory)}" if host_memory else \
+            "the model" if beside else "its experts"
+        raise UserError(f"{model.directory}: {wanted} would take {format_bytes(need)} of host memory and "
+                        f"{format_bytes(available)} are available; {mend if room > 0 else 'free some'}")
+    return kept

@@ -19,7 +19,7 @@ import torch
 from .errors import UserError, format_bytes, note
 from .files import read_into, reading
 from .link import Key, LinkError
-from .machine import HOST_THREAD, available_memory, clear_cuda_error
+from .machine import HOST_THREAD, clear_cuda_error
 from .packed import PackedModel
 
 REGION = 2**30                              # bytes registered at a time
@@ -34,28 +34,6 @@ def stride_of(model: PackedModel) -> int:
 def most_used(keys: list[Key], popularity: np.ndarray | None) -> list[Key]:
     """By falling `popularity` [layers, experts]; if nothing is known, one expert of each layer in turn."""
     return sorted(keys, key=lambda key: key[1] if popularity is None else -popularity[key])
-
-
-def choose_kept(model: PackedModel, host_memory: int | None, popularity: np.ndarray | None,
-                beside: int) -> list[Key]:
-    """Which experts to keep in memory: all, or as many as `host_memory` bytes hold of those used most.
-
-    Those are the first of the `most_used`. `UserError`, before anything is read, if that much and the
-    `beside` bytes of other things are not available.
-    """
-    stride = stride_of(model)
-    keys = most_used(model.config.expert_keys, popularity)
-    kept = keys if host_memory is None else keys[:host_memory // stride]
-    need, available = len(kept) * stride + beside, available_memory()
-    if available is not None and need > available:
-        room = int(0.9 * (available - beside)) // 1000
-        size = f"{room // 1000}MB" if room >= 10**4 else f"{room}kB"
-        mend = f"--host-memory {size} keeps what is used most there and reads the rest from the disk"
-        wanted = f"--host-memory {format_bytes(host_memory)}" if host_memory else \
-            "the model" if beside else "its experts"
-        raise UserError(f"{model.directory}: {wanted} would take {format_bytes(need)} of host memory and "
-                        f"{format_bytes(available)} are available; {mend if room > 0 else 'free some'}")
-    return kept
 
 
 class ExpertStore:

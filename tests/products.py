@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from duoserve.experts import run_experts
-from duoserve.host import compiled_graph, run_expert, run_rows
+from duoserve.hostcode import compiled_graph, run_expert, run_rows
 from duoserve.model import Expert
 from duoserve.quant import PackedLinear, compiled, pack, silu_table
 

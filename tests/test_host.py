@@ -24,7 +24,8 @@ from duoserve.cache import BLOCKS, HOST, LAUNCHED, WHOLE, GPUExpertCache
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.history import History, Routing
-from duoserve.host import FORGET, HOST_THREAD, Host, HostError, Job, compiled_graph, run_rows
+from duoserve.host import FORGET, HOST_THREAD, Host, HostError, Job
+from duoserve.hostcode import compiled_graph, run_rows
 from duoserve.link import LinkError
 from duoserve.options import EngineOptions
 from duoserve.predictor import Forecast

@@ -20,7 +20,7 @@ import torch
 from models import (answers, at_rest, DEFAULTS, hostile, in_child, InterruptAt, LateLane, load, LONG,
                     put_lane, same, SAMPLED, SHORT, tokenizer_model)
 
-from duoserve import machine, store
+from duoserve import machine, memory, store
 from duoserve.bench.flags import SHAPES
 from duoserve.bench.gpu import RandomModel
 from duoserve.cache import GPUExpertCache
@@ -194,17 +194,17 @@ def test_with_a_predictor_those_used_most_are_kept(tiny, traces, predictor):
 def test_too_little_memory_is_said_before_anything_is_read(tiny, monkeypatch):
     needed = load(tiny, cache_experts=2).plan.total + 24 * store.stride_of(PackedModel(tiny))
     read = PackedModel.read_expert, PackedModel.resident
-    monkeypatch.setattr(store, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
     for method in ("read_expert", "resident"):
         monkeypatch.setattr(PackedModel, method, lambda *_: pytest.fail("was read"))
     words = "would take .*B of host memory and .*B are available; --host-memory"
     with pytest.raises(UserError, match=words) as refusal:
         load(tiny, cache_experts=2)
     assert str(tiny) in str(refusal.value)
-    monkeypatch.setattr(store, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 10_000)
     with pytest.raises(UserError, match="--host-memory 10 GB would take .* 10 kB are available; free some"):
         load(tiny, cache_experts=2, host_memory="10GB")
-    monkeypatch.setattr(store, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(memory, "available_memory", lambda: needed - 1)
     monkeypatch.setattr(PackedModel, "read_expert", read[0])
     monkeypatch.setattr(PackedModel, "resident", read[1])
     advice = str(refusal.value).split("--host-memory ")[1].split()[0]

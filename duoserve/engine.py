@@ -7,7 +7,7 @@ ready.
 
 import time
 import weakref
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Iterator
@@ -21,7 +21,7 @@ from .history import History
 from .host import HostError
 from .link import LinkError
 from .loading import LoadedModel
-from .machine import enough_memory
+from .machine import compiling, enough_memory
 from .memory import LOGIT_ROWS
 from .model import rope_table
 from .options import EngineOptions, SamplingParams, as_ids
@@ -127,9 +127,14 @@ class Engine(LoadedModel):
         self.result: Generation | None = None
         self.kv_written = 0                 # positions of the KV cache that hold anything
         self.load_s = 0.0
-        super().__init__(packed, options, progress, store)
+        what = type(self), packed.config, packed.largest_group, options.context, options.dtype
+        with compiling(options.device, *what) if options.compiles else nullcontext() as done:
+            super().__init__(packed, options, progress, store)
+            with enough_memory(), torch.inference_mode():
+                self._warm_up()
+            if self.compiled:
+                done.touch()
         with enough_memory(), torch.inference_mode():
-            self._warm_up()
             self._start_host()
         self.load_s = time.perf_counter() - began
 

@@ -60,7 +60,7 @@ class LoadedModel:
             wanted = total
         if wanted is None and options.gpu_memory is None and not cuda:
             wanted = max(2, total // 4)
-        self.compiled = (cuda if options.compile is None else options.compile) and can_compile(device)
+        self.compiled = options.compiles and can_compile(device)
         budget = options.budget(packed.nbytes)
         self.plan = plan_memory(packed, dtype, self.context, self.compiled, cuda, budget, wanted)
         if cuda and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):

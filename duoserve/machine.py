@@ -2,8 +2,9 @@
 
 import ctypes
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -74,6 +75,22 @@ def can_compile(device: torch.device) -> bool:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         note(f"torch.compile does not work here ({reason[0][:100]}); going on without it")
         return False
+
+
+@contextmanager
+def compiling(device: torch.device, *what):
+    """Yields the file, among what torch has compiled, whose presence says that all of this has been, by a
+    program that reached the end of its loading. Where it is there, nothing need be compiled anew; and the
+    processes that would do so (torch starts one for each processor) are not started."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    digest = sha256(repr((torch.__version__, name, what)).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    done = Path(cache_dir()) / f"duoserve-{digest.hexdigest()[:16]}"
+    with config.patch(compile_threads=1) if done.exists() else nullcontext():
+        yield done
 
 
 @contextmanager

@@ -35,7 +35,7 @@ IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold":
 # as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need
 # be converted, and what the nibble meets is made larger by 2^LIFT.
 LIFT = 114
-# While a thread traces what is to be compiled (hostcode.py), compiled code refuses to be called, by any thread.
+# While a thread traces what is to be compiled (hostcode.py), compiled code refuses to be called, by any.
 COMPILER = threading.RLock()
 
 

@@ -4,10 +4,12 @@ import gc
 import math
 import random
 import re
+import shutil
 import sys
 import threading
 import time
 import tracemalloc
+from contextlib import suppress
 from functools import partial
 from itertools import product
 
@@ -17,7 +19,7 @@ import torch
 from models import (answers, at_rest, by_table, hostile, InterruptAt, LateLane, load, LONG, packed, put_lane,
                     same, SAMPLED, SHORT)
 
-from duoserve import Engine
+from duoserve import Engine, machine
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
 from duoserve.experts import ExpertSlots
@@ -774,7 +776,7 @@ def test_time_per_token_does_not_count_the_eos(tiny, monkeypatch):
 @pytest.mark.compiles
 def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sample(tiny, monkeypatch):
     torch._dynamo.reset()                   # (what other tests have compiled)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before, threads = torch._dynamo.utils.counters["stats"]["unique_graphs"], []
     monkeypatch.setattr(engine_module, "sample", lambda *_: torch.tensor(2))            # the end, at once
     monkeypatch.setattr("duoserve.step.key_sizes", lambda context: [64, context])
     engine = load(tiny, cache_experts=4, context=100, compile=True)
@@ -782,8 +784,31 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
     monkeypatch.setattr(engine_module, "sample", sample)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 0 < graphs - before <= 12 and engine.step.sizes == [64, 128]     # (each takes half a second)
+    monkeypatch.setattr(Engine, "_warm_up", lambda _: threads.append(torch._inductor.config.compile_threads))
+    with torch._inductor.config.patch(compile_threads=7):
+        load(tiny, cache_experts=4, context=100, compile=True)
+    assert threads == [1]
     assert len(engine.generate([1, *[40] * 61], max_new_tokens=4, temperature=0).token_ids) > 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("changed", (None, "shape", "code", "interrupted"))
+def test_what_has_been_compiled_needs_no_processes_to_compile_it(changed, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    shutil.copy(machine.__file__, tmp_path / "machine.py")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    config = torch._inductor.config
+    with config.patch(compile_threads=7):
+        with suppress(KeyboardInterrupt), machine.compiling(torch.device("cpu"), 4096) as done:
+            assert config.compile_threads == 7
+            if changed == "interrupted":
+                raise KeyboardInterrupt
+            done.touch()
+        if changed == "code":
+            (tmp_path / "step.py").write_text("pass")
+        with machine.compiling(torch.device("cpu"), 32 if changed == "shape" else 4096):
+            assert config.compile_threads == (7 if changed else 1)
+        assert config.compile_threads == 7
 
 
 @pytest.mark.compiles

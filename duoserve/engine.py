@@ -8,7 +8,7 @@ ready.
 import time
 import weakref
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
@@ -24,53 +24,14 @@ from .loading import LoadedModel
 from .machine import compiling, enough_memory
 from .memory import LOGIT_ROWS
 from .model import rope_table
-from .options import EngineOptions, SamplingParams, as_ids
+from .options import EngineOptions, SamplingParams, as_ids, check_ids
 from .packed import PackedModel
 from .policies import schedulers
 from .predictor import Forecast
+from .results import Generation, Stats
 from .sampling import sample
 from .store import ExpertStore
 from .tokenizer import TextStream
-
-
-@dataclass
-class Stats:
-    """One request's numbers. Seconds and bytes; the accesses are those of decode (`cache.Counts`)."""
-
-    load_s: float
-    ttft_s: float | None                    # None if interrupted before
-    tpot_s: float | None                    # None for a single token
-    policy: str
-    cache_experts: int
-    hits: int
-    misses: int
-    prefetched: int
-    prefetched_used: int
-    in_time: int                            # of hits and used prefetches: was there when routed to
-    bytes_moved: int
-    peak_device_bytes: int
-    link_busy_fraction: float
-    host_experts: int                       # accesses computed on the host: neither hits nor misses
-    split_experts: int                      # misses and used prefetches that it computed a part of
-    host_busy_fraction: float
-    host_unused: str | None                 # why it computed nothing, where it might have been expected to
-    bytes_from_disk: int                    # of those moved (with --host-memory)
-    prompt_tokens_kept: int                 # not prefilled: their keys and values were there
-
-
-@dataclass
-class Generation:
-    """What a request gave: `token_ids` are the new tokens only, without the EOS; `finish_reason` is 'stop'
-    (EOS), 'length' or 'interrupted'."""
-
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    stats: Stats
-
-    def asdict(self) -> dict:
-        return asdict(self) | {"new_tokens": len(self.token_ids)}
 
 
 @dataclass(eq=False)
@@ -257,7 +218,8 @@ class Engine(LoadedModel):
         """Teacher-forced through the prefill path (or with `decode`, from the second token on, as new tokens
         are), ids taken as they are -> float32 [tokens, vocab] on the host."""
         ids = as_ids(token_ids, "`logits` takes a list of token ids")
-        tokens = self._check_ids(ids, self.context)
+        check_ids(ids, self.config, self.context, self.context)
+        tokens = torch.tensor(ids, device=self.device)
         with self._held():
             self._begin(ids, time.perf_counter(), resume=False)
             try:
@@ -299,7 +261,8 @@ class Engine(LoadedModel):
             raise UserError("the prompt is empty; give some text")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else \
             as_ids(prompt, "the prompt must be text or a list of token ids")
-        tokens, n = self._check_ids(ids, self.context - 1), len(ids)
+        check_ids(ids, self.config, self.context, self.context - 1)
+        tokens, n = torch.tensor(ids, device=self.device), len(ids)
         with self._held():
             self.result = None
             generator = torch.Generator(self.device).manual_seed(int(params.seed))
@@ -358,15 +321,3 @@ class Engine(LoadedModel):
     def peak_bytes(self) -> int:
         """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self.plan.total
-
-    def _check_ids(self, ids: list[int], most: int) -> Tensor:
-        if not ids:
-            raise UserError("the prompt is empty; give at least one token")
-        if len(ids) > most:
-            raise UserError(f"the prompt has {len(ids)} tokens and --context {self.context} leaves room for "
-                            f"{most}; shorten it or raise --context (this model takes "
-                            f"{self.config.max_position_embeddings})")
-        bad = next((i for i in ids if not 0 <= i < self.config.vocab_size), None)
-        if bad is not None:
-            raise UserError(f"token id {bad} is outside the vocabulary of {self.config.vocab_size}")
-        return torch.tensor(ids, device=self.device)

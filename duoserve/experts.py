@@ -14,7 +14,8 @@ from .config import MixtralConfig
 from .history import Routing
 from .link import Mailbox
 from .model import EXPERT_ROWS, Expert
-from .quant import ExpertLayout, compiled, exact_gemv, exact_swiglu, gemv, silu_table
+from .packed import ExpertLayout
+from .quant import compiled, exact_gemv, exact_swiglu, gemv, silu_table
 from .scheduler import ExpertScheduler
 from .trace import TraceRecorder
 

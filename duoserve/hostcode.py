@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .cache import BLOCKS, WHOLE
 from .link import Key
-from .quant import (COMPILER, IN_ONE_PASS, SAME_EVERYWHERE, ExpertLayout, dots, exact_swiglu, laid_out,
-                    silu_table, whole_numbers)
+from .packed import ExpertLayout
+from .quant import (COMPILER, IN_ONE_PASS, SAME_EVERYWHERE, dots, exact_swiglu, laid_out, silu_table,
+                    whole_numbers)
 
 TRIALS = 9                                  # experts computed to see how long one takes,
 PAUSE = 3e-3                                # and seconds between two: a thread that has slept starts late

@@ -14,6 +14,7 @@ from typing import get_args
 
 import torch
 
+from .config import MixtralConfig
 from .errors import UserError, note, parse_amount, parse_rate
 from .policies import load_policy
 from .predictor import check_exists
@@ -174,3 +175,15 @@ def as_ids(ids, wanted: str) -> list[int]:
         except TypeError:                   # (also for a float: it would be whole by accident only)
             raise UserError(f"{wanted}; what is at [{i}] is {item!r}, not a whole number") from None
     return out
+
+
+def check_ids(ids: list[int], config: MixtralConfig, context: int, most: int) -> None:
+    """Are these tokens of the model, at least one and at `most` so many of the `context`?"""
+    if not ids:
+        raise UserError("the prompt is empty; give at least one token")
+    if len(ids) > most:
+        raise UserError(f"the prompt has {len(ids)} tokens and --context {context} leaves room for {most}; "
+                        f"shorten it or raise --context (this model takes {config.max_position_embeddings})")
+    bad = next((i for i in ids if not 0 <= i < config.vocab_size), None)
+    if bad is not None:
+        raise UserError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")

@@ -11,18 +11,20 @@ model.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from .config import MixtralConfig
 from .errors import UserError
-from .files import Header, read_into, reading
+from .files import ALIGN, Header, read_into, reading
 from .model import Expert, Mixtral
-from .quant import ExpertLayout, PackedLinear, group_size
+from .quant import PackedLinear, group_size
 from .tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
@@ -55,6 +57,37 @@ def place(name: str) -> tuple[str, str]:
         return "outer.safetensors", name
     _, i, inside = name.split(".", 2)
     return f"layer-{int(i):03d}.safetensors", inside
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """Where an expert's six tensors lie in its one contiguous block of `nbytes` bytes."""
+
+    fields: dict[str, tuple[int, torch.dtype, tuple[int, int]]]     # name -> (offset, dtype, shape)
+    nbytes: int
+
+    @classmethod
+    def of(cls, expert: nn.Module) -> "ExpertLayout":
+        """The layout of a packed `Expert`, which may be on torch's meta device."""
+        fields, offset = {}, 0
+        for name, tensor in expert.state_dict().items():
+            fields[name] = offset, tensor.dtype, tuple(tensor.shape)
+            offset += -(-tensor.nbytes // ALIGN) * ALIGN
+        return cls(fields, offset)
+
+    def views(self, block: Tensor) -> dict[str, Tensor]:
+        """block [.., nbytes] uint8 -> the six tensors [.., rows, columns], as views."""
+        def view(offset: int, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
+            return block[..., offset:offset + prod(shape) * dtype.itemsize].view(dtype).unflatten(-1, shape)
+
+        return {name: view(*field) for name, field in self.fields.items()}
+
+    def bind(self, expert: nn.Module, block: Tensor) -> nn.Module:
+        """Point a packed `Expert`'s tensors into a block."""
+        for name, view in self.views(block).items():
+            matrix, part = name.split(".")
+            setattr(getattr(expert, matrix), part, view)
+        return expert
 
 
 class ModelShapes:

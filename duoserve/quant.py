@@ -11,7 +11,6 @@ as ((5 x0 + 0 x1 + 2 x2 + 15 x3) - 2 (x0 + x1 + x2 + x3)) * 0.5.
 """
 
 import threading
-from dataclasses import dataclass
 from functools import cache, partial, reduce
 from math import prod
 from typing import Callable
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .files import ALIGN
 
 UNPACK = 64 * 2**20             # weights unpacked at a time,
 UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
@@ -312,34 +310,3 @@ class PackedLinear(nn.Module):
         """From now on unpack into the workspace through what `graph` makes of a call: one launch."""
         self.graphs = [graph(partial(self.dequantize_into, *self.matrix(part),
                                      self.room(part, self.workspace))) for part in self.parts()]
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """Where an expert's six tensors lie in its one contiguous block of `nbytes` bytes."""
-
-    fields: dict[str, tuple[int, torch.dtype, tuple[int, int]]]     # name -> (offset, dtype, shape)
-    nbytes: int
-
-    @classmethod
-    def of(cls, expert: nn.Module) -> "ExpertLayout":
-        """The layout of a packed `Expert`, which may be on torch's meta device."""
-        fields, offset = {}, 0
-        for name, tensor in expert.state_dict().items():
-            fields[name] = offset, tensor.dtype, tuple(tensor.shape)
-            offset += -(-tensor.nbytes // ALIGN) * ALIGN
-        return cls(fields, offset)
-
-    def views(self, block: Tensor) -> dict[str, Tensor]:
-        """block [.., nbytes] uint8 -> the six tensors [.., rows, columns], as views."""
-        def view(offset: int, dtype: torch.dtype, shape: tuple[int, int]) -> Tensor:
-            return block[..., offset:offset + prod(shape) * dtype.itemsize].view(dtype).unflatten(-1, shape)
-
-        return {name: view(*field) for name, field in self.fields.items()}
-
-    def bind(self, expert: nn.Module, block: Tensor) -> nn.Module:
-        """Point a packed `Expert`'s tensors into a block."""
-        for name, view in self.views(block).items():
-            matrix, part = name.split(".")
-            setattr(getattr(expert, matrix), part, view)
-        return expert

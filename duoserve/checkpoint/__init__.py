@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..config import MixtralConfig
 from ..files import Header, atomic, read_json, reading, write_tensors
-from ..packed import MANIFEST, ModelShapes, PackedModel, check_directory, fingerprint, place, tensor_files
-from ..quant import ExpertLayout, dequantize
+from ..packed import (MANIFEST, ExpertLayout, ModelShapes, PackedModel, check_directory, fingerprint, place,
+                      tensor_files)
+from ..quant import dequantize
 from ..tokenizer import Tokenizer
 from .formats import BLOCK, ConsolidatedSource, HuggingFaceSource, QuantizedSource, consolidated_config
 

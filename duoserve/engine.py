@@ -20,7 +20,7 @@ from .errors import WEIGHTS, UserError
 from .history import History
 from .host import HostError
 from .link import LinkError
-from .loading import LoadedModel
+from .loading import LoadedModel, same_bits
 from .machine import compiling, enough_memory
 from .memory import LOGIT_ROWS
 from .model import rope_table
@@ -28,7 +28,7 @@ from .options import EngineOptions, SamplingParams, as_ids, check_ids
 from .packed import PackedModel
 from .policies import schedulers
 from .predictor import Forecast
-from .results import Generation, Stats
+from .results import Generation, result_of
 from .sampling import sample
 from .store import ExpertStore
 from .tokenizer import TextStream
@@ -108,7 +108,7 @@ class Engine(LoadedModel):
             h = torch.zeros(1, rows, c.hidden_size, dtype=self.dtype, device=self.device)
             layer.gate(layer.attend(h, rope_table(c, torch.arange(rows, device=self.device)), None, 0))
             self.slots[0](h[0])
-        if self.dtype != torch.float32 and not layer.attention.o.same_bits(self.dtype):
+        if self.dtype != torch.float32 and not same_bits(layer.attention.o, self.dtype):
             mend = "--no-compile or --device cpu" if compiled else "--device cpu"
             raise UserError(f"what is computed on {self.device} has not the bits of the CPU (small numbers "
                             f"may be taken for zero); use {mend}")
@@ -301,23 +301,5 @@ class Engine(LoadedModel):
                 try:
                     self._rest()
                 finally:                    # (a second Ctrl-C)
-                    self.result = self._result(sequence)
+                    self.result = result_of(self, sequence)
             return self.result
-
-    def _result(self, s: Sequence) -> Generation:
-        d, elapsed = s.decode, max((s.last or s.first or s.arrived) - s.arrived, 1e-9)
-        return Generation(s.text, s.new, len(s.prompt), s.finish_reason, Stats(
-            load_s=self.load_s, ttft_s=s.first and s.first - s.arrived,
-            tpot_s=(s.last - s.first) / (len(s.new) - 1) if len(s.new) > 1 else None,
-            policy=self.policy, cache_experts=self.plan.slots, hits=d.hits, misses=d.misses,
-            prefetched=d.prefetched, prefetched_used=d.prefetched_used, in_time=d.in_time,
-            bytes_moved=s.prefill.bytes_moved + d.bytes_moved, peak_device_bytes=self.peak_bytes(),
-            link_busy_fraction=min(1.0, self.cache.lane.busy / elapsed),
-            host_experts=d.host_experts, split_experts=d.split,
-            host_busy_fraction=min(1.0, self.host.busy / elapsed) if self.host else 0.0,
-            host_unused=None if d.host_experts or d.split else self.host_unused,
-            bytes_from_disk=self.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))
-
-    def peak_bytes(self) -> int:
-        """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self.plan.total

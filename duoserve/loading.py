@@ -19,7 +19,7 @@ from .model import Mixtral, padded
 from .options import EngineOptions, check_context
 from .packed import PackedModel
 from .predictor import open_predictor
-from .quant import PackedLinear
+from .quant import PackedLinear, gemv
 from .scheduler import THOUGHT
 from .simulated import SimulatedHost, SimulatedLane, WallClock
 from .step import DecodeStep
@@ -223,3 +223,17 @@ class LoadedModel:
     def fill_slots(self) -> None:
         """Between requests: in the slots what the predictor's traces used most (or else, layer by layer)."""
         self.cache.fill(most_used(self.config.expert_keys, self.predictor and self.predictor.popularity()))
+
+    def peak_bytes(self) -> int:
+        """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self.plan.total
+
+
+def same_bits(matrix: PackedLinear, dtype: torch.dtype) -> bool:
+    """Has one row in 16 bits the bits on the matrix's device that it has on the host? (With some rows of the
+    matrix, as each is computed by itself.)"""
+    rows, columns = len(matrix.q), 2 * matrix.q.shape[-1]
+    x, some = torch.linspace(-1, 1, columns, dtype=dtype, device="cpu")[None], max(1, rows // 64)
+    there = gemv(x, *(tensor[::some].cpu() for tensor in (matrix.q, matrix.scale, matrix.zero)))
+    here = matrix(x.to(matrix.q.device))[:, ::some].cpu()
+    return torch.allclose(here, there, rtol=0, atol=0, equal_nan=True)

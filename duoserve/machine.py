@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import threading
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from hashlib import sha256
@@ -12,7 +13,7 @@ from typing import Callable
 import torch
 
 from .config import MixtralConfig
-from .errors import UserError, note
+from .errors import UserError, format_bytes, note
 from .quant import COMPILER
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
@@ -137,3 +138,30 @@ def clear_cuda_error() -> None:
     """A failed runtime call leaves its code behind, and the next, unrelated kernel launch would raise it."""
     for library in cuda_runtimes():
         library.cudaGetLastError()
+
+
+def pin(base: int, nbytes: int, region: int) -> list[int]:
+    """Register host memory with CUDA, in parts of `region` bytes, so that it is copied from where it is. ->
+    where these begin; none if the driver refuses, which is said."""
+    runtime, done = torch.cuda.cudart(), []
+    for start in range(base, base + nbytes, region):
+        code = runtime.cudaHostRegister(start, min(region, base + nbytes - start), 0)
+        if int(code) != 0:
+            for address in done:
+                runtime.cudaHostUnregister(address)
+            clear_cuda_error()
+            note(f"the driver will not pin {format_bytes(nbytes)} of host memory (cudaHostRegister: {code}); "
+                 "transfers go through a small pinned buffer: slower, with hardly any overlap")
+            return []
+        done.append(start)
+    return done
+
+
+def unpin(addresses: list[int], memory) -> None:
+    """Take back what `pin` did with parts of `memory`, when nothing is copied from there any more."""
+    if threading.current_thread().name == HOST_THREAD:  # (it collects garbage, too; the GPU may await it)
+        threading.Thread(target=unpin, args=(addresses, memory)).start()
+    elif addresses:
+        torch.cuda.synchronize()
+        for address in addresses:
+            torch.cuda.cudart().cudaHostUnregister(address)

@@ -281,15 +281,6 @@ class PackedLinear(nn.Module):
         """x [1, columns] in 16 bits or fp32 -> [1, rows] in fp32, the same bits everywhere."""
         return exact_gemv(x, *self.matrix(), self.fused)
 
-    def same_bits(self, dtype: torch.dtype) -> bool:
-        """Has one row in 16 bits, here, the bits that it has on the host? (With some rows of the matrix, as
-        each is computed by itself.)"""
-        rows, columns = len(self.q), 2 * self.q.shape[-1]
-        x, some = torch.linspace(-1, 1, columns, dtype=dtype, device="cpu")[None], max(1, rows // 64)
-        there = gemv(x, *(tensor[::some].cpu() for tensor in (self.q, self.scale, self.zero)))
-        here = self(x.to(self.q.device))[:, ::some].cpu()
-        return torch.allclose(here, there, rtol=0, atol=0, equal_nan=True)
-
     def parts(self) -> list[slice]:
         return parts(self.q.shape[-2], 2 * self.q.shape[-1])
 

@@ -41,3 +41,19 @@ class Generation:
 
     def asdict(self) -> dict:
         return asdict(self) | {"new_tokens": len(self.token_ids)}
+
+
+def result_of(engine, s) -> Generation:
+    """What has come of an engine's `Sequence` so far."""
+    d, elapsed = s.decode, max((s.last or s.first or s.arrived) - s.arrived, 1e-9)
+    return Generation(s.text, s.new, len(s.prompt), s.finish_reason, Stats(
+        load_s=engine.load_s, ttft_s=s.first and s.first - s.arrived,
+        tpot_s=(s.last - s.first) / (len(s.new) - 1) if len(s.new) > 1 else None,
+        policy=engine.policy, cache_experts=engine.plan.slots, hits=d.hits, misses=d.misses,
+        prefetched=d.prefetched, prefetched_used=d.prefetched_used, in_time=d.in_time,
+        bytes_moved=s.prefill.bytes_moved + d.bytes_moved, peak_device_bytes=engine.peak_bytes(),
+        link_busy_fraction=min(1.0, engine.cache.lane.busy / elapsed),
+        host_experts=d.host_experts, split_experts=d.split,
+        host_busy_fraction=min(1.0, engine.host.busy / elapsed) if engine.host else 0.0,
+        host_unused=None if d.host_experts or d.split else engine.host_unused,
+        bytes_from_disk=engine.store.bytes_read - s.bytes_read, prompt_tokens_kept=s.kept))

@@ -9,17 +9,16 @@ files, and come through a small buffer when the lane asks for them.
 
 import mmap
 import os
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 
-from .errors import UserError, format_bytes, note
+from .errors import UserError, format_bytes
 from .files import read_into, reading
 from .link import Key, LinkError
-from .machine import HOST_THREAD, clear_cuda_error
+from .machine import pin, unpin
 from .packed import PackedModel
 
 REGION = 2**30                              # bytes registered at a time
@@ -83,7 +82,10 @@ class ExpertStore:
         finally:
             self.stop()
         if self.pin and not self.pinned:
-            self.pin = self.pinned = self._register(len(self.blocks) * self.bytes.strides[0])
+            addresses = pin(self.bytes.ctypes.data, len(self.blocks) * self.bytes.strides[0], self.region)
+            self.pin = self.pinned = bool(addresses)
+            # (At the interpreter's exit, too. It holds the map, which must outlive that.)
+            self.close = weakref.finalize(self, unpin, addresses, self.memory)
 
     def stop(self) -> None:
         """Read no more than this. (Where `wait` was not called the store is of no use then.)"""
@@ -136,31 +138,6 @@ class ExpertStore:
     def pinned_block(self, key: Key) -> torch.Tensor | None:
         """An expert's bytes, if CUDA can copy them from where they are."""
         return self.blocks.get(key) if self.pinned else None
-
-    def _register(self, total: int) -> bool:
-        """Pin our pages, region by region; on failure undo it and say what that costs."""
-        runtime, base, done = torch.cuda.cudart(), self.bytes.ctypes.data, []
-        for start in range(0, total, self.region):
-            code = runtime.cudaHostRegister(base + start, min(self.region, total - start), 0)
-            if int(code) != 0:
-                for address in done:
-                    runtime.cudaHostUnregister(address)
-                clear_cuda_error()
-                note(f"the driver will not pin {format_bytes(total)} of host memory (cudaHostRegister: "
-                     f"{code}); transfers go through a small pinned buffer: slower, with hardly any overlap")
-                return False
-            done.append(base + start)
-
-        def release(memory):                # holding the map: it must outlive its registration
-            thread = threading.current_thread()
-            if thread.name == HOST_THREAD:  # (it collects garbage, too; and the GPU may be waiting for it)
-                return threading.Thread(target=release, args=(memory,)).start()
-            torch.cuda.synchronize()
-            for address in done:
-                runtime.cudaHostUnregister(address)
-
-        self.close = weakref.finalize(self, release, self.memory)      # also at interpreter exit
-        return True
 
 
 def stamp(file) -> tuple[int, ...]:

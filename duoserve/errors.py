@@ -168,6 +168,8 @@ class Progress:
     def add(self, n: int) -> None:
         with self.lock:                                             # loading adds from several threads
             self.done, now = self.done + n, time.monotonic()
+            if self.done >= self.total:     # (whoever closes it may have more to do)
+                return self.close()
             if self.shown and now >= self.next and self.done:
                 rate = self.done / (now - self.start)
                 minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
@@ -179,6 +181,7 @@ class Progress:
     def close(self) -> None:
         if self.next > self.start + 2:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self.shown, self.next = False, self.start
 
 
 def note(text: str) -> None:

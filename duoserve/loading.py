@@ -1,5 +1,5 @@
-"""Everything that a request needs, made ready: taken from the device once, the largest first; compiled and
-captured, while threads read the experts."""
+"""Everything that a request needs, made ready: taken from the device once, the largest first; compiled; and
+on a GPU captured, while threads read the experts."""
 
 import os
 from contextlib import ExitStack
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from .cache import BLOCKS, WHOLE, GPUExpertCache
+from .config import MixtralConfig
 from .errors import UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .host import Host
@@ -52,7 +53,7 @@ class LoadedModel:
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")                # (in KiB)
         if options.context is not None:
             check_context(options.context, c.max_position_embeddings)
-        self.context = options.context or min(c.max_position_embeddings, 4096)
+        self.context = context_of(options, c)
         total = len(c.expert_keys)
         wanted = options.cache_experts
         if wanted is not None and wanted > total:
@@ -88,6 +89,8 @@ class LoadedModel:
             rest = "; the others are read from the disk" if len(kept) < total else ""
             note(f"{len(kept)} of {total} experts are kept in memory{rest}")
         bar = progress(len(kept) * packed.layout.nbytes, "loading") if progress else None
+        if bar:
+            loading.callback(bar.close)
         store = ExpertStore(packed, kept, pin=cuda, progress=bar)
         loading.callback(store.stop)
         return store
@@ -227,6 +230,10 @@ class LoadedModel:
     def peak_bytes(self) -> int:
         """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self.plan.total
+
+
+def context_of(options: EngineOptions, config: MixtralConfig) -> int:
+    return options.context or min(config.max_position_embeddings, 4096)
 
 
 def same_bits(matrix: PackedLinear, dtype: torch.dtype) -> bool:

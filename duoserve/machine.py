@@ -80,17 +80,27 @@ def can_compile(device: torch.device) -> bool:
 
 @contextmanager
 def compiling(device: torch.device, *what):
-    """Yields the file, among what torch has compiled, whose presence says that all of this has been, by a
-    program that reached the end of its loading. Where it is there, nothing need be compiled anew; and the
-    processes that would do so (torch starts one for each processor) are not started."""
-    from torch._inductor import config
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    digest = sha256(repr((torch.__version__, name, what)).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    done = Path(cache_dir()) / f"duoserve-{digest.hexdigest()[:16]}"
-    with config.patch(compile_threads=1) if done.exists() else nullcontext():
+    """Yields what is to be called when all of this has been compiled: it leaves a mark beside torch's own
+    files. Where there is one already, a GPU's code is found again, and the processes that would compile it
+    (torch starts one for each processor) are not started."""
+    try:
+        from torch._inductor import config
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        digest = sha256(repr((torch.__version__, name, what)).encode())
+        for path in sorted(Path(__file__).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+        mark = Path(cache_dir()) / f"duoserve-{digest.hexdigest()[:16]}"
+        found = mark.exists()
+    except Exception:                       # (no home, no room: `can_compile` says what does not work)
+        config = mark = None
+        found = False
+
+    def done():
+        with suppress(OSError):
+            if mark:
+                mark.touch()
+    with config.patch(compile_threads=1) if found else nullcontext():
         yield done
 
 

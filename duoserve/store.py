@@ -1,10 +1,10 @@
 """ExpertStore: the experts' bytes on the host, one contiguous block each, registered with CUDA if there is
 one.
 
-Threads read them while the engine compiles. The memory is one anonymous map of exactly the size needed.
-`pin_memory` would round every block up to a power of two (94 MB to 128 MiB); registering our own pages with
-the driver pins them as they are. Where the memory does not hold all experts, those used least stay in their
-files, and come through a small buffer when the lane asks for them.
+Threads read them while the engine captures its code. The memory is one anonymous map of exactly the size
+needed. `pin_memory` would round every block up to a power of two (94 MB to 128 MiB); registering our own
+pages with the driver pins them as they are. Where the memory does not hold all experts, those used least stay
+in their files, and come through a small buffer when the lane asks for them.
 """
 
 import mmap
@@ -62,7 +62,7 @@ class ExpertStore:
             with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
                 self.stamps[layer] = stamp(file)
         self.region = max(1, REGION // stride) * stride             # bytes; no copy may cross a multiple
-        self.pin, self.pinned, self.progress = pin and total > 0, False, progress
+        self.pin, self.pinned, self.reading = pin and total > 0, False, []
 
         def load(key):
             model.read_expert(*key, self.blocks[key].numpy())
@@ -70,16 +70,24 @@ class ExpertStore:
                 progress.add(self.nbytes)
 
         pool = ThreadPoolExecutor(READERS)
-        self.reading = [pool.submit(load, key) for key in self.blocks]
-        pool.shutdown(wait=False)           # (its threads end when nothing is left)
+        try:
+            for key in self.blocks:
+                self.reading.append(pool.submit(load, key))
+        except BaseException:               # (a Ctrl-C)
+            self.stop()
+            raise
+        finally:
+            pool.shutdown(wait=False)       # (its threads end when nothing is left)
 
     def wait(self) -> None:
         """Until all that is kept has been read, and is pinned. Raises `UserError` for the first damaged
         expert."""
+        each = None
         try:
             for each in self.reading:
                 each.result()
         finally:
+            each = None                     # (it would hold an error that holds this frame, and so the store)
             self.stop()
         if self.pin and not self.pinned:
             addresses = pin(self.bytes.ctypes.data, len(self.blocks) * self.bytes.strides[0], self.region)
@@ -93,9 +101,6 @@ class ExpertStore:
             each.cancel()
         wait(self.reading)
         self.reading = []
-        if self.progress:
-            self.progress.close()
-        self.progress = None
 
     def fetch(self, key: Key, start: int, into: torch.Tensor) -> None:
         """Copy an expert's bytes from `start` on into uint8 [n], from memory or from the disk.

@@ -518,7 +518,7 @@ def test_progress_is_for_terminals_and_for_work_that_lasts(monkeypatch, capsys):
 
     def run(terminal):
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-        progress, seen = Progress(10**9, "packing"), []
+        progress, seen = Progress(total, "packing"), []
         for _ in range(4):
             now[0] += 1
             progress.add(10**8)
@@ -526,7 +526,11 @@ def test_progress_is_for_terminals_and_for_work_that_lasts(monkeypatch, capsys):
         progress.close()
         return seen + [capsys.readouterr().err]
 
+    total = 10**9
     assert "".join(run(False)) == ""
     first, second, *_, closed = run(True)
     assert first == "" and closed == "\r\033[K"
     assert second.startswith("\rpacking: 200 MB of 1 GB, 100 MB/s, 0:08 left") and "\n" not in second
+    total = 4 * 10**8
+    *_, done, closed = run(True)            # (nothing is left of it when the work is done)
+    assert done == "\r\033[K" and closed == ""

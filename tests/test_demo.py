@@ -100,6 +100,17 @@ def test_training_all_experts_at_once_changes_nothing(trainee):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_share_of_the_tokens_is_hidden_in_training(make_demo, trainee):
+    model, source = trainee
+    named, shown = [(name, p) for module in trainee for name, p in module.named_parameters()], []
+    optimizer = make_demo["Optimizer"](named, muon_lr=0, lr=0, weight_decay=0)
+    trainer = make_demo["Trainer"](model, source, optimizer, torch.randint(1, 64, (4096,)).numpy(), 1024)
+    model.embed.register_forward_pre_hook(lambda module, arguments: shown.append(arguments[0]))
+    for share in (0, 0.25, 1):
+        trainer.advance(128, 1.0, share)
+        assert (shown.pop() == 0).float().mean() == pytest.approx(share, abs=0.06)
+
+
 @pytest.mark.parametrize("dense", (False, True))
 def test_dropout_is_of_training_alone(make_demo, trainee, dense):
     model, source = make_demo["Trainee"](trainee[0].config, dropout=0.5), trainee[1]

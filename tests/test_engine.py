@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from contextlib import suppress
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ import torch
 from models import (answers, at_rest, by_table, hostile, InterruptAt, LateLane, load, LONG, packed, put_lane,
                     same, SAMPLED, SHORT)
 
-from duoserve import Engine, machine
+from duoserve import Engine, loading, machine, store
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
 from duoserve.experts import ExpertSlots
@@ -30,6 +32,7 @@ from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear, compiled
 from duoserve.sampling import sample
 from duoserve.step import DecodeStep
+from duoserve.store import ExpertStore
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
 from duoserve.link import LinkError, Mailbox
@@ -786,8 +789,9 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
     assert 0 < graphs - before <= 12 and engine.step.sizes == [64, 128]     # (each takes half a second)
     monkeypatch.setattr(Engine, "_warm_up", lambda _: threads.append(torch._inductor.config.compile_threads))
     with torch._inductor.config.patch(compile_threads=7):
-        load(tiny, cache_experts=4, context=100, compile=True)
-    assert threads == [1]
+        load(tiny, cache_experts=4, context=90, compile=True)       # (the same, once it is padded)
+        load(tiny, cache_experts=4, context=90, compile=True, dtype="fp16")
+    assert threads == [1, 7]
     assert len(engine.generate([1, *[40] * 61], max_new_tokens=4, temperature=0).token_ids) > 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
@@ -803,7 +807,7 @@ def test_what_has_been_compiled_needs_no_processes_to_compile_it(changed, tmp_pa
             assert config.compile_threads == 7
             if changed == "interrupted":
                 raise KeyboardInterrupt
-            done.touch()
+            done()
         if changed == "code":
             (tmp_path / "step.py").write_text("pass")
         with machine.compiling(torch.device("cpu"), 32 if changed == "shape" else 4096):
@@ -817,6 +821,15 @@ def test_compiled_with_the_smallest_context(tiny):
     engine = load(tiny, cache_experts=4, context=2, compile=True)
     assert len(engine.generate([1], max_new_tokens=5, temperature=0).token_ids) == 1
     assert torch._dynamo.utils.counters["graph_break"] == before    # each piece is compiled as a whole
+
+
+def test_without_a_place_for_compiled_code_nothing_is_compiled(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/cache"))
+    torch._dynamo.reset()
+    engine = load(tiny, compile=True)
+    assert not engine.compiled and "torch.compile does not work here" in capsys.readouterr().err
+    assert engine.generate(SHORT, max_new_tokens=2).token_ids
 
 
 def test_experts_are_read_while_the_rest_is_made_ready(tiny, monkeypatch):
@@ -837,7 +850,8 @@ def test_experts_are_read_while_the_rest_is_made_ready(tiny, monkeypatch):
     assert same(answers(engine), answers(load(tiny, policy="cache", cache_experts=24)))
 
 
-def test_loading_that_is_interrupted_reads_no_more(tiny, monkeypatch):
+@pytest.mark.parametrize("when", ("compiling", "asking for the tenth", "taking memory"))
+def test_loading_that_is_interrupted_reads_no_more(when, tiny, monkeypatch):
     read = []
 
     def slow(*arguments):
@@ -847,13 +861,47 @@ def test_loading_that_is_interrupted_reads_no_more(tiny, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(PackedModel, "read_expert", slow)
-    monkeypatch.setattr(DecodeStep, "__init__", interrupted)
-    threads = threading.active_count()
+    if when == "compiling":
+        monkeypatch.setattr(DecodeStep, "__init__", interrupted)
+    elif when == "asking for the tenth":
+        submit, left = store.ThreadPoolExecutor.submit, iter(range(9))
+        monkeypatch.setattr(store.ThreadPoolExecutor, "submit", lambda *arguments: (
+            interrupted() if next(left, None) is None else submit(*arguments)))
+    else:
+        monkeypatch.setattr(store.mmap, "mmap", interrupted)
+    threads, closed = threading.active_count(), []
+    bar = SimpleNamespace(add=lambda n: None, close=lambda: closed.append(1))
     with pytest.raises(KeyboardInterrupt):
-        load(tiny)
+        load(tiny, progress=lambda total, label: bar)
     n = len(read)
     time.sleep(0.1)
-    assert n == len(read) < 24 and threading.active_count() <= threads
+    assert n == len(read) < 24 and threading.active_count() <= threads and closed
+
+
+def test_a_damaged_expert_among_others_leaves_nothing_behind(tiny, monkeypatch):
+    read, maps = PackedModel.read_expert, weakref.WeakSet()
+
+    def damaged(self, layer, expert, into):
+        time.sleep(0.01)
+        if (layer, expert) == (1, 3):
+            raise UserError("expert 3 is damaged")
+        read(self, layer, expert, into)
+
+    class Store(ExpertStore):
+        def __init__(self, *arguments, **more):
+            maps.add(self)
+            super().__init__(*arguments, **more)
+    monkeypatch.setattr(PackedModel, "read_expert", damaged)
+    monkeypatch.setattr(loading, "ExpertStore", Store)
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(UserError):
+            load(tiny)
+            pytest.fail("nobody noticed")
+        assert len(maps) == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))

@@ -168,8 +168,6 @@ class Progress:
     def add(self, n: int) -> None:
         with self.lock:                                             # loading adds from several threads
             self.done, now = self.done + n, time.monotonic()
-            if self.done >= self.total:     # (whoever closes it may have more to do)
-                return self.close()
             if self.shown and now >= self.next and self.done:
                 rate = self.done / (now - self.start)
                 minutes, seconds = divmod(round(max(0, self.total - self.done) / rate), 60)
@@ -177,6 +175,8 @@ class Progress:
                 print(f"\r{self.label}: {done} of {total}, {rate}/s, {minutes}:{seconds:02d} left\033[K",
                       end="", file=sys.stderr, flush=True)
                 self.next = now + 0.2
+            if self.done >= self.total:     # (whoever closes it may have something else to do before)
+                self.close()
 
     def close(self) -> None:
         if self.next > self.start + 2:

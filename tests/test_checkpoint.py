@@ -533,4 +533,4 @@ def test_progress_is_for_terminals_and_for_work_that_lasts(monkeypatch, capsys):
     assert second.startswith("\rpacking: 200 MB of 1 GB, 100 MB/s, 0:08 left") and "\n" not in second
     total = 4 * 10**8
     *_, done, closed = run(True)            # (nothing is left of it when the work is done)
-    assert done == "\r\033[K" and closed == ""
+    assert done.startswith("\rpacking: 400 MB of 400 MB") and done.endswith("\r\033[K") and closed == ""

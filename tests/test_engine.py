@@ -790,8 +790,7 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
     monkeypatch.setattr(Engine, "_warm_up", lambda _: threads.append(torch._inductor.config.compile_threads))
     with torch._inductor.config.patch(compile_threads=7):
         load(tiny, cache_experts=4, context=90, compile=True)       # (the same, once it is padded)
-        load(tiny, cache_experts=4, context=90, compile=True, dtype="fp16")
-    assert threads == [1, 7]
+    assert threads == [1]
     assert len(engine.generate([1, *[40] * 61], max_new_tokens=4, temperature=0).token_ids) > 2
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 

@@ -7,7 +7,7 @@ ready.
 
 import time
 import weakref
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
@@ -20,10 +20,10 @@ from .errors import WEIGHTS, UserError
 from .history import History
 from .host import HostError
 from .link import LinkError
-from .loading import LoadedModel, context_of, same_bits
-from .machine import compiling, enough_memory
+from .loading import LoadedModel, same_bits
+from .machine import enough_memory
 from .memory import LOGIT_ROWS
-from .model import padded, rope_table
+from .model import rope_table
 from .options import EngineOptions, SamplingParams, as_ids, check_ids
 from .packed import PackedModel
 from .policies import schedulers
@@ -88,16 +88,7 @@ class Engine(LoadedModel):
         self.result: Generation | None = None
         self.kv_written = 0                 # positions of the KV cache that hold anything
         self.load_s = 0.0
-        c = packed.config
-        what = type(self), c, packed.largest_group, padded(context_of(options, c)), options.dtype
-        with compiling(options.device, *what) if options.compiles else nullcontext() as done:
-            super().__init__(packed, options, progress, store)
-            with enough_memory(), torch.inference_mode():
-                self._warm_up()
-            if self.compiled:
-                done()
-        with enough_memory(), torch.inference_mode():
-            self._start_host()
+        super().__init__(packed, options, progress, store)
         self.load_s = time.perf_counter() - began
 
     def _warm_up(self) -> None:

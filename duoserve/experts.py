@@ -40,7 +40,7 @@ class ExpertSlots:
         for matrix in self.matrices:
             matrix.at = self.slot
         self.compiled = compiled(run_experts) if compile else run_experts
-        # Numbers of w13's product that are given; and how many of them are, where a slot is chosen.
+        # Numbers of w13's product that may be given; and how many are, where a slot is chosen.
         self.given = memory.new_zeros(self.expert.w13.q.shape[-2], dtype=torch.float32)
         self.count = memory.new_zeros(1, dtype=torch.long)
         self.pieces: list[Callable[[], None]] = []
@@ -48,17 +48,15 @@ class ExpertSlots:
     def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
         return partial(self.compute, slot)
 
-    def compute(self, slot: int, x: Tensor, given: Tensor | None = None) -> Tensor:
-        """As `Expert.forward`."""
+    def compute(self, slot: int, x: Tensor, given: int = 0) -> Tensor:
+        """As `Expert.forward`, with so many of the numbers `given`."""
         self.choose(slot)
         if len(x) == 1 and self.slot is not None and x.dtype != torch.float32:
-            out, n = torch.empty_like(x), 0 if given is None else len(given)
-            if n:
-                self.given[:n] = given
-            self.run(self.slot, x, out, self.count.fill_(n))
+            out = torch.empty_like(x)
+            self.run(self.slot, x, out, self.count.fill_(given))
             return out
         if not self.pieces or len(x) == 1:
-            return self.expert(x, given)
+            return self.expert(x, self.given[:given] if given else None)
         self.x[:len(x)] = x
         self.pieces[-(-len(x) // ROWS) - 1]()
         return self.y[:len(x)]

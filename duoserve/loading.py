@@ -8,14 +8,13 @@ from functools import partial
 import torch
 
 from .cache import BLOCKS, WHOLE, GPUExpertCache
-from .config import MixtralConfig
 from .errors import UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .host import Host
 from .hostcode import compiled_experts, on_threads
 from .link import PCIE, CudaLane, chunk_size
-from .machine import can_compile, enough_memory, set_threads, usable_cpus
-from .memory import choose_kept, plan_memory
+from .machine import compiling, enough_memory, set_threads, usable_cpus
+from .memory import MemoryPlan, choose_kept, plan_memory
 from .model import Mixtral, padded
 from .options import EngineOptions, check_context
 from .packed import PackedModel
@@ -53,30 +52,42 @@ class LoadedModel:
             os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "8192")                # (in KiB)
         if options.context is not None:
             check_context(options.context, c.max_position_embeddings)
-        self.context = context_of(options, c)
-        total = len(c.expert_keys)
-        wanted = options.cache_experts
+        self.context = options.context or min(c.max_position_embeddings, 4096)
+        what = type(self), c, packed.largest_group, padded(self.context), dtype
+        with ExitStack() as loading, enough_memory():
+            wanted = cuda if options.compile is None else options.compile
+            self.compiled = wanted and loading.enter_context(compiling(device, *what))
+            self.plan = self._make_plan()
+            self.tokenizer = packed.tokenizer()
+            own = packed.directory / "predictor.safetensors"
+            self.predictor = open_predictor(options.predictor, own, packed.fingerprint, c)
+            if self.predictor is None and options.predictor != "none" and self.policy == "duo":
+                note(f"no {own}; predicting by lookahead alone (train_predictor.py makes one)")
+            with torch.inference_mode():    # (tensors of both modes would have each product compiled twice)
+                self.store = self._open_store(progress, loading) if store is None else store
+                self._load()
+                self._warm_up()
+                self.host = self._make_host()
+                self.fill_slots()
+                self._await_host()
+
+    def _make_plan(self) -> MemoryPlan:
+        options, total, cuda = self.options, len(self.config.expert_keys), self.device.type == "cuda"
+        wanted, budget = options.cache_experts, options.budget(self.packed.nbytes)
         if wanted is not None and wanted > total:
             note(f"--cache-experts {wanted} is more than the model's {total} experts; using {total}")
             wanted = total
         if wanted is None and options.gpu_memory is None and not cuda:
             wanted = max(2, total // 4)
-        self.compiled = options.compiles and can_compile(device)
-        budget = options.budget(packed.nbytes)
-        self.plan = plan_memory(packed, dtype, self.context, self.compiled, cuda, budget, wanted)
-        if cuda and self.plan.total > (free := torch.cuda.mem_get_info(device)[0]):
-            raise UserError(f"--gpu-memory: {format_bytes(self.plan.total)} are planned and "
-                            f"{format_bytes(free)} are free on {device}; ask for less (--gpu-memory, "
+        plan = plan_memory(self.packed, self.dtype, self.context, self.compiled, cuda, budget, wanted)
+        if cuda and plan.total > (free := torch.cuda.mem_get_info(self.device)[0]):
+            raise UserError(f"--gpu-memory: {format_bytes(plan.total)} are planned and "
+                            f"{format_bytes(free)} are free on {self.device}; ask for less (--gpu-memory, "
                             "--cache-experts or --context)")
-        self.tokenizer = packed.tokenizer()
-        own = packed.directory / "predictor.safetensors"
-        self.predictor = open_predictor(options.predictor, own, packed.fingerprint, c)
-        if self.predictor is None and options.predictor != "none" and self.policy == "duo":
-            note(f"no {own}; predicting by lookahead alone (train_predictor.py makes one)")
-        # (Tensors of both modes would have each product compiled twice.)
-        with ExitStack() as loading, enough_memory(), torch.inference_mode():
-            self.store = self._open_store(progress, loading) if store is None else store
-            self._load()
+        return plan
+
+    def _warm_up(self) -> None:
+        """Run once what a request runs."""
 
     def _open_store(self, progress, loading: ExitStack) -> ExpertStore:
         """Begin to read the experts that the host's memory is to hold. However loading ends, that ends."""
@@ -140,12 +151,6 @@ class LoadedModel:
 
         rate = self.options.simulate_link or 0
         return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
-
-    def _start_host(self) -> None:
-        """(Only when all else is ready: it is measured.)"""
-        self.host = self._make_host()
-        self.fill_slots()
-        self._await_host()
 
     def _make_host(self) -> Host | SimulatedHost | None:
         """What computes missing experts beside the link, if anything may. (It is not ready yet.)"""
@@ -230,10 +235,6 @@ class LoadedModel:
     def peak_bytes(self) -> int:
         """The most device memory ever held: reserved by torch on CUDA, by the plan on the CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else self.plan.total
-
-
-def context_of(options: EngineOptions, config: MixtralConfig) -> int:
-    return options.context or min(config.max_position_embeddings, 4096)
 
 
 def same_bits(matrix: PackedLinear, dtype: torch.dtype) -> bool:

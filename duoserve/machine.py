@@ -80,10 +80,11 @@ def can_compile(device: torch.device) -> bool:
 
 @contextmanager
 def compiling(device: torch.device, *what):
-    """Yields what is to be called when all of this has been compiled: it leaves a mark beside torch's own
+    """Yields whether code can be compiled. Once it has been, all of this, a mark is left beside torch's own
     files. Where there is one already, a GPU's code is found again, and the processes that would compile it
     (torch starts one for each processor) are not started."""
-    try:
+    mark, found = None, False
+    with suppress(Exception):               # (no home, no room: `can_compile` says what does not work)
         from torch._inductor import config
         from torch._inductor.runtime.cache_dir_utils import cache_dir
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -92,16 +93,12 @@ def compiling(device: torch.device, *what):
             digest.update(path.read_bytes())
         mark = Path(cache_dir()) / f"duoserve-{digest.hexdigest()[:16]}"
         found = mark.exists()
-    except Exception:                       # (no home, no room: `can_compile` says what does not work)
-        config = mark = None
-        found = False
-
-    def done():
-        with suppress(OSError):
-            if mark:
-                mark.touch()
     with config.patch(compile_threads=1) if found else nullcontext():
-        yield done
+        works = can_compile(device)
+        yield works
+    if works and mark:
+        with suppress(OSError):
+            mark.touch()
 
 
 @contextmanager
@@ -170,8 +167,7 @@ def pin(base: int, nbytes: int, region: int) -> list[int]:
 def unpin(addresses: list[int], memory) -> None:
     """Take back what `pin` did with parts of `memory`, when nothing is copied from there any more."""
     if threading.current_thread().name == HOST_THREAD:  # (it collects garbage, too; the GPU may await it)
-        threading.Thread(target=unpin, args=(addresses, memory)).start()
-    elif addresses:
-        torch.cuda.synchronize()
-        for address in addresses:
-            torch.cuda.cudart().cudaHostUnregister(address)
+        return threading.Thread(target=unpin, args=(addresses, memory)).start()
+    torch.cuda.synchronize()
+    for address in addresses:
+        torch.cuda.cudart().cudaHostUnregister(address)

@@ -98,10 +98,6 @@ class EngineOptions:
         if self.simulate_host and (self.device.type != "cpu" or not self.simulate_link):
             raise UserError("--simulate-host: goes with --device cpu and --simulate-link; give both")
 
-    @property
-    def compiles(self) -> bool:
-        return self.device.type == "cuda" if self.compile is None else self.compile
-
     def budget(self, model_bytes: int) -> int | None:
         """Bytes of the device that may be used; None: no bound but the number of slots."""
         if self.gpu_memory is not None:

@@ -59,7 +59,7 @@ class DecodeStep:
         # (and how many numbers of w13's product are given, if the link brings only the rest); and these.
         shared = partial(torch.zeros, pin_memory=cuda)
         self.table, self.told = (shared(*shape, dtype=torch.long) for shape in ((layers, E), (K, 2)))
-        self.given = shared(2 * c.intermediate_size)
+        self.given = shared(2 * c.intermediate_size) if cuda else slots.given
         seen = [on_device(tensor, device) for tensor in (self.table, self.told, self.given)]
         self.seen_table, self.seen_told, self.seen_given = seen
         reached = all(tensor is not None for tensor in (*seen, *self.report))
@@ -180,7 +180,7 @@ class DecodeStep:
     def compute(self, slot: int, rank: int, given: int = 0) -> None:
         """The router's choice of this rank, from its slot; of w13's product so many numbers are given."""
         if not self.capturing:
-            self.expert_out[:, rank] = self.slots.compute(slot, self.x, self.given[:given] if given else None)
+            self.expert_out[:, rank] = self.slots.compute(slot, self.x, given)
             return
         self.told_values[rank] = slot, given    # (the last one ran before what has been read of this layer)
         (self.divided if given else self.experts)[rank]()

@@ -62,7 +62,7 @@ class ExpertStore:
             with reading(model.locate(f"layers.{layer}.experts.0")[0].path) as file:
                 self.stamps[layer] = stamp(file)
         self.region = max(1, REGION // stride) * stride             # bytes; no copy may cross a multiple
-        self.pin, self.pinned, self.reading = pin and total > 0, False, []
+        self.to_pin, self.pinned, self.reading = total if pin else 0, False, []     # bytes to pin
 
         def load(key):
             model.read_expert(*key, self.blocks[key].numpy())
@@ -89,11 +89,11 @@ class ExpertStore:
         finally:
             each = None                     # (it would hold an error that holds this frame, and so the store)
             self.stop()
-        if self.pin and not self.pinned:
-            addresses = pin(self.bytes.ctypes.data, len(self.blocks) * self.bytes.strides[0], self.region)
-            self.pin = self.pinned = bool(addresses)
+        if self.to_pin and (addresses := pin(self.bytes.ctypes.data, self.to_pin, self.region)):
+            self.pinned = True
             # (At the interpreter's exit, too. It holds the map, which must outlive that.)
             self.close = weakref.finalize(self, unpin, addresses, self.memory)
+        self.to_pin = 0
 
     def stop(self) -> None:
         """Read no more than this. (Where `wait` was not called the store is of no use then.)"""

@@ -365,8 +365,8 @@ def kernels(engine: Engine) -> dict:
     scale and zero)."""
     c, step, device = engine.config, engine.step, engine.device
     slots, out = engine.source.slots, step.expert_out[0, :1]
-    experts = [step.capture(partial(slots.run, torch.full((1,), slot, device=device), step.x, out,
-                                    slots.count.zero_()))
+    none = slots.count.zero_()
+    experts = [step.capture(partial(slots.run, torch.full((1,), slot, device=device), step.x, out, none))
                for slot in range(min(64, engine.plan.slots))]
     layers = step.layers[step.sizes[0]]
     out = {"layer_kernels_us": kernel_us(layers, device),

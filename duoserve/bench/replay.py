@@ -20,10 +20,10 @@ from ..options import check_context
 from ..packed import ModelShapes, PackedModel
 from ..policies import POLICIES, schedulers
 from ..predictor import Forecast, Predictor, open_predictor
+from ..simulated import SimulatedHost, SimulatedLane, VirtualClock
 from ..store import most_used
 from ..trace import Trace, decoded_traces
 from .flags import SHAPES, check_policies, table
-from ..simulated import SimulatedHost, SimulatedLane, VirtualClock
 
 
 LEGEND = """

@@ -20,8 +20,7 @@ PAUSE = 3e-3                                # and seconds between two: a thread 
 # The generated code runs without holding the interpreter, on as many threads as its caller has set. (What is
 # compiled for one thread would be wrong on several: each does what no loop divides.)
 HOST_CODE = {**SAME_EVERYWHERE, **IN_ONE_PASS, "cpp_wrapper": True, "cpp.dynamic_threads": True,
-             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast",
-             "cpp.vec_isa_ok": True}        # (else tried anew at each start, in new interpreters: 8 to 50 s)
+             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def stored(values: Tensor) -> Tensor:

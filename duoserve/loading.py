@@ -13,7 +13,7 @@ from .experts import ExpertSlots, StreamedExperts
 from .host import Host
 from .hostcode import compiled_experts, on_threads
 from .link import PCIE, CudaLane, chunk_size
-from .machine import compiling, enough_memory, set_threads, usable_cpus
+from .machine import can_compile, enough_memory, set_threads, usable_cpus
 from .memory import MemoryPlan, choose_kept, plan_memory
 from .model import Mixtral, padded
 from .options import EngineOptions, check_context
@@ -39,10 +39,10 @@ class LoadedModel:
                  store: ExpertStore | None = None):
         """As `Engine`."""
         self.packed, self.config, self.options, self.policy = packed, packed.config, options, options.policy
-        self.device, self.dtype = device, dtype = options.device, options.dtype
+        self.device, self.dtype = options.device, options.dtype
         self.host: Host | SimulatedHost | None = None
         self.host_unused: str | None = None
-        c, cuda = packed.config, device.type == "cuda"
+        c, device, cuda = packed.config, self.device, self.device.type == "cuda"
         set_threads(options.threads or (1 if cuda else None), c)
         if cuda:                            # events are recorded on the current device's streams
             torch.cuda.set_device(device)
@@ -53,10 +53,9 @@ class LoadedModel:
         if options.context is not None:
             check_context(options.context, c.max_position_embeddings)
         self.context = options.context or min(c.max_position_embeddings, 4096)
-        what = type(self), c, packed.largest_group, padded(self.context), dtype
         with ExitStack() as loading, enough_memory():
             wanted = cuda if options.compile is None else options.compile
-            self.compiled = wanted and loading.enter_context(compiling(device, *what))
+            self.compiled = wanted and can_compile(device)
             self.plan = self._make_plan()
             self.tokenizer = packed.tokenizer()
             own = packed.directory / "predictor.safetensors"

@@ -3,9 +3,8 @@
 import ctypes
 import os
 import threading
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
@@ -14,7 +13,7 @@ import torch
 
 from .config import MixtralConfig
 from .errors import UserError, format_bytes, note
-from .quant import COMPILER
+from .quant import COMPILER, SAME_EVERYWHERE
 
 SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
 SYSTEM = ctypes.CDLL(None)
@@ -68,7 +67,7 @@ def can_compile(device: torch.device) -> bool:
     """Compile and run one line; where that fails (no compiler, no Triton) say so: the run goes on eager."""
     try:
         with COMPILER:
-            run = torch.compile(lambda x: x * 2 + torch.compiler.is_compiling())
+            run = torch.compile(lambda x: x * 2 + torch.compiler.is_compiling(), options=SAME_EVERYWHERE)
             if run(torch.ones(8, device=device))[0] != 3:
                 raise RuntimeError("it is switched off")
         return True
@@ -76,29 +75,6 @@ def can_compile(device: torch.device) -> bool:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         note(f"torch.compile does not work here ({reason[0][:100]}); going on without it")
         return False
-
-
-@contextmanager
-def compiling(device: torch.device, *what):
-    """Yields whether code can be compiled. Once it has been, all of this, a mark is left beside torch's own
-    files. Where there is one already, a GPU's code is found again, and the processes that would compile it
-    (torch starts one for each processor) are not started."""
-    mark, found = None, False
-    with suppress(Exception):               # (no home, no room: `can_compile` says what does not work)
-        from torch._inductor import config
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        digest = sha256(repr((torch.__version__, name, what)).encode())
-        for path in sorted(Path(__file__).parent.rglob("*.py")):
-            digest.update(path.read_bytes())
-        mark = Path(cache_dir()) / f"duoserve-{digest.hexdigest()[:16]}"
-        found = mark.exists()
-    with config.patch(compile_threads=1) if found else nullcontext():
-        works = can_compile(device)
-        yield works
-    if works and mark:
-        with suppress(OSError):
-            mark.touch()
 
 
 @contextmanager

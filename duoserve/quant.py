@@ -25,9 +25,12 @@ UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they st
 # What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
 # set up while the one before it ends (programmatic dependent launch: a layer has 29; each waits for the one
 # before it to be over, and only then lets the next begin, if there is anything that it reads, as all of these
-# do); of a product, not to store what comes between, as it does beyond 30 operations or 8 tensors.
+# do); to start no processes that compile for it (there is little to compile, and they take seconds to begin),
+# and to believe that the C++ compiler knows the processor (else it is tried at each start, for seconds); of a
+# product, not to store what comes between, as it does beyond 30 operations or 8 tensors.
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
-                   "assert_indirect_indexing": False, "triton.enable_pdl": True}
+                   "assert_indirect_indexing": False, "triton.enable_pdl": True,
+                   "compile_threads": 1, "cpp.vec_isa_ok": True}
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
 # A word of which only a nibble is left, k places up and below bit 24, is q 16^k 2^-149 if its bits are read
 # as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need

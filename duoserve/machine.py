@@ -13,9 +13,8 @@ import torch
 
 from .config import MixtralConfig
 from .errors import UserError, format_bytes, note
-from .quant import COMPILER, SAME_EVERYWHERE
+from .quant import COMPILER, SAME_EVERYWHERE, SMALL_MATRIX
 
-SMALL_MATRIX = 2**22                        # weights; on one thread a row takes about 4 ms
 SYSTEM = ctypes.CDLL(None)
 HOST_THREAD = "duoserve-host"               # the name of those that compute experts
 TORCH_THREADS = torch.get_num_threads()     # what torch takes if it is not told

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
+SMALL_MATRIX = 2**22            # weights; a row takes one thread about 4 ms
 UNPACK = 64 * 2**20             # weights unpacked at a time,
 UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
 # What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
@@ -185,10 +186,11 @@ def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
          unconverted: bool = False) -> Tensor:
     """`product` of what was laid out, in fp32: [B, N]; to be compiled. q is in words, of four bytes;
     `unconverted`: these are read as fp32 numbers, and x was laid out with LIFT. x is read once for four
-    rows."""
+    rows (of a small matrix for one, which takes half as long to compile)."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
     met = laid[:, None].unbind(2)                                   # by each of a word's nibbles
-    w = q.view(len(q), 4, -1, *met[0].shape[2:])                    # [B, 4, N / 4, groups, words]
+    together = 4 if 8 * q[0].numel() >= SMALL_MATRIX else 1
+    w = q.view(len(q), together, -1, *met[0].shape[2:])             # [B, 4, N / 4, groups, words]
     dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), met)).sum(-1)
                      for rows in w.unbind(1)], 1)
     return scaled(dot * 2.0 ** (149 - LIFT) if unconverted else dot, sums, scale, zero)

@@ -74,9 +74,11 @@ def test_the_order_does_not_matter(group, dtype):
             assert same(exact_gemv(x, q, scale, zero), exact_gemv(x.flip(1), *turned)), (weights, name)
 
 
+@pytest.mark.parametrize("small", (0, 2**30))
 @pytest.mark.parametrize("group, dtype", CASES)
-def test_by_words(group, dtype):
+def test_by_words(group, dtype, small, monkeypatch):
     """What is compiled: on a CPU, where a nibble is converted, and on a GPU, where it is not."""
+    monkeypatch.setattr("duoserve.quant.SMALL_MATRIX", small)       # (four rows at a time, or each by itself)
     for weights, (q, scale, zero) in matrices(8, 7 * group, group).items():
         for name, x in rows(7 * group, group, dtype).items():
             p, sums = whole_numbers(x, 7)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from duoserve.bench import __main__ as bench, gpu as bench_gpu
+from duoserve.bench import __main__ as bench, gpu as bench_gpu, madeup, parts
 from duoserve.bench.flags import SHAPES
 from duoserve.bench.replay import synthetic_traces
+from duoserve.errors import UserError
 from duoserve.policies import POLICIES
 
 TINY = ("--shape", "tiny", "--device", "cpu", "--prompts", "16", "64", "--new-tokens", "6",
@@ -58,12 +59,12 @@ def test_a_policy_that_computes_something_else_is_found_out(gpu, monkeypatch):
         built.source.ready = disturbed
         return built
     monkeypatch.setattr(bench_gpu, "build", broken)
-    with pytest.raises(bench_gpu.UserError, match="different tokens|not finite"):
+    with pytest.raises(UserError, match="different tokens|not finite"):
         gpu(*TINY, "--gpu-memory", "160%", "--policies", "duo", "lru", "--no-resident", "--no-predictor")
 
 
 def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
-    config = bench_gpu.SHAPES["tiny"]
+    config = SHAPES["tiny"]
     for persistence, recall in ((0.36, 0.8), (0.7, 0.5)):
         trace, = synthetic_traces(config, persistence, recall, 1, 2, 1500)
         top, ahead = torch.from_numpy(trace.top(2).copy()), torch.from_numpy(trace.lookahead).topk(2).indices
@@ -79,17 +80,17 @@ def test_synthetic_routing_is_as_persistent_as_it_is_told(gpu):
     (("--shape", "tiny", "--device", "cpu", "--persistence", "2"), "from 0 to 1"),
     (("--shape", "tiny", "--device", "cpu", "--gpu-memory", "1%"), "least that works")])
 def test_mistakes(gpu, arguments, words):
-    with pytest.raises(bench_gpu.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         gpu(*arguments)
 
 
 def test_the_host_beside_a_simulated_link():
-    model = bench_gpu.RandomModel(SHAPES["tiny"], torch.device("cpu"))
+    model = madeup.RandomModel(SHAPES["tiny"], torch.device("cpu"))
     options = SimpleNamespace(device="cpu", context=64, compile=False, simulate_link="10MB/s", host_threads=1,
                               simulate_host=None)
-    engine = bench_gpu.build(model, options, None, cache_experts=16)
+    engine = madeup.build(model, options, None, cache_experts=16)
     trace, = synthetic_traces(model.config, 0.5, 0.5, 1, 2, 4)
-    bench_gpu.request(engine, "duo", 8, 3, trace)
-    speed = bench_gpu.host_speed(engine)
+    madeup.request(engine, "duo", 8, 3, trace)
+    speed = parts.host_speed(engine)
     assert speed["host_alone_ms"] > 0 and speed["host_beside_link_ms"] > 0 and speed["host_threads"] == 1
     assert speed["link_beside_GB_s"] == pytest.approx(0.01, rel=0.01)

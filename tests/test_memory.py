@@ -22,7 +22,7 @@ from models import (answers, at_rest, DEFAULTS, hostile, in_child, InterruptAt, 
 
 from duoserve import machine, memory, store
 from duoserve.bench.flags import SHAPES
-from duoserve.bench.gpu import RandomModel
+from duoserve.bench.madeup import RandomModel
 from duoserve.cache import GPUExpertCache
 from duoserve.checkpoint import convert, hugging_face, to_hf
 from duoserve.config import MixtralConfig

@@ -1,235 +1,30 @@
 """bench gpu: the engine at Mixtral's real shapes, on a real link, without Mixtral's weights.
 
-The experts are random 4-bit bytes, different for each and really pinned; attention, router and head are
-random too, and run. Only the routing of decode is made up, since random weights route like no language model:
-the next token chooses an expert again with chance `--persistence`, and the lookahead finds a chosen expert
-with chance `--lookahead-recall` (0.30 and 0.8 are near what is published for Mixtral). Every policy sees the
-same routing, and must give the same tokens.
+(What stands in for those, and for the routing, is in madeup.py; what is measured of the parts, in parts.py.)
+Every policy sees the same routing, and must give the same tokens.
 
 Peak memory is `max_memory_reserved` since the process began, so sizes run in ascending order, and the run
 with all experts resident, which gives the floors, comes last.
 """
 
-import gc
 import json
-import queue
 import statistics
 import sys
-import threading
-import time
 from collections import defaultdict
-from contextlib import ExitStack
-from functools import cache, partial
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
-from ..cache import WHOLE
 from ..config import MixtralConfig
 from ..engine import Engine
 from ..errors import UserError, note, parse_amount, parse_rate
-from ..experts import StreamedExperts
-from ..machine import usable_cpus
-from ..model import Layer, Router
-from ..options import EngineOptions, check_device
-from ..packed import ModelShapes
-from ..predictor import Predictor
-from ..scheduler import DecodeScheduler
+from ..options import check_device
 from ..store import ExpertStore
-from ..training import measure_affinity, train
 from .flags import SHAPES, check_policies, table
+from .madeup import RandomModel, build, made_up, request
+from .parts import bandwidth, host_speed, host_us, kernels
 from .replay import Costs, Replay, step_floor, synthetic_traces
-
-LEARNED = 24                                # made-up sequences that duo's predictor is trained on
-
-
-class RandomModel(ModelShapes):
-    """Stands in for a `PackedModel`: its shapes, and random bytes that keep activations finite."""
-
-    fingerprint, directory = "random", Path("random weights")
-
-    def __init__(self, config: MixtralConfig, device: torch.device):
-        super().__init__(config)
-        self.device, self.left = device, len(config.expert_keys)
-        self.blocks, self.lock = queue.SimpleQueue(), threading.Lock()
-        for _ in range(2):
-            self.blocks.put(None)           # memory to make an expert in, when it is needed
-
-    def tokenizer(self):
-        """A stand-in: every id is a token without text, and none ends the answer."""
-        return SimpleNamespace(eos=(), sp=SimpleNamespace(vocab_size=lambda: 0), check=lambda size: None)
-
-    def _fill(self, name: str, tensor: torch.Tensor) -> None:
-        if tensor.dtype == torch.uint8:
-            tensor.random_()
-        elif name.endswith(".scale"):       # 4.6: a random nibble's standard deviation; 128 columns a group
-            each = 1 / (4.6 * (128 * tensor.shape[-1]) ** 0.5)
-            if ".o." in name or name.startswith("w2."):             # these add to the residual stream
-                each /= (2 * self.config.num_hidden_layers) ** 0.5
-            tensor.uniform_(0.8 * each, 1.2 * each)
-        elif name.endswith(".zero"):
-            tensor.uniform_(7, 8)
-        elif "norm" in name:
-            tensor.fill_(1)
-        else:
-            tensor.normal_(0, 1 if "embed" in name else tensor.shape[-1] ** -0.5)
-
-    def resident(self) -> dict[str, torch.Tensor]:
-        """What stays on the device, made there."""
-        dtypes, out = {"16": torch.bfloat16, "u8": torch.uint8, "f16": torch.float16}, {}
-        for name, (kind, shape) in self.shapes.items():
-            out[name] = torch.empty(shape, dtype=dtypes[kind], device=self.device)
-            self._fill(name, out[name])
-        return out
-
-    def read_expert(self, layer: int, expert: int, into: np.ndarray) -> None:
-        """Made on the device and copied down; two at a time, as the memory plan has no room for more."""
-        block, stream = self.blocks.get() or self._block()
-        with torch.cuda.stream(stream):
-            for name, view in self.layout.views(block).items():
-                self._fill(name, view)
-            torch.from_numpy(into).copy_(block)
-        self.blocks.put((block, stream))
-        with self.lock:
-            self.left -= 1
-            if not self.left:               # give the memory back before anything else needs it
-                del block
-                self.blocks = None
-                release()
-
-    def _block(self) -> tuple[torch.Tensor, torch.cuda.Stream | None]:
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        return torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.device), stream
-
-
-class MadeUpRouter(Router):
-    """In decode it says what a made-up trace says of this token: `table [2, steps, experts]`, on the device,
-    holds its own logits and the lookahead, `here [1]` is the step. Its product is computed all the same."""
-
-    def forward(self, x, ahead: int = 0):
-        logits = super().forward(x)         # (a compiler drops what is multiplied by zero)
-        if len(x) > 1:
-            return logits
-        return torch.where(logits.isnan(), logits, self.table[ahead, self.here].to(x.dtype))
-
-
-class MadeUpLayer(Layer):
-    def gate(self, h):
-        return self.router(self.ffn_norm(h), 1)
-
-
-class MadeUpEngine(Engine):
-    """Routes decode as a made-up trace says. (Random weights route like no language model.)"""
-
-    def _open_store(self, progress, loading):
-        store = super()._open_store(progress, loading)
-        store.wait()                        # (random bytes are made on the device, before it is full)
-        return store
-
-    def _make_model(self, linear):
-        model, c, device = super()._make_model(linear), self.config, self.device
-        self.here = torch.zeros(1, dtype=torch.long, device=device)
-        self.tables = torch.zeros(c.num_hidden_layers, 2, self.context, c.num_local_experts, device=device)
-        for layer, steps in zip(model.layers, self.tables):
-            layer.__class__, layer.router.__class__ = MadeUpLayer, MadeUpRouter
-            layer.router.table, layer.router.here = steps, self.here
-        return model
-
-    @torch.inference_mode()
-    def follow(self, trace) -> None:
-        """From now on decode routes as in this trace."""
-        steps = torch.from_numpy(np.stack((trace.logits, trace.lookahead), 1)[trace.prompt:])
-        self.tables[:, :, :len(steps)] = steps.permute(2, 1, 0, 3)
-        self.source.start_anew()
-
-
-class CountingExperts(StreamedExperts):
-    """Decode's steps are counted, so that the made-up routers know where they are.
-
-    `totals` collects after each layer visit of decode how many experts have had to cross the link so far
-    (misses and used prefetches), and how many the host has computed; `used` counts those that got a token in
-    prefill.
-    """
-
-    def start_anew(self) -> None:
-        self.totals, self.used, self.prefill_busy = [], 0, None
-        self.here.fill_(-1)                 # (the table's last row is empty: for a prompt of one token)
-
-    def begin(self, scheduler, start, tokens, decoding) -> None:
-        super().begin(scheduler, start, tokens, decoding)
-        if decoding:
-            self.here.add_(1)
-            if self.prefill_busy is None:   # what the lane had done when decode began
-                self.lane.poll()
-                self.lane.look()
-                self.prefill_busy = self.lane.busy
-
-    def read(self, layer, numbers, rows=None, x=None):
-        routing = super().read(layer, numbers, rows, x)
-        self.used += 0 if self.decoding else sum(n > 0 for n in routing.counts)
-        return routing
-
-    def end_layer(self, layer) -> None:
-        super().end_layer(layer)
-        if self.decoding:
-            counts = self.cache.counts
-            self.totals.append((counts.misses + counts.prefetched_used, counts.host_experts))
-
-
-def release() -> None:
-    """Give back what torch keeps of the device's memory and no tensor needs."""
-    gc.collect()
-    torch.cuda.empty_cache()                # (does nothing where CUDA is not used)
-
-
-def build(model: RandomModel, args, store: ExpertStore | None, **memory) -> Engine:
-    """An engine with made-up routing in decode; a later one takes over the first one's host memory."""
-    release()
-    options = EngineOptions(device=args.device, context=args.context, predictor="none", compile=args.compile,
-                            simulate_link=args.simulate_link, host_threads=args.host_threads,
-                            simulate_host=args.simulate_host, **memory)
-    engine = MadeUpEngine(model, options, store=store)
-    engine.source = CountingExperts(model.config, engine.source.slots, engine.cache)
-    engine.source.here = engine.here
-    if engine.host is not None:             # (for the first time it takes a minute to compile)
-        engine.host.ready.wait()
-    return engine
-
-
-@torch.inference_mode()
-def bandwidth(engine: Engine) -> float:
-    """Bytes a second from pinned memory into the slots, the best of ten copies; empties the cache."""
-    slots = engine.slots_memory.view(-1)
-    n = min(len(slots), engine.store.region)
-    host = torch.from_numpy(np.frombuffer(engine.store.memory, np.uint8))[:n]
-    seconds = []
-    for _ in range(10):
-        wait(engine.device)
-        began = time.perf_counter()
-        slots[:n].copy_(host, non_blocking=True)
-        wait(engine.device)
-        seconds.append(time.perf_counter() - began)
-    engine.cache.abandon()
-    engine.cache.empty()
-    return n / min(seconds)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def request(engine: Engine, policy: str, tokens: int, new: int, trace, seed: int = 0):
-    """Greedy decoding after a random prompt -> `Generation`."""
-    engine.policy = policy
-    engine.follow(trace)
-    ids = np.random.default_rng(seed).integers(3, engine.config.vocab_size, tokens).tolist()
-    return engine.generate(ids, max_new_tokens=new, temperature=0)
 
 
 def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) -> dict:
@@ -271,148 +66,6 @@ def measure(engine: Engine, policy: str, args, traces, round_: int, start: str) 
     return row | {"planned_bytes": engine.plan.total}
 
 
-def host_us(engine: Engine, policy: str, args, trace) -> dict:
-    """Microseconds of the host, a layer of decode: each part without the parts that it calls. What is left
-    when all are done is the rest of the loop."""
-    seconds, inside, undo = defaultdict(float), [], ExitStack()
-
-    def timed(name: str, owner, method: str) -> None:
-        def run(*arguments):
-            began = time.perf_counter()
-            inside.append(0.0)
-            try:
-                return function(*arguments)
-            finally:
-                took = time.perf_counter() - began
-                seconds[name] += took - inside.pop()
-                if inside:
-                    inside[-1] += took
-        function = getattr(owner, method)
-        setattr(owner, method, run)
-        undo.callback(setattr, owner, method, function)
-
-    lane, cache, step = engine.cache.lane, engine.cache, engine.step
-    for part in (("enqueue_layers", step, "launch"), ("enqueue_experts", step, "compute"),
-                 ("wait_for_routers", lane, "read"), ("hand_over_bytes", lane, "send"),
-                 ("take_note", lane, "look"), ("demand", cache, "demand"), ("plan", cache, "plan"),
-                 ("think", DecodeScheduler, "update_values"), ("evict", DecodeScheduler, "victim")):
-        timed(*part)
-    timed("all", engine, "_decode")
-    with undo:
-        steps = len(request(engine, policy, args.prompts[0], args.new_tokens, trace).token_ids) - 1
-    layers = engine.config.num_hidden_layers * steps
-    return {f"{name}_us": 1e6 * s / layers for name, s in seconds.items()}
-
-
-@torch.inference_mode()
-def host_speed(engine: Engine) -> dict:
-    """Milliseconds of an expert on the host, alone and while the link works, and GB/s of the link then;
-    microseconds until its thread has begun; beside it torch's own 4-bit product, on as many threads."""
-    host, cache, c, out = engine.host, engine.cache, engine.config, {}
-    keys, x = list(engine.store.blocks), torch.zeros(1, c.hidden_size, dtype=engine.dtype)
-    waits = []
-    for name in ("alone", "beside_link"):
-        took, (busy, moved) = [], (cache.lane.busy, cache.counts.bytes_moved)
-        for i in range(40):
-            if name != "alone" and cache.lane.free_at() - cache.lane.now() < 2e-3:
-                key = keys[(7 * i) % len(keys)]
-                cache.drop(key)             # (its slot is poisoned by nothing: nobody computes)
-                cache.demand(key)
-            key = keys[i % len(keys)]
-            host.take(x)
-            host.submit({key: WHOLE})
-            job = host.jobs[key]
-            while host.jobs:                # as in decode, while a routing is awaited
-                cache.pump()
-                host.pause()
-            took.append(job.ended - job.begun)
-            waits.append(job.begun - job.asked)
-            host.answer(key)
-        cache.lane.finish()
-        out[f"host_{name}_ms"] = 1e3 * statistics.median(took)
-        if name != "alone" and cache.lane.busy > busy:
-            out["link_beside_GB_s"] = (cache.counts.bytes_moved - moved) / (cache.lane.busy - busy) / 1e9
-    waits.sort()
-    out |= {"begins_us": 1e6 * statistics.median(waits), "begins_99_us": 1e6 * waits[len(waits) * 99 // 100]}
-    out["cores"] = usable_cpus()
-    thread = threading.Thread(target=host_int4, args=(c, host.state["threads"], out))
-    thread.start()
-    thread.join()
-    return out
-
-
-def host_int4(c: MixtralConfig, threads: int, out: dict) -> None:
-    torch.set_num_threads(threads)
-    shapes = (2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
-    experts = [[(torch.randn(1, columns, dtype=torch.bfloat16),
-                 torch._convert_weight_to_int4pack_for_cpu(
-                     torch.randint(0, 16, (rows, columns), dtype=torch.int32), 2),
-                 torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16)) for rows, columns in shapes]
-               for _ in range(4)]
-    took = []
-    for i in range(24):
-        began = time.perf_counter()
-        for x, packed, scales in experts[i % 4]:
-            torch._weight_int4pack_mm_for_cpu(x, packed, 128, scales)
-        took.append(time.perf_counter() - began)
-    out |= {"host_threads": threads, "host_int4pack_ms": 1e3 * statistics.median(took)}
-
-
-@torch.inference_mode()
-def kernels(engine: Engine) -> dict:
-    """Microseconds of the pieces of a decode step (a layer's with two experts), and the memory bandwidth that
-    an expert's product makes of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16
-    scale and zero)."""
-    c, step, device = engine.config, engine.step, engine.device
-    slots, out = engine.source.slots, step.expert_out[0, :1]
-    none = slots.count.zero_()
-    experts = [step.capture(partial(slots.run, torch.full((1,), slot, device=device), step.x, out, none))
-               for slot in range(min(64, engine.plan.slots))]
-    layers = step.layers[step.sizes[0]]
-    out = {"layer_kernels_us": kernel_us(layers, device),
-           "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(layers),
-           "end_us": elapsed_us([step.end]), "expert_us": elapsed_us(experts), "int4pack_mm_expert_us": 0.0}
-    copies = max(2, 2**28 // engine.plan.expert)                    # more than the GPU's own caches hold
-    for rows, columns in ((2 * c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)):
-        packs = [torch.ops.aten._convert_weight_to_int4pack(
-            torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device), 8)
-            for _ in range(copies)]
-        scales = torch.rand(columns // 128, rows, 2, dtype=torch.bfloat16, device=device)
-        x = torch.randn(1, columns, dtype=torch.bfloat16, device=device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for pack in packs:
-                torch.ops.aten._weight_int4pack_mm(x, pack, 128, scales)
-        out["int4pack_mm_expert_us"] += elapsed_us([graph.replay]) / copies
-    for name in ("expert", "int4pack_mm_expert"):
-        out[f"{name}_TB_s"] = engine.plan.expert / out[f"{name}_us"] / 1e6
-    return out
-
-
-def elapsed_us(pieces, rounds: int = 5) -> float:
-    """Microseconds a piece, run one after the other."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for i in range(rounds + 1):
-        if i == 1:                          # the first round is to warm up
-            begin.record()
-        for piece in pieces:
-            piece()
-    end.record()
-    end.synchronize()
-    return 1e3 * begin.elapsed_time(end) / rounds / len(pieces)
-
-
-def kernel_us(pieces, device: torch.device) -> float:
-    """Microseconds a piece, of its kernels alone: neither launches nor gaps."""
-    wait(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for piece in pieces:
-            piece()
-        wait(device)
-    return sum(event.time_range.elapsed_us() for event in seen.events()
-               if event.device_type == DeviceType.CUDA) / len(pieces)
-
-
 def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, resident: dict | None,
                args) -> None:
     """What each row could have been: layer by layer the link's time for what had to cross it, or the compute
@@ -443,99 +96,109 @@ def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, reside
         row["tpot_floor_ms"], row["tpot_over_floor"] = floor, row["tpot_ms"] / (floor or row["tpot_ms"])
 
 
-@cache
-def made_up(config: MixtralConfig, persistence: float, recall: float, rounds: int, new: int, predict: bool):
-    """-> a trace for each round, and a predictor trained on others of the same kind."""
-    k, sequences = config.num_experts_per_tok, rounds + predict * LEARNED
-    traces = synthetic_traces(config, persistence, recall, sequences, 2, new)
-    traces, others = traces[:rounds], traces[rounds:]
-    return traces, Predictor(train(others, k), measure_affinity(others, k), "random") if predict else None
+class Rows(list):
+    """What has been measured; `append` tells it on standard error, too, and `--append`'s file."""
+
+    def __init__(self, path: str | None):
+        self.path = path
+        if path:
+            open(path, "a").close()         # fails before minutes are spent
+
+    def append(self, row: dict) -> None:
+        super().append(row)
+        if self.path:
+            with open(self.path, "a") as file:
+                shown = {key: v for key, v in row.items() if key not in ("tokens", "needed", "hosted")}
+                file.write(json.dumps(shown) + "\n")
+        print("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
+                        if isinstance(v, (str, int, float))), file=sys.stderr, flush=True)
+
+
+def compare(engine: Engine, args, config: MixtralConfig, size: str, rows: Rows) -> None:
+    """All policies with this engine, in turn within a round, each of which has a trace of its own; the first
+    of them also without the host. And the parts of the first."""
+    first, host = args.policies[0], engine.host
+    for persistence, recall in product(args.persistence, args.lookahead_recall):
+        traces, engine.predictor = made_up(config, persistence, recall, args.rounds, args.new_tokens,
+                                           args.predictor)
+        for round_ in range(args.rounds):
+            said: dict[str, list[int]] = {}
+            for policy in [*args.policies, *[f"{first} alone"] * (host is not None)]:
+                name = policy.removesuffix(" alone")
+                engine.host = host if name == policy else None
+                row = measure(engine, name, args, traces, round_, args.start)
+                rows.append(row | {"policy": policy, "gpu_memory": size, "persistence": persistence,
+                                   "lookahead_recall": recall})
+                for other, tokens in said.items():
+                    if any(a != b for a, b in zip(tokens, row["tokens"])):
+                        raise UserError(f"{policy} and {other} gave different tokens: one is broken")
+                said[policy] = row["tokens"]
+            engine.host = host
+        rows.append({"policy": "host", "gpu_memory": size} | host_us(engine, first, args, traces[0]))
+        if engine.device.type == "cuda" and host is not None and host.trouble() is None:
+            rows.append({"policy": "host's experts", "gpu_memory": size} | host_speed(engine))
+
+
+def all_resident(model: RandomModel, args, store: ExpertStore, rows: Rows) -> dict | None:
+    """What the floors are made of: a run with every expert on the device. None if it does not fit."""
+    total, config = len(model.config.expert_keys), model.config
+    try:
+        engine = build(model, args, store, cache_experts=total)
+    except UserError as error:              # (a small GPU)
+        note(f"no floors: {error}")
+        return None
+    settings = args.persistence[-1], args.lookahead_recall[-1]
+    traces, _ = made_up(config, *settings, args.rounds, args.new_tokens, args.predictor)
+    measure(engine, "cache", args, traces, 0, "warm")
+    runs = [measure(engine, "duo", args, traces, i, "warm") for i in range(3)]
+    ttft = {n: statistics.median(run["ttft_ms"][n] for run in runs) for n in runs[0]["ttft_ms"]}
+    tpot = statistics.median(run["tpot_ms"] for run in runs)
+    resident = runs[0] | {"policy": "resident", "tpot_ms": tpot, "ttft_ms": ttft}
+    rows.append(resident)
+    if engine.device.type == "cuda":
+        rows.append({"policy": "kernels"} | kernels(engine))
+    return resident
 
 
 def gpu(args) -> dict:
-    """`bench gpu`: -> all rows as plain data. --append has them as soon as they are measured."""
+    """`bench gpu`: -> all rows as plain data."""
     device = check_device(args.device)
     cuda = device.type == "cuda"
     if not cuda and args.shape != "tiny":
         raise UserError(f"--shape {args.shape}: needs a GPU; --shape tiny runs anywhere")
     check_policies(args.policies)
     config = SHAPES[args.shape]
-    model, total = RandomModel(config, device), len(config.expert_keys)
+    model = RandomModel(config, device)
     args.decode_after = args.prompts[len(args.prompts) // 2]
     args.context = max(*args.prompts, args.decode_after + args.new_tokens) + 8
     if not cuda:                            # there is no link to measure
         args.simulate_link = args.simulate_link or "100MB/s"
-    rows: list[dict] = []
-
-    def keep(row: dict) -> None:
-        rows.append(row)
-        if args.append:
-            with open(args.append, "a") as file:
-                shown = {key: v for key, v in row.items() if key not in ("tokens", "needed", "hosted")}
-                file.write(json.dumps(shown) + "\n")
-        print("  ".join(f"{key} {round(v, 3) if isinstance(v, float) else v}" for key, v in row.items()
-                        if isinstance(v, (str, int, float))), file=sys.stderr, flush=True)
-
-    if args.append:
-        open(args.append, "a").close()      # fails before minutes are spent
-    engine = store = resident = None
+    rows, engine, store = Rows(args.append), None, None
     sizes = args.gpu_memory or ["15%"]
     for size in sorted(sizes, key=lambda size: parse_amount(size, model.nbytes, "--gpu-memory")):
         by_count = args.shape == "tiny" and not args.gpu_memory
-        memory = {"cache_experts": total // 4} if by_count else {"gpu_memory": size}
-        engine = host = None                # before the next: the device has room for one, the cores too
+        memory = {"cache_experts": len(config.expert_keys) // 4} if by_count else {"gpu_memory": size}
+        engine = None                       # before the next: the device has room for one, the cores too
         engine = build(model, args, store, **memory)
         if store is None:
-            store = engine.store
-            link = args.simulate_link
+            store, link = engine.store, args.simulate_link
             rate = parse_rate(link, "--simulate-link") if link else bandwidth(engine)
-            keep({"load_s": engine.load_s, "link_GB_s": rate / 1e9, "pinned": store.pinned,
-                  "expert_transfer_ms": 1e3 * model.layout.nbytes / rate, "gpu_memory": size,
-                  "slots": engine.plan.slots})
+            rows.append({"load_s": engine.load_s, "link_GB_s": rate / 1e9, "pinned": store.pinned,
+                         "expert_transfer_ms": 1e3 * model.layout.nbytes / rate, "gpu_memory": size,
+                         "slots": engine.plan.slots})
         warm_up, = synthetic_traces(config, 0.5, 0.5, 1, 2, 8)
         for tokens in args.prompts:         # libraries choose kernels, and take memory, by length
             request(engine, args.policies[0], tokens, 4, warm_up)
-        for persistence, recall in product(args.persistence, args.lookahead_recall):
-            traces, engine.predictor = made_up(config, persistence, recall, args.rounds, args.new_tokens,
-                                               args.predictor)
-            for round_ in range(args.rounds):
-                said: dict[str, list[int]] = {}
-                host, alone = engine.host, [f"{args.policies[0]} alone"] if engine.host else []
-                for policy in [*args.policies, *alone]:
-                    engine.host = None if policy in alone else host
-                    row = measure(engine, policy.removesuffix(" alone"), args, traces, round_, args.start)
-                    engine.host = host
-                    keep(row | {"policy": policy, "gpu_memory": size, "persistence": persistence,
-                                "lookahead_recall": recall})
-                    for other, tokens in said.items():
-                        if any(a != b for a, b in zip(tokens, row["tokens"])):
-                            raise UserError(f"{policy} and {other} gave different tokens: one is broken")
-                    said[policy] = row["tokens"]
-            keep({"policy": "host", "gpu_memory": size} | host_us(engine, args.policies[0], args, traces[0]))
-            if cuda and engine.host is not None and engine.host.trouble() is None:
-                keep({"policy": "host's experts", "gpu_memory": size} | host_speed(engine))
-    if args.resident:
-        engine = host = None
-        try:
-            engine = build(model, args, store, cache_experts=total)
-        except UserError as error:          # (a small GPU)
-            note(f"no floors: {error}")
-        else:
-            measure(engine, "cache", args, traces, 0, "warm")
-            runs = [measure(engine, "duo", args, traces, i, "warm") for i in range(3)]
-            ttft = {n: statistics.median(run["ttft_ms"][n] for run in runs) for n in runs[0]["ttft_ms"]}
-            tpot = statistics.median(run["tpot_ms"] for run in runs)
-            resident = runs[0] | {"policy": "resident", "tpot_ms": tpot, "ttft_ms": ttft}
-            keep(resident)
-            if cuda:
-                keep({"policy": "kernels"} | kernels(engine))
+        compare(engine, args, config, size, rows)
+    engine = None
+    resident = all_resident(model, args, store, rows) if args.resident else None
     measured = [row for row in rows if "needed" in row]
     add_floors(measured, config, rows[0]["expert_transfer_ms"], resident, args)
     for row in rows:
         row.pop("tokens", None)
     result = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if cuda else "cpu",
               "torch": torch.__version__, "model_bytes": model.nbytes, "expert_bytes": model.layout.nbytes,
-              "rows": rows}
+              "rows": list(rows)}
     if not args.json:
         print_gpu(result, args)
     return result

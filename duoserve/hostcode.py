@@ -20,8 +20,7 @@ PAUSE = 3e-3                                # and seconds between two: a thread 
 # The generated code runs without holding the interpreter, on as many threads as its caller has set. (What is
 # compiled for one thread would be wrong on several: each does what no loop divides.)
 HOST_CODE = {**SAME_EVERYWHERE, **IN_ONE_PASS, "cpp_wrapper": True, "cpp.dynamic_threads": True,
-             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast",
-             "compile_threads": 4}          # (that wait for the C++ compiler: no processes, as for a GPU)
+             "cpp.threads": 2, "cpp.enable_floating_point_contract_flag": "fast"}
 
 
 def stored(values: Tensor) -> Tensor:

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-SMALL_MATRIX = 2**22            # weights; a row takes one thread about 4 ms
+SMALL_MATRIX = 2**22            # weights; with fewer, no second thread and little compiling is worth its time
 UNPACK = 64 * 2**20             # weights unpacked at a time,
 UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
 # What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
 # set up while the one before it ends (programmatic dependent launch: a layer has 29; each waits for the one
 # before it to be over, and only then lets the next begin, if there is anything that it reads, as all of these
 # do); to start no processes that compile for it (there is little to compile, and they take seconds to begin),
-# and to believe that the C++ compiler knows the processor (else it is tried at each start, for seconds); of a
-# product, not to store what comes between, as it does beyond 30 operations or 8 tensors.
+# and to believe that the C++ compiler knows the processor (else that is tried at each start; its newest
+# extensions still are, which takes 0.1 s, and 5 with torch 2.11); of a product, not to store what comes
+# between, as it does beyond 30 operations or 8 tensors.
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
                    "assert_indirect_indexing": False, "triton.enable_pdl": True,
                    "compile_threads": 1, "cpp.vec_isa_ok": True}
@@ -190,7 +191,7 @@ def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tenso
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
     met = laid[:, None].unbind(2)                                   # by each of a word's nibbles
     together = 4 if 8 * q[0].numel() >= SMALL_MATRIX else 1
-    w = q.view(len(q), together, -1, *met[0].shape[2:])             # [B, 4, N / 4, groups, words]
+    w = q.view(len(q), together, -1, *met[0].shape[2:])     # [B, together, N / together, groups, words]
     dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), met)).sum(-1)
                      for rows in w.unbind(1)], 1)
     return scaled(dot * 2.0 ** (149 - LIFT) if unconverted else dot, sums, scale, zero)

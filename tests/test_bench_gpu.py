@@ -1,6 +1,8 @@
 """`bench gpu` at a size that runs anywhere: its rows are true, and what cannot be measured is refused."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +44,23 @@ def test_every_policy_at_two_sizes_and_then_all_resident(gpu, hasty, tmp_path):
     assert resident["needed_per_token"] == 0
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     assert [json.loads(line).get("policy") for line in lines] == [r.get("policy") for r in result["rows"]]
+
+
+def test_one_engine_at_a_time_and_the_first_policy_also_without_its_host(gpu, monkeypatch):
+    build, built = bench_gpu.build, []
+
+    def alone(*arguments, **options):
+        gc.collect()
+        assert not any(engine() for engine in built)
+        built.append(weakref.ref(engine := build(*arguments, **options)))
+        return engine
+    monkeypatch.setattr(bench_gpu, "build", alone)
+    rows = gpu(*TINY[:5], *TINY[6:], "--gpu-memory", "160%", "140%", "--policies", "duo", "--rounds", "2",
+               "--no-predictor", "--host-threads", "1", "--simulate-link", "20MB/s", "--simulate-host",
+               "20MB/s")["rows"]
+    assert len(built) == 3
+    assert [r.get("policy") for r in rows] == [None, *[*["duo", "duo alone"] * 2, "host"] * 2, "resident"]
+    assert all((r["host_ms"] > 0) == (r["policy"] == "duo") for r in rows if "round" in r and r != rows[-1])
 
 
 def test_a_policy_that_computes_something_else_is_found_out(gpu, monkeypatch):

@@ -97,7 +97,7 @@ def add_floors(rows: list[dict], config: MixtralConfig, expert_ms: float, reside
 
 
 class Rows(list):
-    """What has been measured; `append` tells it on standard error, too, and `--append`'s file."""
+    """What has been measured; `append` also prints it on standard error and adds it to `--append`'s file."""
 
     def __init__(self, path: str | None):
         self.path = path
@@ -115,8 +115,8 @@ class Rows(list):
 
 
 def compare(engine: Engine, args, config: MixtralConfig, size: str, rows: Rows) -> None:
-    """All policies with this engine, in turn within a round, each of which has a trace of its own; the first
-    of them also without the host. And the parts of the first."""
+    """All policies with this engine, in turn within a round (each round has its own trace); the first of them
+    also without the host. And the parts of the first."""
     first, host = args.policies[0], engine.host
     for persistence, recall in product(args.persistence, args.lookahead_recall):
         traces, engine.predictor = made_up(config, persistence, recall, args.rounds, args.new_tokens,
@@ -133,7 +133,7 @@ def compare(engine: Engine, args, config: MixtralConfig, size: str, rows: Rows) 
                     if any(a != b for a, b in zip(tokens, row["tokens"])):
                         raise UserError(f"{policy} and {other} gave different tokens: one is broken")
                 said[policy] = row["tokens"]
-            engine.host = host
+        engine.host = host
         rows.append({"policy": "host", "gpu_memory": size} | host_us(engine, first, args, traces[0]))
         if engine.device.type == "cuda" and host is not None and host.trouble() is None:
             rows.append({"policy": "host's experts", "gpu_memory": size} | host_speed(engine))
@@ -198,7 +198,7 @@ def gpu(args) -> dict:
         row.pop("tokens", None)
     result = {"shape": args.shape, "device": torch.cuda.get_device_name(device) if cuda else "cpu",
               "torch": torch.__version__, "model_bytes": model.nbytes, "expert_bytes": model.layout.nbytes,
-              "rows": list(rows)}
+              "rows": rows}
     if not args.json:
         print_gpu(result, args)
     return result

@@ -23,16 +23,18 @@ from .errors import UserError
 SMALL_MATRIX = 2**22            # weights; with fewer, no second thread and little compiling is worth its time
 UNPACK = 64 * 2**20             # weights unpacked at a time,
 UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they stay in its caches
-# What the compiler is told: of everything, to choose no kernel by timing, and that on a GPU a kernel may be
-# set up while the one before it ends (programmatic dependent launch: a layer has 29; each waits for the one
-# before it to be over, and only then lets the next begin, if there is anything that it reads, as all of these
-# do); to start no processes that compile for it (there is little to compile, and they take seconds to begin),
-# and to believe that the C++ compiler knows the processor (else that is tried at each start; its newest
-# extensions still are, which takes 0.1 s, and 5 with torch 2.11); of a product, not to store what comes
-# between, as it does beyond 30 operations or 8 tensors.
+# What the compiler is told: of everything, to choose no kernel by timing, to start no processes that compile
+# for it (there is little to compile, and they take seconds to begin), and to believe that the C++ compiler
+# knows the processor (else that is tried at each start; its newest extensions still are, which takes 0.1 s,
+# and 5 with torch 2.11).
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
-                   "assert_indirect_indexing": False, "triton.enable_pdl": True,
-                   "compile_threads": 1, "cpp.vec_isa_ok": True}
+                   "assert_indirect_indexing": False, "compile_threads": 1, "cpp.vec_isa_ok": True}
+# Of what is not small, that on a GPU a kernel may be set up while the one before it ends (programmatic
+# dependent launch: a layer has 29; each waits for the one before it to be over, and only then lets the next
+# begin, if there is anything that it reads, as all of these do). It takes a piece of C to be compiled for
+# each kind of arguments: seconds of a first start.
+EARLY = "triton.enable_pdl"
+# And of a product, not to store what comes between, as it does beyond 30 operations or 8 tensors.
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
 # A word of which only a nibble is left, k places up and below bit 24, is q 16^k 2^-149 if its bits are read
 # as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need
@@ -80,8 +82,13 @@ def parts(rows: int, columns: int, most: int | None = None) -> list[slice]:
     return [slice(i, min(i + each, rows)) for i in range(0, rows, each)]
 
 
+def is_small(weights: int) -> bool:
+    """Is what is computed with so many weights over too soon to be worth a longer start?"""
+    return weights < SMALL_MATRIX
+
+
 @cache
-def compiled(function, **more):
+def compiled(function, small: bool = False, **more):
     """Fused by torch.compile, once a process. Shapes are the matrices', a few a model, and never those of a
     prompt.
 
@@ -89,7 +96,8 @@ def compiled(function, **more):
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
     # (Whole, or not at all: as eager code it could not reach the slots that it is not told of, experts.py.)
-    run = torch.compile(function, dynamic=False, fullgraph=True, options={**SAME_EVERYWHERE, **more})
+    options = {**SAME_EVERYWHERE, EARLY: not small, **more}
+    run = torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
     def alone(*arguments):
         if torch.compiler.is_dynamo_compiling():                    # it becomes a part of what is compiled
@@ -184,13 +192,12 @@ def place(nibble):
 
 
 def dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None,
-         unconverted: bool = False) -> Tensor:
+         unconverted: bool = False, together: int = 4) -> Tensor:
     """`product` of what was laid out, in fp32: [B, N]; to be compiled. q is in words, of four bytes;
-    `unconverted`: these are read as fp32 numbers, and x was laid out with LIFT. x is read once for four
-    rows (of a small matrix for one, which takes half as long to compile)."""
+    `unconverted`: these are read as fp32 numbers, and x was laid out with LIFT. x is read once for so many
+    rows `together`."""
     q, scale, zero = (w[None] if at is None else w[at] for w in (q, scale, zero))
     met = laid[:, None].unbind(2)                                   # by each of a word's nibbles
-    together = 4 if 8 * q[0].numel() >= SMALL_MATRIX else 1
     w = q.view(len(q), together, -1, *met[0].shape[2:])     # [B, together, N / together, groups, words]
     dot = torch.cat([reduce(torch.add, map(torch.mul, nibbles(rows, unconverted), met)).sum(-1)
                      for rows in w.unbind(1)], 1)
@@ -223,8 +230,10 @@ def fused_dots(laid: Tensor, sums: list[Tensor], q: Tensor, scale: Tensor, zero:
                unconverted: bool) -> Tensor:
     """Compiled by itself: a wall in larger compiled code. Else the compiler would pull what makes x into the
     product, and do it again for every row of the matrix."""
+    small = is_small(2 * q.shape[-2] * q.shape[-1])         # (row by row it takes half as long to compile)
     q = q.view(torch.int32)                 # (here: compiled code may copy what it is to view so)
-    return compiled(dots, **IN_ONE_PASS)(laid, sums, q, scale, zero, at, unconverted)
+    run = compiled(dots, small, **IN_ONE_PASS)
+    return run(laid, sums, q, scale, zero, at, unconverted, 1 if small else 4)
 
 
 @fused_dots.register_fake
@@ -256,7 +265,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         group = group_size(columns, largest_group)
         self.fused = compile
-        self.dequantize_into = compiled(dequantize_into) if compile else dequantize_into
+        small = is_small(rows * columns)
+        self.dequantize_into = compiled(dequantize_into, small) if compile else dequantize_into
         self.at: int | Tensor | None = None
         self.workspace: Tensor | None = None                        # to unpack into; or else new memory
         self.graphs: list[Callable[[], None]] = []

@@ -29,7 +29,7 @@ from .errors import note
 from .link import Mailbox
 from .machine import on_device
 from .model import Mixtral, combine_experts, key_sizes, padded, rope_table
-from .quant import SMALL_MATRIX, compiled
+from .quant import compiled, is_small
 
 
 class DecodeStep:
@@ -76,10 +76,11 @@ class DecodeStep:
         self.chosen, self.at = (new(n, dtype=torch.long) for n in (K, 2))           # slots
         self.capturing = compile and cuda and reached
         self.sizes = key_sizes(kv.shape[3]) if compile else []
-        self.run_layer = compiled(run_layer) if compile else run_layer
+        small = is_small(model.head.weight.numel())
+        self.run_layer = compiled(run_layer, small) if compile else run_layer
         self.run_begin, self.run_end = run_begin, run_end
         if self.capturing:
-            if model.head.weight.numel() >= SMALL_MATRIX:           # (else, as on a CPU, not worth compiling)
+            if not small:                   # (else, as on a CPU, not worth compiling)
                 self.run_begin, self.run_end = compiled(run_begin), compiled(run_end)
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.begin = self.capture(self._begin)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from duoserve import Engine, loading, quant, scheduler, step
+from duoserve import Engine, loading, quant, scheduler
 from duoserve.cache import WHOLE
 from duoserve.options import SamplingParams
 from duoserve.policies import POLICIES
@@ -44,8 +44,7 @@ def as_if_large(monkeypatch):
     """Predict although transfers are short here, so that slots are reloaded while others are computed; and
     compile what a large model runs."""
     monkeypatch.setattr(scheduler, "THOUGHT", 0.0)
-    for module in (quant, step):
-        monkeypatch.setattr(module, "SMALL_MATRIX", 0)
+    monkeypatch.setattr(quant, "SMALL_MATRIX", 0)
 
 
 def engine(directory, **options):
@@ -79,8 +78,7 @@ def test_same_tokens_for_every_policy_and_cache_size(directory):
 
 
 def test_a_small_model_gives_the_same_tokens_however_many_slots_there_are(directory, monkeypatch):
-    for module in (quant, step):
-        monkeypatch.setattr(module, "SMALL_MATRIX", 2**22)
+    monkeypatch.setattr(quant, "SMALL_MATRIX", 2**22)
     assert len({tuple(tokens(engine(directory, cache_experts=n))) for n in (2, 5, 24)}) == 1
 
 

@@ -794,6 +794,22 @@ def test_nothing_is_compiled_after_loading_whatever_the_context_and_the_first_sa
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+@pytest.mark.parametrize("large", (False, True))
+def test_a_small_model_does_without_what_makes_a_start_long(tiny, large, monkeypatch):
+    told = {}
+
+    def compile(function, options, **_):    # (the code stays as it is)
+        told[function.__name__] = options["triton.enable_pdl"]
+        return function
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(loading, "can_compile", lambda device: True)
+    monkeypatch.setattr("duoserve.quant.SMALL_MATRIX", 0 if large else 2**22)
+    compiled.cache_clear()
+    load(tiny, cache_experts=2, context=100, compile=True, dtype="bfloat16")
+    compiled.cache_clear()
+    assert told == dict.fromkeys(("dots", "dequantize_into", "run_experts", "run_layer"), large)
+
+
 COMPILE = """
 import torch
 from torch._inductor import async_compile, config, cpu_vec_isa

@@ -74,17 +74,16 @@ def test_the_order_does_not_matter(group, dtype):
             assert same(exact_gemv(x, q, scale, zero), exact_gemv(x.flip(1), *turned)), (weights, name)
 
 
-@pytest.mark.parametrize("small", (0, 2**30))
+@pytest.mark.parametrize("together", (1, 4))
 @pytest.mark.parametrize("group, dtype", CASES)
-def test_by_words(group, dtype, small, monkeypatch):
+def test_by_words(group, dtype, together):
     """What is compiled: on a CPU, where a nibble is converted, and on a GPU, where it is not."""
-    monkeypatch.setattr("duoserve.quant.SMALL_MATRIX", small)       # (four rows at a time, or each by itself)
     for weights, (q, scale, zero) in matrices(8, 7 * group, group).items():
         for name, x in rows(7 * group, group, dtype).items():
             p, sums = whole_numbers(x, 7)
             for unconverted in (False, True):
                 laid = laid_out(p, LIFT * unconverted)
-                y = dots(laid, sums, q.view(torch.int32), scale, zero, None, unconverted)
+                y = dots(laid, sums, q.view(torch.int32), scale, zero, None, unconverted, together)
                 assert same(y, exact_gemv(x, q, scale, zero)), (weights, name, unconverted)
 
 

@@ -169,7 +169,7 @@ def test_compiling_that_is_switched_off_is_noticed(monkeypatch, capsys):
 def test_every_thread_may_compile_as_many_shapes():
     """An expert on the host takes more than the eight that torch allows; each of its threads has a limit."""
     run, sizes, done = compiled(torch.square), range(2, 11), []
-    run(torch.ones(12))                     # (torch 2.11 without a GPU crashes later if a thread is the first)
+    run(torch.ones(12))                     # (torch 2.11 crashes without a GPU if a thread is the first)
     thread = threading.Thread(target=lambda: done.extend(len(run(torch.ones(n))) for n in sizes))
     thread.start()
     thread.join()

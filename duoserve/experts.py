@@ -15,7 +15,7 @@ from .history import Routing
 from .link import Mailbox
 from .model import EXPERT_ROWS, Expert
 from .packed import ExpertLayout
-from .quant import compiled, exact_gemv, exact_swiglu, gemv, is_small, silu_table
+from .quant import compiled, exact_gemv, exact_swiglu, gemv, silu_table
 from .scheduler import ExpertScheduler
 from .trace import TraceRecorder
 
@@ -39,8 +39,7 @@ class ExpertSlots:
         self.slot = torch.zeros(1, dtype=torch.long, device=memory.device) if compile else None
         for matrix in self.matrices:
             matrix.at = self.slot
-        small = is_small(2 * self.expert.w13.q[0].numel())
-        self.compiled = compiled(run_experts, small) if compile else run_experts
+        self.compiled = compiled(run_experts, self.expert.w13.small) if compile else run_experts
         # Numbers of w13's product that may be given; and how many are, where a slot is chosen.
         self.given = memory.new_zeros(self.expert.w13.q.shape[-2], dtype=torch.float32)
         self.count = memory.new_zeros(1, dtype=torch.long)

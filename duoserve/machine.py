@@ -13,7 +13,7 @@ import torch
 
 from .config import MixtralConfig
 from .errors import UserError, format_bytes, note
-from .quant import COMPILER, SAME_EVERYWHERE, SMALL_MATRIX
+from .quant import COMPILER, SAME_EVERYWHERE, is_small
 
 SYSTEM = ctypes.CDLL(None)
 HOST_THREAD = "duoserve-host"               # the name of those that compute experts
@@ -36,7 +36,7 @@ def set_threads(threads: int | None, config: MixtralConfig) -> None:
     obeyed.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        small = 2 * config.intermediate_size * config.hidden_size < SMALL_MATRIX
+        small = is_small(2 * config.intermediate_size * config.hidden_size)
         threads = 1 if small else min(usable_cpus(), TORCH_THREADS)
     if threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)

@@ -29,12 +29,7 @@ UNPACK_ROW = 2**17              # and for a product of one row on a CPU: they st
 # and 5 with torch 2.11).
 SAME_EVERYWHERE = {"deterministic": True, "triton.autotune_pointwise": False,
                    "assert_indirect_indexing": False, "compile_threads": 1, "cpp.vec_isa_ok": True}
-# Of what is not small, that on a GPU a kernel may be set up while the one before it ends (programmatic
-# dependent launch: a layer has 29; each waits for the one before it to be over, and only then lets the next
-# begin, if there is anything that it reads, as all of these do). It takes a piece of C to be compiled for
-# each kind of arguments: seconds of a first start.
-EARLY = "triton.enable_pdl"
-# And of a product, not to store what comes between, as it does beyond 30 operations or 8 tensors.
+# And of a product: not to store what comes between, as it does beyond 30 operations or 8 tensors.
 IN_ONE_PASS = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 64}
 # A word of which only a nibble is left, k places up and below bit 24, is q 16^k 2^-149 if its bits are read
 # as an fp32 number. A GPU computes with so small numbers as fast and as exactly as with others: nothing need
@@ -95,8 +90,12 @@ def compiled(function, small: bool = False, **more):
     No kernel is chosen by timing: which one is fastest, and so the last bits of a sum, would change from one
     process to the next; and what is written in place would be copied for the trial, beyond the memory plan.
     """
+    # On a GPU a kernel may be set up while the one before it ends (programmatic dependent launch: a layer has
+    # 29; each waits for the one before it to be over, and only then lets the next begin, if there is anything
+    # that it reads, as all of these do). What is `small` does without: it takes a piece of C to be compiled
+    # for each kind of arguments, seconds of a first start.
+    options = {**SAME_EVERYWHERE, "triton.enable_pdl": not small, **more}
     # (Whole, or not at all: as eager code it could not reach the slots that it is not told of, experts.py.)
-    options = {**SAME_EVERYWHERE, EARLY: not small, **more}
     run = torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
     def alone(*arguments):
@@ -265,8 +264,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         group = group_size(columns, largest_group)
         self.fused = compile
-        small = is_small(rows * columns)
-        self.dequantize_into = compiled(dequantize_into, small) if compile else dequantize_into
+        self.small = is_small(rows * columns)
+        self.dequantize_into = compiled(dequantize_into, self.small) if compile else dequantize_into
         self.at: int | Tensor | None = None
         self.workspace: Tensor | None = None                        # to unpack into; or else new memory
         self.graphs: list[Callable[[], None]] = []

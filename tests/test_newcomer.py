@@ -261,7 +261,7 @@ def test_threads_by_default(tiny, threads, monkeypatch):
     load(tiny)
     assert threads() == 1
     torch.set_num_threads(3)
-    monkeypatch.setattr(machine, "SMALL_MATRIX", 100)
+    monkeypatch.setattr("duoserve.quant.SMALL_MATRIX", 100)
     monkeypatch.setattr(machine, "TORCH_THREADS", 3)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     for quota, expected in (("max 100000", 3), ("200000 100000", 2), ("50000 100000", 1)):

@@ -114,12 +114,12 @@ class Rows(list):
                         if isinstance(v, (str, int, float))), file=sys.stderr, flush=True)
 
 
-def compare(engine: Engine, args, config: MixtralConfig, size: str, rows: Rows) -> None:
+def compare(engine: Engine, args, size: str, rows: Rows) -> None:
     """All policies with this engine, in turn within a round (each round has its own trace); the first of them
     also without the host. And the parts of the first."""
     first, host = args.policies[0], engine.host
     for persistence, recall in product(args.persistence, args.lookahead_recall):
-        traces, engine.predictor = made_up(config, persistence, recall, args.rounds, args.new_tokens,
+        traces, engine.predictor = made_up(engine.config, persistence, recall, args.rounds, args.new_tokens,
                                            args.predictor)
         for round_ in range(args.rounds):
             said: dict[str, list[int]] = {}
@@ -141,9 +141,9 @@ def compare(engine: Engine, args, config: MixtralConfig, size: str, rows: Rows) 
 
 def all_resident(model: RandomModel, args, store: ExpertStore, rows: Rows) -> dict | None:
     """What the floors are made of: a run with every expert on the device. None if it does not fit."""
-    total, config = len(model.config.expert_keys), model.config
+    config = model.config
     try:
-        engine = build(model, args, store, cache_experts=total)
+        engine = build(model, args, store, cache_experts=len(config.expert_keys))
     except UserError as error:              # (a small GPU)
         note(f"no floors: {error}")
         return None
@@ -173,7 +173,7 @@ def gpu(args) -> dict:
     args.context = max(*args.prompts, args.decode_after + args.new_tokens) + 8
     if not cuda:                            # there is no link to measure
         args.simulate_link = args.simulate_link or "100MB/s"
-    rows, engine, store = Rows(args.append), None, None
+    rows, store = Rows(args.append), None
     sizes = args.gpu_memory or ["15%"]
     for size in sorted(sizes, key=lambda size: parse_amount(size, model.nbytes, "--gpu-memory")):
         by_count = args.shape == "tiny" and not args.gpu_memory
@@ -189,7 +189,7 @@ def gpu(args) -> dict:
         warm_up, = synthetic_traces(config, 0.5, 0.5, 1, 2, 8)
         for tokens in args.prompts:         # libraries choose kernels, and take memory, by length
             request(engine, args.policies[0], tokens, 4, warm_up)
-        compare(engine, args, config, size, rows)
+        compare(engine, args, size, rows)
     engine = None
     resident = all_resident(model, args, store, rows) if args.resident else None
     measured = [row for row in rows if "needed" in row]

@@ -142,7 +142,7 @@ class GPUExpertCache:
             raise UserError(f"policy {type(self.scheduler).__name__}: it plans {unknown[0]!r}, which is no "
                             "(layer, expert) of this model")
         waiting = {transfer.key: transfer for transfer in self.queue}
-        self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now(), False)
+        self.queue = [waiting.pop(key, None) or Transfer(key, self.expert_bytes, self.lane.now())
                       for key in keys if key in waiting or key not in self.slot_of]
         for key in waiting:
             self.drop(key)
@@ -181,12 +181,12 @@ class GPUExpertCache:
         slot = self.slot_of.get(key)
         begun = slot is not None
         guess = slot.transfer if begun else next((t for t in self.queue if t.key == key), None)
-        transfer = guess or Transfer(key, self.expert_bytes, self.lane.now(), True)
+        transfer = guess or Transfer(key, self.expert_bytes, self.lane.now())
         if not begun and not self._take(transfer, urgent=True):
             return False
         if transfer in self.queue:
             self.queue.remove(transfer)
-        transfer.urgent, transfer.asked, transfer.skip = True, self.lane.now(), skip
+        transfer.asked, transfer.skip = self.lane.now(), skip
         if transfer.used:                   # ... by a layer visit that the host helped: this is another
             transfer.used = transfer.counted = transfer.predicted = False
         try:
@@ -225,7 +225,7 @@ class GPUExpertCache:
         self.needed.discard(key)
         if not slot.whole:                  # the host helped; the rest follows if nothing is worth more
             self.counts.split += 1
-            slot.transfer.skip, slot.transfer.urgent, slot.transfer.asked = 0, False, self.lane.now()
+            slot.transfer.skip, slot.transfer.asked = 0, self.lane.now()
             self.queue.append(slot.transfer)
         if key in self.launched:
             self.launched.discard(key)

@@ -45,7 +45,6 @@ class Transfer:
     key: Key
     size: int
     asked: float                            # when, on the lane's clock
-    urgent: bool
     predicted: bool = False                 # moved on a guess
     slot: int = -1
     sent: int = 0

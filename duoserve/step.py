@@ -151,16 +151,14 @@ class DecodeStep:
             self.mail[i].clear()            # (what was there is read, or was a request's that is given up)
         if not self.capturing:
             source.begin_layer(i)
-            layers[i]()
-            source.fetch(i, self.report[i], self.mail[i])
-            return False
-        row = source.launch(i)
-        if row != self.known[i]:            # (the device has done with the old one, a token ago)
+        elif (row := source.launch(i)) != self.known[i]:            # (the old one was done with a token ago)
             self.known[i] = []              # (should this be interrupted)
             self.row_values[i] = [max(slot, 0) for slot in row]
             self.known[i] = row
         layers[i]()
         source.fetch(i, self.report[i], self.mail[i])
+        if not self.capturing:
+            return False
         source.launched(i, row)
         return LAUNCHED not in row
 

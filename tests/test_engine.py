@@ -340,7 +340,8 @@ class FaultyLane(SimulatedLane):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_prefetch_that_fails_is_not_visible(policy, tiny, want):
     engine, rng = load(tiny, policy=policy, cache_experts=6), random.Random(1)
-    lane = put_lane(engine, FaultyLane(engine, lambda transfer: not transfer.urgent and rng.random() < 0.3))
+    lane = put_lane(engine, FaultyLane(
+        engine, lambda transfer: transfer in engine.cache.queue and rng.random() < 0.3))
     assert same(answers(engine), want)
     assert lane.failed or policy in ("on-demand", "cache")
 
@@ -351,8 +352,9 @@ def test_a_demand_that_fails_ends_the_request_and_not_the_engine(policy, after, 
     engine, demands = load(tiny, policy=policy, cache_experts=3), [0]
 
     def fails(transfer):
-        demands[0] += transfer.urgent
-        return transfer.urgent and demands[0] > after
+        demanded = transfer not in engine.cache.queue
+        demands[0] += demanded
+        return demanded and demands[0] > after
 
     healthy = engine.cache.lane
     put_lane(engine, FaultyLane(engine, fails))

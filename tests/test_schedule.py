@@ -38,7 +38,8 @@ class Lane(SimulatedLane):
 
     def send(self, transfer, nbytes):
         super().send(transfer, nbytes)
-        self.pieces.append((transfer, *transfer.spans[-1], not transfer.urgent))
+        guesses = self.clock.pump.__self__.queue                    # (the cache's)
+        self.pieces.append((transfer, *transfer.spans[-1], transfer in guesses))
 
 
 class Victims:
@@ -92,7 +93,7 @@ class Arrival:
 
 
 def test_only_after_its_last_piece_need_nobody_wait_for_a_transfer():
-    lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0, False)
+    lane, ends, transfer = CudaLane.__new__(CudaLane), [Arrival(), Arrival()], Transfer(A, 2, 0.0)
     lane.origin, lane.epoch, lane.busy, lane.pace, transfer.loaded = Arrival(), 0.0, 0.0, 0.0, ends[1]
     lane.now = lambda: 0.0
     lane.flying, lane.landed, lane.events = deque((Arrival(), end, transfer, 1) for end in ends), deque(), []

@@ -22,7 +22,7 @@ def blocks(trace: dict, lane: int) -> list[dict]:
 
 
 def moved(key, spans, sent, *, asked=0.0, predicted=False, used=False) -> Transfer:
-    return Transfer(key, 100, asked, False, predicted, sent=sent, used=used, spans=spans)
+    return Transfer(key, 100, asked, predicted, sent=sent, used=used, spans=spans)
 
 
 @pytest.fixture(scope="module",

@@ -13,7 +13,7 @@ from .experts import ExpertSlots, StreamedExperts
 from .host import Host
 from .hostcode import compiled_experts, on_threads
 from .link import PCIE, CudaLane, chunk_size
-from .machine import can_compile, enough_memory, set_threads, usable_cpus
+from .machine import can_compile, enough_memory, set_threads, uncollected, usable_cpus
 from .memory import MemoryPlan, choose_kept, plan_memory
 from .model import Mixtral, padded
 from .options import EngineOptions, check_context
@@ -53,7 +53,7 @@ class LoadedModel:
         if options.context is not None:
             check_context(options.context, c.max_position_embeddings)
         self.context = options.context or min(c.max_position_embeddings, 4096)
-        with ExitStack() as loading, enough_memory():
+        with ExitStack() as loading, enough_memory(), uncollected():
             wanted = cuda if options.compile is None else options.compile
             self.compiled = wanted and can_compile(device)
             self.plan = self._make_plan()

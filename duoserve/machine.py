@@ -1,6 +1,7 @@
 """What this machine has and allows: processors, host memory, a compiler, memory on the GPU."""
 
 import ctypes
+import gc
 import os
 import threading
 from contextlib import contextmanager, suppress
@@ -66,6 +67,7 @@ def can_compile(device: torch.device) -> bool:
     """Compile and run one line; where that fails (no compiler, no Triton) say so: the run goes on eager."""
     try:
         with COMPILER:
+            torch._dynamo.config.run_gc_after_compile = False       # (see `uncollected`)
             run = torch.compile(lambda x: x * 2 + torch.compiler.is_compiling(), options=SAME_EVERYWHERE)
             if run(torch.ones(8, device=device))[0] != 3:
                 raise RuntimeError("it is switched off")
@@ -83,6 +85,20 @@ def enough_memory():
         yield
     except torch.OutOfMemoryError as error:
         raise UserError("the GPU is out of memory; leave more free with a smaller --gpu-memory") from error
+
+
+@contextmanager
+def uncollected():
+    """Nothing in here is searched for garbage. What a compiler brings along is a million objects that stay,
+    and looking at them again and again takes a fifth of a start; and an engine that is collected while
+    CUDA captures a graph would synchronize, which is an error."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @cache

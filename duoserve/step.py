@@ -16,7 +16,6 @@ us when repeated takes 50. So a layer is one launch: what else the two tell each
 in pinned memory.
 """
 
-import gc
 from contextlib import closing
 from functools import partial
 from typing import Callable
@@ -93,22 +92,19 @@ class DecodeStep:
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
-        """A piece -> what runs it. Nothing else may use the device meanwhile: this is part of loading."""
+        """A piece -> what runs it. Nothing else may use the device meanwhile: this is part of loading (in which
+        no other engine is collected, either: that would synchronize)."""
         if not self.capturing:
             return piece
         self.stream.wait_stream(torch.cuda.current_stream(self.kv.device))
         with torch.cuda.stream(self.stream):
             piece()                         # compiles, and whatever a library does when it is first called
             graph = torch.cuda.CUDAGraph()  # (torch.cuda.graph would empty the allocator's cache every time)
-            collecting = gc.isenabled()
-            gc.disable()                    # an engine that is collected in here would synchronize: an error
             graph.capture_begin(pool=self.pool)
             try:
                 piece()
             finally:
                 graph.capture_end()
-                if collecting:
-                    gc.enable()
         torch.cuda.current_stream(self.kv.device).wait_stream(self.stream)
         return graph.replay
 

@@ -923,6 +923,26 @@ def test_a_damaged_expert_among_others_leaves_nothing_behind(tiny, monkeypatch):
         gc.enable()
 
 
+@pytest.mark.parametrize("on", (True, False))
+def test_loading_collects_no_garbage_and_leaves_the_collector_as_it_was(on, tiny):
+    seen = []
+
+    def progress(total, label):
+        seen.append(gc.isenabled())
+        if len(seen) > 1:
+            raise UserError("no more")
+    was = gc.isenabled()
+    (gc.enable if on else gc.disable)()
+    try:
+        load(tiny, progress=progress)
+        assert gc.isenabled() == on
+        with pytest.raises(UserError, match="no more"):
+            load(tiny, progress=progress)
+        assert gc.isenabled() == on and seen == [False, False]
+    finally:
+        (gc.enable if was else gc.disable)()
+
+
 @pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))
 def test_a_damaged_manifest_is_named(tiny, tmp_path, damage):
     for path in tiny.iterdir():

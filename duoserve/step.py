@@ -92,8 +92,8 @@ class DecodeStep:
         self.end = self.capture(self._end)
 
     def capture(self, piece: Callable[[], None]) -> Callable[[], None]:
-        """A piece -> what runs it. Nothing else may use the device meanwhile: this is part of loading (in which
-        no other engine is collected, either: that would synchronize)."""
+        """A piece -> what runs it. Nothing else may use the device meanwhile: this is part of loading, in
+        which no other engine is collected, either."""
         if not self.capturing:
             return piece
         self.stream.wait_stream(torch.cuda.current_stream(self.kv.device))

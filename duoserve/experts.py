@@ -36,14 +36,17 @@ class ExpertSlots:
         with torch.device("meta"):
             self.expert = layout.bind(Expert(config, linear), memory[:2] if compile else memory)
         self.matrices = self.expert.w13, self.expert.w2
-        self.top_k = config.num_experts_per_tok
+        # On a GPU a second expert of a small model is computed sooner than code for a single one is compiled.
+        # So always as many are computed as a token has, and those that nobody asked for are dropped.
+        small, cuda = self.expert.w13.small, memory.is_cuda
+        self.always = config.num_experts_per_tok if small and cuda else None
         self.slot = torch.zeros(1, dtype=torch.long, device=memory.device) if compile else None
         for matrix in self.matrices:
             matrix.at = self.slot
         self.compiled = compiled(run_experts, self.expert.w13.small) if compile else run_experts
         # Numbers of w13's product that may be given; and how many are, where a slot is chosen.
         self.given = memory.new_zeros(self.expert.w13.q.shape[-2], dtype=torch.float32)
-        self.count, self.none = memory.new_zeros(2, 1, dtype=torch.long)
+        self.count, self.no_count = memory.new_zeros(2, 1, dtype=torch.long)
         self.pieces: list[Callable[[], None]] = []
 
     def __getitem__(self, slot: int) -> Callable[[Tensor], Tensor]:
@@ -94,10 +97,11 @@ class ExpertSlots:
         numbers of the first product are `given`, if a count [1] is."""
         w13, w2 = ([matrix.q, matrix.scale, matrix.zero] for matrix in self.matrices)
         table = None if x.dtype == torch.float32 else silu_table(x.dtype, x.device)
-        every, n = out, len(at)
-        if x.is_cuda and self.expert.w13.small:     # more experts than asked for take it less time than code
-            count, n = self.none if count is None else count, self.top_k            # for fewer to compile
-            every = out if len(at) == n else out.new_empty(n, out.shape[1])
+        every, n = out, self.always or len(at)
+        if self.always and count is None:
+            count = self.no_count
+        if n != len(at):
+            every = out.new_empty(n, out.shape[1])
         self.compiled(w13, w2, table, at.expand(n).contiguous(), x, every,
                       None if count is None else (self.given, count))
         if every is not out:

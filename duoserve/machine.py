@@ -19,6 +19,7 @@ from .quant import COMPILER, SAME_EVERYWHERE, is_small
 SYSTEM = ctypes.CDLL(None)
 HOST_THREAD = "duoserve-host"               # the name of those that compute experts
 TORCH_THREADS = torch.get_num_threads()     # what torch takes if it is not told
+PAUSES: list[bool] = []                     # of each `uncollected` under way: did Python collect before it?
 
 
 def usable_cpus() -> int:
@@ -89,15 +90,20 @@ def enough_memory():
 
 @contextmanager
 def uncollected():
-    """Nothing in here is searched for garbage. What a compiler brings along is a million objects that stay,
-    and looking at them again and again takes a fifth of a start; and an engine that is collected while
-    CUDA captures a graph would synchronize, which is an error."""
-    collecting = gc.isenabled()
-    gc.disable()
+    """What is garbage now is collected (a former engine has to go before there is room for the next), and
+    nothing more in here: a compiler brings along several 100,000 objects, and to look at them again and again
+    takes a sixth of loading; and an engine that is collected while CUDA captures a graph would synchronize,
+    which is an error. Several threads may be in here at once."""
+    was = gc.isenabled() or True in PAUSES
     try:
+        PAUSES.append(was)
+        gc.collect()
+        gc.disable()
         yield
     finally:
-        if collecting:
+        with suppress(ValueError):          # (a Ctrl-C came first)
+            PAUSES.remove(was)
+        if was and not PAUSES:
             gc.enable()
 
 

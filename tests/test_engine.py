@@ -27,7 +27,7 @@ from duoserve import Engine, loading, store
 from duoserve import engine as engine_module
 from duoserve.cache import GPUExpertCache
 from duoserve.experts import ExpertSlots
-from duoserve.machine import can_compile
+from duoserve.machine import can_compile, uncollected
 from duoserve.model import key_sizes
 from duoserve.options import SamplingParams
 from duoserve.packed import PackedModel
@@ -91,6 +91,8 @@ def test_the_same_bits_by_the_table_in_16_bits(slots, deepest, tiny):
     step.settle = settled
     assert same(answers(engine), want)
     assert deepest <= set(ahead)
+    engine.source.slots.always = 2          # as of a small model on a GPU
+    assert same(answers(engine), want)
 
 
 def test_pinned_memory_that_the_device_cannot_reach_is_copied(tiny, want, monkeypatch, capsys):
@@ -939,8 +941,30 @@ def test_loading_collects_no_garbage_and_leaves_the_collector_as_it_was(on, tiny
         with pytest.raises(UserError, match="no more"):
             load(tiny, progress=progress)
         assert gc.isenabled() == on and seen == [False, False]
+        one, other = uncollected(), uncollected()                   # in two threads, say
+        one.__enter__(), other.__enter__()
+        one.__exit__(None, None, None)
+        assert not gc.isenabled()
+        other.__exit__(None, None, None)
+        assert gc.isenabled() == on
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_an_engine_that_was_dropped_is_gone_before_the_next_makes_its_plan(tiny, monkeypatch):
+    alive, plan = [], Engine._make_plan
+
+    def planned(self):
+        alive.append(sum(store() is not None for store in stores))
+        return plan(self)
+    monkeypatch.setattr(Engine, "_make_plan", planned)
+    stores = []
+    for _ in range(4):
+        engine = load(tiny, cache_experts=6)
+        engine.generate(SHORT, max_new_tokens=2)
+        stores.append(weakref.ref(engine.store))
+        del engine
+    assert alive == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("damage", (b"[" * 200_000, b"[]", b"{}", b"\xff"))

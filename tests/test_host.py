@@ -74,8 +74,9 @@ def test_the_same_bits_where_the_device_runs_ahead(tiny, monkeypatch):
     monkeypatch.setattr(ExpertScheduler, "for_host", anywhere(1))
     engine = load(tiny, dtype="bfloat16", cache_experts=12, **SLOW)
     by_table(engine)
-    assert same(answers(engine), want)
-    assert engine.cache.counts.host_experts + engine.cache.counts.split
+    for engine.source.slots.always in (None, 2):                    # (2: as of a small model on a GPU)
+        assert same(answers(engine), want)
+        assert engine.cache.counts.host_experts + engine.cache.counts.split
 
 
 def test_a_host_of_threads_without_a_simulated_link(tiny, monkeypatch):

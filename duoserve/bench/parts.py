@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from ..cache import WHOLE
 from ..config import MixtralConfig
 from ..engine import Engine
-from ..machine import usable_cpus
+from ..machine import uncollected, usable_cpus
 from ..scheduler import DecodeScheduler
 from .madeup import request
 
@@ -134,12 +134,13 @@ def host_int4(c: MixtralConfig, threads: int, out: dict) -> None:
 def kernels(engine: Engine) -> dict:
     """Microseconds of the pieces of a decode step (a layer's with two experts), and the memory bandwidth that
     an expert's product makes of it; beside it torch's own 4-bit product on the same shapes (group 128, bf16
-    scale and zero)."""
+    scale and zero). (Where a small model computes two experts for one, `expert` is both.)"""
     c, step, device = engine.config, engine.step, engine.device
     slots, out = engine.source.slots, step.expert_out[0, :1]
     none = slots.count.zero_()
-    experts = [step.capture(partial(slots.run, torch.full((1,), slot, device=device), step.x, out, none))
-               for slot in range(min(64, engine.plan.slots))]
+    with uncollected():
+        experts = [step.capture(partial(slots.run, torch.full((1,), slot, device=device), step.x, out, none))
+                   for slot in range(min(64, engine.plan.slots))]
     layers = step.layers[step.sizes[0]]
     out = {"layer_kernels_us": kernel_us(layers, device),
            "expert_kernels_us": kernel_us(experts, device), "layer_us": elapsed_us(layers),

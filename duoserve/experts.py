@@ -38,12 +38,12 @@ class ExpertSlots:
         self.matrices = self.expert.w13, self.expert.w2
         # On a GPU a second expert of a small model is computed sooner than code for a single one is compiled.
         # So always as many are computed as a token has, and those that nobody asked for are dropped.
-        small, cuda = self.expert.w13.small, memory.is_cuda
-        self.always = config.num_experts_per_tok if small and cuda else None
+        small = self.expert.w13.small
+        self.always = config.num_experts_per_tok if small and memory.is_cuda else None
         self.slot = torch.zeros(1, dtype=torch.long, device=memory.device) if compile else None
         for matrix in self.matrices:
             matrix.at = self.slot
-        self.compiled = compiled(run_experts, self.expert.w13.small) if compile else run_experts
+        self.compiled = compiled(run_experts, small) if compile else run_experts
         # Numbers of w13's product that may be given; and how many are, where a slot is chosen.
         self.given = memory.new_zeros(self.expert.w13.q.shape[-2], dtype=torch.float32)
         self.count, self.no_count = memory.new_zeros(2, 1, dtype=torch.long)
@@ -97,11 +97,10 @@ class ExpertSlots:
         numbers of the first product are `given`, if a count [1] is."""
         w13, w2 = ([matrix.q, matrix.scale, matrix.zero] for matrix in self.matrices)
         table = None if x.dtype == torch.float32 else silu_table(x.dtype, x.device)
-        every, n = out, self.always or len(at)
+        n = self.always or len(at)
         if self.always and count is None:
             count = self.no_count
-        if n != len(at):
-            every = out.new_empty(n, out.shape[1])
+        every = out if n == len(at) else out.new_empty(n, out.shape[1])
         self.compiled(w13, w2, table, at.expand(n).contiguous(), x, every,
                       None if count is None else (self.given, count))
         if every is not out:

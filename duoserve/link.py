@@ -84,12 +84,14 @@ class Mailbox:
         return bool(self.words.argmax() == len(self.words) - 1)
 
 
-def chunk_size(expert_bytes: int, rate: float) -> int:
-    """Bytes of one chunk of speculation: 8 MiB, or a sixth of a small expert, but never less than what a link
-    of `rate` bytes a second (0: as fast as memcpy) moves in 100 us: handing over a chunk takes the host some
-    of them."""
+def chunk_sizes(expert_bytes: int, rate: float) -> tuple[int, int]:
+    """Bytes of one chunk of speculation, beside a host that computes and without: 8 MiB, or a sixth of a
+    small expert; and a third of that, as the main thread then has time for more of them. But never less than
+    a link of `rate` bytes a second (0: as fast as memcpy) moves in 100 us, some of which it takes to hand
+    over a chunk."""
     most = min(8 * 2**20, -(-expert_bytes // 6))
-    return min(expert_bytes, max(most, int(rate * 1e-4))) if rate else expert_bytes
+    beside, alone = (min(expert_bytes, max(size, int(rate * 1e-4))) for size in (most, -(-most // 3)))
+    return (beside, alone) if rate else (expert_bytes, expert_bytes)
 
 
 class CudaLane:
@@ -100,11 +102,11 @@ class CudaLane:
     over: something that was fetched after it has been read. (So the events can be used again and again.)
     """
 
-    def __init__(self, slots: torch.Tensor, chunk: int, store):
-        """`slots` [N, expert bytes] on the device; `store` has what goes there: `where(key, start, stop)`,
+    def __init__(self, slots: torch.Tensor, chunks: tuple[int, int], store):
+        """`slots` [N, expert bytes] on the device; `chunks`: `chunk_sizes`; `store` has what goes there: `where(key, start, stop)`,
         which bytes of it these are in the order of sending; `pinned_block(key)`, the expert in pinned memory
         or None; and `fetch(key, start, into)`, which copies its bytes from wherever they are."""
-        self.device, self.chunk = slots.device, chunk
+        self.device, self.chunks = slots.device, chunks
         self.store = weakref.proxy(store)   # (a lane that outlives its engine keeps no pinned memory)
         self.slots = [slot.data_ptr() for slot in slots]
         if not cuda_runtimes():
@@ -141,10 +143,10 @@ class CudaLane:
             self.enqueue(slot + start, block.data_ptr() + start, stop - start, self.stream)
             return
         if not self.ring:
-            self.ring = [(torch.empty(self.chunk, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
-                         for _ in range(2)]
-        for begin in range(start, stop, self.chunk):
-            nbytes = min(self.chunk, stop - begin)
+            self.ring = [(torch.empty(max(self.chunks), dtype=torch.uint8, pin_memory=True),
+                          torch.cuda.Event()) for _ in range(2)]
+        for begin in range(start, stop, max(self.chunks)):
+            nbytes = min(max(self.chunks), stop - begin)
             buffer, free = self.ring[0]
             free.synchronize()              # its last copy is done (an event never recorded counts as done)
             self.store.fetch(transfer.key, begin, buffer[:nbytes])

@@ -12,7 +12,7 @@ from .errors import UserError, format_bytes, note, parse_amount
 from .experts import ExpertSlots, StreamedExperts
 from .host import Host
 from .hostcode import compiled_experts, on_threads
-from .link import PCIE, CudaLane, chunk_size
+from .link import PCIE, CudaLane, chunk_sizes
 from .machine import can_compile, enough_memory, set_threads, uncollected, usable_cpus
 from .memory import MemoryPlan, choose_kept, plan_memory
 from .model import Mixtral, padded
@@ -142,14 +142,14 @@ class LoadedModel:
     def _lane(self) -> CudaLane | SimulatedLane:
         slots, store, nbytes = self.slots_memory, self.store, self.plan.expert
         if self.device.type == "cuda" and not self.options.simulate_link:
-            return CudaLane(slots, chunk_size(nbytes, PCIE), store)
+            return CudaLane(slots, chunk_sizes(nbytes, PCIE), store)
 
         def copy(transfer, start, stop):
             start, stop = store.where(transfer.key, start, stop)
             store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
 
         rate = self.options.simulate_link or 0
-        return SimulatedLane(WallClock(), rate, chunk_size(nbytes, rate), copy)
+        return SimulatedLane(WallClock(), rate, chunk_sizes(nbytes, rate)[0], copy)
 
     def _make_host(self) -> Host | SimulatedHost | None:
         """What computes missing experts beside the link, if anything may. (It is not ready yet.)"""

@@ -68,7 +68,7 @@ class SimulatedLane:
 
     def __init__(self, clock: Clock, rate: float, chunk: int,
                  copy: Callable[[Transfer, int, int], None] = lambda transfer, start, stop: None):
-        self.clock, self.rate, self.chunk, self.copy = clock, rate, chunk, copy
+        self.clock, self.rate, self.chunks, self.copy = clock, rate, (chunk, chunk), copy
         self.now = clock.now
         self.ends = deque([0.0] * IN_FLIGHT, maxlen=IN_FLIGHT)      # of the latest chunks: when they are done
         self.busy = 0.0                     # seconds so far

@@ -239,7 +239,7 @@ def save(engine, path: Path, runs: dict[str, dict] = {}) -> dict[str, dict]:
     policy. -> those and this."""
     cache, host, at = engine.cache, engine.host, engine.cache.lane.seconds
     computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
-    run = trace(cache.log, computed, cache.lane.chunk, {slot.transfer for slot in cache.slots}, cache.since,
+    run = trace(cache.log, computed, cache.chunk, {slot.transfer for slot in cache.slots}, cache.since,
                 host.log if host is not None else ())
     runs = runs | {Path(engine.policy).name: run}
     events = {name: run["traceEvents"] for name, run in runs.items()}

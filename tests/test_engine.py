@@ -270,7 +270,7 @@ def test_the_same_bits_under_every_predictor(who, slots, tiny, predictor, want):
     ("layer-prefetch", "50MB/s", 1000), ("layer-prefetch", None, 777)])
 def test_the_same_bits_over_every_link_and_chunk(policy, link, chunk, tiny, want):
     engine = load(tiny, cache_experts=6, policy=policy, simulate_link=link)
-    engine.cache.lane.chunk = chunk or engine.cache.lane.chunk
+    engine.cache.lane.chunks = (chunk, chunk) if chunk else engine.cache.lane.chunks
     assert same(answers(engine), want)
 
 
@@ -329,7 +329,7 @@ class FaultyLane(SimulatedLane):
 
     def __init__(self, engine, fails):
         lane = engine.cache.lane
-        super().__init__(WallClock(), 0, lane.chunk, lane.copy)
+        super().__init__(WallClock(), 0, lane.chunks[0], lane.copy)
         self.fails, self.failed = fails, 0
 
     def send(self, transfer, nbytes):

@@ -159,7 +159,7 @@ def wrong_reads(cuda, seed, spoil=lambda lane, cache: None) -> int:
     """
     slots, rng, table, fetched = 5, random.Random(seed), {}, []
     device = cuda(seed, slots)
-    lane = CudaLane(torch.empty(slots, CHUNKS), 1, device)
+    lane = CudaLane(torch.empty(slots, CHUNKS), (1, 1), device)
 
     def copy(transfer, start, stop):
         for chunk in range(start, stop):

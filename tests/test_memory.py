@@ -165,7 +165,7 @@ def test_guesses_of_what_lies_on_the_disk_arrive(tiny):
 @pytest.mark.parametrize("link, chunk", [("50MB/s", 1000), (None, 777), (None, 10**9)])
 def test_the_same_bits_in_any_pieces(link, chunk, tiny, want):
     engine = load(tiny, cache_experts=4, host_memory="10%", simulate_link=link)
-    engine.cache.lane.chunk = chunk
+    engine.cache.lane.chunks = chunk, chunk
     assert same(answers(engine), want) and 0 < len(engine.store.blocks) < 4
 
 

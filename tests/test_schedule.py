@@ -17,7 +17,7 @@ from duoserve.bench.replay import Costs, Replay, belady, row, synthetic_traces
 from duoserve.cache import LAUNCHED, GPUExpertCache, Slot
 from duoserve.config import MixtralConfig
 from duoserve.errors import UserError
-from duoserve.link import CudaLane, LinkError, Transfer, chunk_size
+from duoserve.link import CudaLane, LinkError, Transfer, chunk_sizes
 from duoserve.history import History, Routing
 from duoserve.policies import POLICIES, load_policy, schedulers
 from duoserve.predictor import Forecast
@@ -797,9 +797,21 @@ def test_the_replay_charges_for_the_predictor_where_it_runs():
 
 
 def test_chunks_are_no_smaller_than_what_it_costs_to_hand_them_over():
-    mixtral, small = 93_600_000, 250_000
-    assert chunk_size(mixtral, 25e9) == 8 * 2**20 and chunk_size(20_000_000, 25e9) == 3_333_334
-    assert chunk_size(small, 25e9) == chunk_size(small, 0) == small and chunk_size(small, 0.15e9) == 41_667
+    assert chunk_sizes(93_600_000, 25e9) == (8 * 2**20, -(-8 * 2**20 // 3))
+    assert chunk_sizes(20_000_000, 25e9) == (3_333_334, 2_500_000)
+    for rate in (25e9, 0):
+        assert chunk_sizes(250_000, rate) == (250_000, 250_000)
+    assert chunk_sizes(250_000, 0.15e9) == (41_667, 15_000)
+
+
+def test_a_main_thread_without_a_host_beside_it_hands_over_smaller_chunks():
+    cache, clock = rig(2)
+    cache.lane.chunks = 3, 1
+    for key, host in ((A, object()), (B, None)):
+        cache.serve(cache.scheduler, host)
+        cache.plan([key])
+        clock.advance(CHUNKS)
+    assert [end - start for _, start, end, _ in cache.lane.pieces] == [3, 3, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_policy_file_that_changes_is_run_again_and_one_that_gives_up_nothing_is_named(tmp_path):
@@ -951,7 +963,7 @@ def test_the_cache_does_the_same_however_often_it_is_pumped():
             rng, clock = random.Random(seed), kind()
             clock.rng = random.Random(seed)
             cache = GPUExpertCache(rng.randint(2, 3), CHUNKS, Lane(clock))
-            cache.scheduler = Victims(clock, least)
+            cache.serve(Victims(clock, least))
             for _ in range(20):
                 keys = rng.sample([(0, e) for e in range(6)], 3)
                 if rng.random() < 0.4:

@@ -116,7 +116,7 @@ def test_host_memory_is_taken_exactly(device):
     assert done.returncode == 0, done.stderr[-2000:]
     grown, wanted, expert = map(int, done.stdout.split())
     assert wanted > 140 * 10**6 and 2 ** expert.bit_length() > 1.7 * expert
-    assert wanted - 10**6 < grown < wanted + 6 * 10**6                # (or something was given back)
+    assert wanted - 10**6 < grown < 1.1 * wanted        # (each thread's allocator takes some, too)
 
 
 # Experts on the disk

@@ -103,9 +103,10 @@ class CudaLane:
     """
 
     def __init__(self, slots: torch.Tensor, chunks: tuple[int, int], store):
-        """`slots` [N, expert bytes] on the device; `chunks`: `chunk_sizes`; `store` has what goes there: `where(key, start, stop)`,
-        which bytes of it these are in the order of sending; `pinned_block(key)`, the expert in pinned memory
-        or None; and `fetch(key, start, into)`, which copies its bytes from wherever they are."""
+        """`slots` [N, expert bytes] on the device; `chunks` are `chunk_sizes`; `store` has what goes there:
+        `where(key, start, stop)`, which bytes of it these are in the order of sending; `pinned_block(key)`,
+        the expert in pinned memory or None; and `fetch(key, start, into)`, which copies its bytes from
+        wherever they are."""
         self.device, self.chunks = slots.device, chunks
         self.store = weakref.proxy(store)   # (a lane that outlives its engine keeps no pinned memory)
         self.slots = [slot.data_ptr() for slot in slots]

@@ -103,7 +103,7 @@ def test_training_all_experts_at_once_changes_nothing(trainee):
 def test_a_share_of_the_tokens_is_hidden_in_training(make_demo, trainee):
     model, source = trainee
     named, shown = [(name, p) for module in trainee for name, p in module.named_parameters()], []
-    optimizer = make_demo["Optimizer"](named, muon_lr=0, lr=0, weight_decay=0)
+    optimizer = make_demo["Optimizer"](named, muon_lr=0, lr=0, weight_decay=0, outer_decay=0)
     trainer = make_demo["Trainer"](model, source, optimizer, torch.randint(1, 64, (4096,)).numpy(), 1024)
     model.embed.register_forward_pre_hook(lambda module, arguments: shown.append(arguments[0]))
     for share in (0, 0.25, 1):
@@ -124,20 +124,23 @@ def test_dropout_is_of_training_alone(make_demo, trainee, dense):
 
 def test_the_optimizer_is_muon_and_adamw(make_demo, trainee):
     named = [(name, p) for module in trainee for name, p in module.named_parameters()]
-    ours = make_demo["Optimizer"](named, muon_lr=3e-3, lr=1e-3, weight_decay=0.1)
+    ours = make_demo["Optimizer"](named, muon_lr=3e-3, lr=1e-3, weight_decay=0.1, outer_decay=20.0)
     ours.rate.fill_(0.5)
     copies = [p.detach().clone() for _, p in named]
     hidden = [p.dim() > 1 and not any(k in n for k in ("embed", "head", "router")) for n, p in named]
     matrices = [[m for m in c.view(-1, *c.shape[-2:])] if h else [] for c, h in zip(copies, hidden)]
     muon = torch.optim.Muon(sum(matrices, []), lr=1.5e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([c for c, h in zip(copies, hidden) if not h], lr=5e-4, betas=(0.9, 0.95))
+    outer = [any(k in name for k in ("embed", "head")) for name, _ in named]
+    rest = [[c for c, *kind in zip(copies, hidden, outer) if kind == [False, o]] for o in (False, True)]
+    adamw = torch.optim.AdamW([{"params": part, "weight_decay": decay}
+                               for part, decay in zip(rest, (0.01, 20.0))], lr=5e-4, betas=(0.9, 0.95))
     for _ in range(3):
         grads = {p: torch.randn_like(p) for _, p in named}
         ours.step([grads[p] for p in ours.params])
         for (_, p), copy, parts in zip(named, copies, matrices):
             for part, grad in zip(parts or [copy], grads[p].view(-1, *p.shape[-2:]) if parts else [grads[p]]):
                 part.grad = grad.clone()
-        torch.nn.utils.clip_grad_norm_(sum(matrices, []) + adamw.param_groups[0]["params"], 1.0)
+        torch.nn.utils.clip_grad_norm_(sum(matrices + rest, []), 1.0)
         muon.step(), adamw.step()
     for (_, p), copy, is_matrix in zip(named, copies, hidden):
         # PyTorch's Muon computes in bf16.

@@ -129,16 +129,18 @@ class Optimizer:
     weights that lie in one flat tensor. Its whole state is on the device, so that a CUDA graph can hold a
     step."""
 
-    def __init__(self, named: list, muon_lr: float, lr: float, weight_decay: float):
-        self.muon_lr, self.lr, self.weight_decay, shapes = muon_lr, lr, weight_decay, {}
+    def __init__(self, named: list, muon_lr: float, lr: float, weight_decay: float, outer_decay: float):
+        self.muon_lr, self.lr, groups = muon_lr, lr, {}
         for name, p in named:
-            matrix = p.dim() > 1 and not any(k in name for k in ("embed", "head", "router"))
-            shapes.setdefault(p.shape[-2:] if matrix else None, []).append(p)
-        self.params = [p for group in shapes.values() for p in group]
+            outer = any(k in name for k in ("embed", "head"))
+            matrix = p.dim() > 1 and not outer and "router" not in name
+            decay = outer_decay if outer else weight_decay if matrix else weight_decay / 10
+            groups.setdefault((p.shape[-2:] if matrix else None, decay), []).append(p)
+        self.params = [p for group in groups.values() for p in group]
         self.master = torch.cat([p.detach().flatten().float() for p in self.params])
         self.grad, momentum, second = (torch.zeros_like(self.master) for _ in range(3))
-        sizes = [sum(p.numel() for p in group) for group in shapes.values()]
-        self.groups = list(zip(shapes, *(t.split(sizes) for t in (self.master, self.grad, momentum, second))))
+        sizes = [sum(p.numel() for p in group) for group in groups.values()]
+        self.groups = list(zip(groups, *(t.split(sizes) for t in (self.master, self.grad, momentum, second))))
         self.rate = self.master.new_zeros(())               # a factor of both peak rates
         self.count = self.master.new_zeros(())              # of steps
 
@@ -150,18 +152,17 @@ class Optimizer:
         torch._foreach_copy_(self.views(self.grad), list(grads))
         self.grad.mul_((1 / (self.grad.norm() + 1e-6)).clamp(max=1))                # clipped at a norm of 1
         self.count.add_(1)
-        for shape, master, grad, momentum, second in self.groups:
+        for (shape, decay), master, grad, momentum, second in self.groups:
             if shape:
                 momentum.lerp_(grad, 0.05)
                 update = orthogonal(grad.lerp(momentum, 0.95).view(-1, *shape)).flatten()
-                lr, decay = self.rate * self.muon_lr, self.weight_decay
-                scale = 0.2 * math.sqrt(max(shape))         # updates as large as AdamW's
+                lr, scale = self.rate * self.muon_lr, 0.2 * math.sqrt(max(shape))   # as large as AdamW's
             else:
                 momentum.lerp_(grad, 0.1)
                 second.lerp_(grad.square(), 0.05)
                 deviation = (second / (1 - torch.pow(0.95, self.count))).sqrt_().add_(1e-8)
                 update = momentum / (1 - torch.pow(0.9, self.count)) / deviation
-                lr, decay, scale = self.rate * self.lr, self.weight_decay / 10, 1.0
+                lr, scale = self.rate * self.lr, 1.0
             master.mul_(1 - lr * decay).sub_(update.mul_(lr * scale))
         torch._foreach_copy_(self.params, self.views(self.master))
 
@@ -353,7 +354,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="tokens a sequence; twice that in the last quarter")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=1.0, help="of the matrices that Muon trains")
+    parser.add_argument("--weight-decay", type=float, default=0.6, help="of the matrices that Muon trains")
+    parser.add_argument("--outer-decay", type=float, default=2.0, help="of the embeddings and the head")
     parser.add_argument("--dropout", type=float, default=0.0,
                         help="of what attention and (on a GPU) experts write")
     parser.add_argument("--mask", type=float, nargs=2, default=(0.0, 0.0), metavar=("FROM", "TO"),
@@ -409,7 +411,7 @@ def main() -> None:
     everything = [(n, p) for m in (model, source) for n, p in m.named_parameters()]
     print(f"{sum(p.numel() for _, p in everything) / 1e6:.1f} M parameters on {device}", flush=True)
     # The model runs in bf16, as it will when it is used; the optimizers see fp32 masters of its weights.
-    optimizer = Optimizer(everything, args.muon_lr, args.lr, args.weight_decay)
+    optimizer = Optimizer(everything, args.muon_lr, args.lr, args.weight_decay, args.outer_decay)
     model.to(torch.bfloat16), source.to(torch.bfloat16)
     trainer = Trainer(model, source, optimizer, train, args.batch)
     if args.compile:

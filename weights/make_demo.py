@@ -354,7 +354,8 @@ def make_parser() -> argparse.ArgumentParser:
                         help="tokens a sequence; twice that in the last quarter")
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--muon-lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.6, help="of the matrices that Muon trains")
+    parser.add_argument("--weight-decay", type=float, default=0.6, help="of the matrices that Muon trains;\n"
+                        "a tenth of it for routers and norms")
     parser.add_argument("--outer-decay", type=float, default=2.0, help="of the embeddings and the head")
     parser.add_argument("--dropout", type=float, default=0.0,
                         help="of what attention and (on a GPU) experts write")

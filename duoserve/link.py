@@ -56,7 +56,7 @@ class Transfer:
     in_time: bool = False                   # all of it had arrived when its layer was routed
     counted: bool = False                   # it has been used, or moved in prefill: its next use is a hit
     held: bool = False                      # a guess that found no slot: it starts when it gets one
-    spans: list = field(default_factory=list)   # (start, end) of each piece, for the timeline
+    spans: list = field(default_factory=list)   # (start, end, bytes) of each piece, for the timeline
 
     @property
     def missing(self) -> int:
@@ -86,12 +86,12 @@ class Mailbox:
 
 def chunk_sizes(expert_bytes: int, rate: float) -> tuple[int, int]:
     """Bytes of one chunk of speculation, beside a host that computes and without: 8 MiB, or a sixth of a
-    small expert; and a third of that, as the main thread then has time for more of them. But never less than
-    a link of `rate` bytes a second (0: as fast as memcpy) moves in 100 us, some of which it takes to hand
-    over a chunk."""
-    most = min(8 * 2**20, -(-expert_bytes // 6))
-    beside, alone = (min(expert_bytes, max(size, int(rate * 1e-4))) for size in (most, -(-most // 3)))
-    return (beside, alone) if rate else (expert_bytes, expert_bytes)
+    small expert; and a third of that (2.75 MiB), as the main thread then has time for more of them. But never
+    less than a link of `rate` bytes a second (0: as fast as memcpy) moves in 100 us, some of which it takes
+    to hand over a chunk."""
+    most, least = min(8 * 2**20, -(-expert_bytes // 6)), int(rate * 1e-4) if rate else expert_bytes
+    beside, alone = (min(expert_bytes, max(size, least)) for size in (most, most * 11 // 32))
+    return beside, alone
 
 
 class CudaLane:
@@ -143,11 +143,12 @@ class CudaLane:
         if block is not None:
             self.enqueue(slot + start, block.data_ptr() + start, stop - start, self.stream)
             return
+        size = max(self.chunks)
         if not self.ring:
-            self.ring = [(torch.empty(max(self.chunks), dtype=torch.uint8, pin_memory=True),
-                          torch.cuda.Event()) for _ in range(2)]
-        for begin in range(start, stop, max(self.chunks)):
-            nbytes = min(max(self.chunks), stop - begin)
+            self.ring = [(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
+                         for _ in range(2)]
+        for begin in range(start, stop, size):
+            nbytes = min(size, stop - begin)
             buffer, free = self.ring[0]
             free.synchronize()              # its last copy is done (an event never recorded counts as done)
             self.store.fetch(transfer.key, begin, buffer[:nbytes])
@@ -191,7 +192,7 @@ class CudaLane:
             seconds = start.elapsed_time(end) / 1e3
             self.busy += seconds
             self.pace += PACE * (seconds / nbytes - self.pace)
-            transfer.spans.append((begin, begin + seconds))
+            transfer.spans.append((begin, begin + seconds, nbytes))
             self.events += start, end       # (once it has arrived nobody waits for it)
 
     def room(self, asked: float) -> bool:

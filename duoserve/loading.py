@@ -149,7 +149,8 @@ class LoadedModel:
             store.fetch(transfer.key, start, slots[transfer.slot, start:stop])
 
         rate = self.options.simulate_link or 0
-        return SimulatedLane(WallClock(), rate, chunk_sizes(nbytes, rate)[0], copy)
+        larger, _ = chunk_sizes(nbytes, rate)       # (there handing over a chunk costs nothing)
+        return SimulatedLane(WallClock(), rate, larger, copy)
 
     def _make_host(self) -> Host | SimulatedHost | None:
         """What computes missing experts beside the link, if anything may. (It is not ready yet.)"""

@@ -93,7 +93,7 @@ class SimulatedLane:
         end = start + self.seconds_of(nbytes)
         self.ends.append(end)
         self.busy += end - start
-        transfer.spans.append((start, end))
+        transfer.spans.append((start, end, nbytes))
         transfer.loaded = end               # before it counts as sent: an interruption may come in between
         transfer.sent += nbytes
 

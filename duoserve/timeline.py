@@ -38,16 +38,16 @@ def event(lane: int, start: float, end: float, kind: str, *place: int, **more) -
             "dur": round(end - start, 3), "args": args}
 
 
-def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], chunk: int, kept=(),
+def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float]], kept=(),
           decode: float = math.inf, hosted=()) -> dict:
-    """Chrome's trace of `transfers`, sent in `chunk`s, of what was `computed`: (name, layer, start, end), and
-    of what was `hosted`: ((layer, expert), start, end).
+    """Chrome's trace of `transfers`, of what was `computed`: (name, layer, start, end), and of what was
+    `hosted`: ((layer, expert), start, end).
 
     A transfer's kind is prefill if it was asked for before `decode` began, else prefetch or demand. It was
     used, or wasted (dropped or evicted before a use), or is one of the `kept`, whose experts are still in
     their slots.
     """
-    spans = sorted(((*span, i, t) for t in transfers for i, span in enumerate(t.spans)), key=lambda s: s[:2])
+    spans = sorted(((*span, t) for t in transfers for span in t.spans), key=lambda s: s[:2])
     origin = min([start for _, _, start, _ in computed[:1]] + [start for start, *_ in spans[:1]], default=0.0)
     micro, free, last = lambda seconds: round(1e6 * (seconds - origin), 3), 0.0, None
     names = [("process", 0, "duoserve"), ("thread", COMPUTE, "compute"), ("thread", LINK, "link")]
@@ -58,9 +58,8 @@ def trace(transfers: list[Transfer], computed: list[tuple[str, int, float, float
         kind, *expert = name.split()
         events.append(event(COMPUTE, micro(start), micro(end), kind, layer, *map(int, expert)))
     events += [event(HOST, micro(start), micro(end), "on-host", *key) for key, start, end in hosted]
-    for start, end, i, t in spans:
+    for start, end, nbytes, t in spans:
         start, end = max(free, micro(start)), max(free, micro(end))         # CUDA's times are rounded
-        nbytes = chunk if i + 1 < len(t.spans) else t.sent - i * chunk      # the last may be shorter
         if t is last and start - free <= GAP:
             events[-1]["dur"] = round(end - events[-1]["ts"], 3)
             events[-1]["args"]["bytes"] += nbytes
@@ -239,7 +238,7 @@ def save(engine, path: Path, runs: dict[str, dict] = {}) -> dict[str, dict]:
     policy. -> those and this."""
     cache, host, at = engine.cache, engine.host, engine.cache.lane.seconds
     computed = [(name, layer, at(start), at(end)) for name, layer, start, end in engine.source.spans]
-    run = trace(cache.log, computed, cache.chunk, {slot.transfer for slot in cache.slots}, cache.since,
+    run = trace(cache.log, computed, {slot.transfer for slot in cache.slots}, cache.since,
                 host.log if host is not None else ())
     runs = runs | {Path(engine.policy).name: run}
     events = {name: run["traceEvents"] for name, run in runs.items()}

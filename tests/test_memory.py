@@ -116,7 +116,8 @@ def test_host_memory_is_taken_exactly(device):
     assert done.returncode == 0, done.stderr[-2000:]
     grown, wanted, expert = map(int, done.stdout.split())
     assert wanted > 140 * 10**6 and 2 ** expert.bit_length() > 1.7 * expert
-    assert wanted - 10**6 < grown < 1.1 * wanted        # (each thread's allocator takes some, too)
+    # (Something may be given back; each thread's allocator takes some, on 32 processors 5 %.)
+    assert wanted - 10**6 < grown < wanted * (1.1 if device == "cuda" else 1.04)
 
 
 # Experts on the disk

@@ -76,6 +76,7 @@ def test_it_agrees_with_the_counts(run):
         nbytes[e["args"]["kind"]] += e["args"]["bytes"]
     assert sum(nbytes.values()) == stats.bytes_moved
     assert nbytes["demand"] == stats.misses * size
+    assert all(sum(n for *_, n in t.spans) == t.sent for t in engine.cache.log)
     guesses = [t for t in engine.cache.log if t.predicted and t.asked >= engine.cache.since]
     assert len(guesses) == stats.prefetched and sum(t.used for t in guesses) == stats.prefetched_used
     assert nbytes["prefetch"] == sum(t.sent for t in guesses)
@@ -100,13 +101,13 @@ def test_an_expert_is_computed_after_its_transfer(run):
 
 
 def test_pieces_join_only_where_nothing_lies_between():
-    guess = moved((2, 5), [(1.0, 1.2), (1.2, 1.4), (1.9, 1.9)], 90, predicted=True)
-    demand = moved((1, 3), [(1.4, 1.9)], 100, asked=1.3, used=True)
-    prefill = moved((0, 0), [(0.0, 0.5)], 100, used=True)
-    later = moved((0, 1), [(0.5, 0.6), (0.7, 0.8)], 60, asked=0.5, predicted=True)
+    guess = moved((2, 5), [(1.0, 1.2, 40), (1.2, 1.4, 40), (1.9, 1.9, 10)], 90, predicted=True)
+    demand = moved((1, 3), [(1.4, 1.9, 100)], 100, asked=1.3, used=True)
+    prefill = moved((0, 0), [(0.0, 0.5, 100)], 100, used=True)
+    later = moved((0, 1), [(0.5, 0.6, 40), (0.7, 0.8, 20)], 60, asked=0.5, predicted=True)
     guess.asked = 0.9
     steps = [("attention", 0, 0.0, 0.1), ("expert 0", 0, 0.5, 0.6), ("attention", 0, 1.1, 1.2)]
-    link = blocks(timeline.trace([prefill, later, guess, demand], steps, 40, kept=[later], decode=0.5), 2)
+    link = blocks(timeline.trace([prefill, later, guess, demand], steps, kept=[later], decode=0.5), 2)
     assert [(e["name"], e["args"]["use"], e["args"]["bytes"]) for e in link] == [
         ("prefill 0.0", "used", 100), ("prefetch 0.1", "kept", 40), ("prefetch 0.1", "kept", 20),
         ("prefetch 2.5", "wasted", 80), ("demand 1.3", "used", 100), ("prefetch 2.5", "wasted", 10)]
@@ -159,8 +160,9 @@ def test_the_picture_names_both_lanes_and_phases(run, tmp_path):
 
 def test_a_stall_is_as_long_as_the_wait():
     steps = [("attention", 0, 0.0, 1.0), ("expert 3", 0, 5.0, 6.0), ("expert 4", 0, 9.0, 10.0)]
-    transfers = [moved((0, 3), [(0.5, 4.0)], 100, used=True), moved((0, 4), [(4.0, 5.5)], 100, used=True)]
-    words, boxes = drawing(picture(timeline.trace(transfers, steps, 20)))
+    transfers = [moved((0, 3), [(0.5, 4.0, 100)], 100, used=True),
+                 moved((0, 4), [(4.0, 5.5, 100)], 100, used=True)]
+    words, boxes = drawing(picture(timeline.trace(transfers, steps)))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
     stall, = (b for b in boxes
               if (b["fill"], b["height"]) == (timeline.COLOURS["awaiting link"], str(timeline.ROW)))
@@ -172,8 +174,8 @@ def test_a_stall_is_as_long_as_the_wait():
 
 def test_a_wait_for_the_host_follows_that_for_the_link():
     steps = [("attention", 0, 0.0, 1.0), ("expert 3", 0, 3.0, 4.0), ("attention", 1, 8.0, 10.0)]
-    transfers, hosted = [moved((0, 3), [(0.5, 3.0)], 100, used=True)], [((0, 4), 1.0, 7.0)]
-    words, boxes = drawing(picture(timeline.trace(transfers, steps, 20, hosted=hosted)))
+    transfers, hosted = [moved((0, 3), [(0.5, 3.0, 100)], 100, used=True)], [((0, 4), 1.0, 7.0)]
+    words, boxes = drawing(picture(timeline.trace(transfers, steps, hosted=hosted)))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
     stall, = (b for b in boxes
               if (b["fill"], b["height"]) == (timeline.COLOURS["awaiting host"], str(timeline.ROW)))
@@ -190,10 +192,10 @@ def test_of_a_long_run_a_part_is_drawn():
             for e in range(2 if step else 8):
                 asked, t = t, t + 3.7e-3
                 # None touches the next.
-                spans = [(asked + i * 1e-4, asked + i * 1e-4 + 2e-5) for i in range(12)]
+                spans = [(asked + i * 1e-4, asked + i * 1e-4 + 2e-5, 100) for i in range(12)]
                 transfers.append(moved((layer, e), spans, 1200, asked=asked, used=True))
                 steps.append((f"expert {e}", layer, t, t + 0.2e-3))
-    words, boxes = drawing(picture(timeline.trace(transfers, steps, 100)))
+    words, boxes = drawing(picture(timeline.trace(transfers, steps)))
     assert len(boxes) < 500 and "layer 2" in words
 
 
@@ -205,7 +207,7 @@ def test_the_picture_says_no_more_than_there_is():
             for name, length in (("attention", 0.4), ("expert 0", 0.5), ("expert 7", 0.3)):
                 steps.append((name, layer, t, t + length))
                 t += length
-    words, boxes = drawing(picture(timeline.trace([], steps, 1)))
+    words, boxes = drawing(picture(timeline.trace([], steps)))
     assert {"duo: prefill, 11 of 11 layers", "duo: decode, 33 layer visits", "token 4"} <= {*words}
     assert "token 1" not in words and "token 5" not in words
     assert [name for name in timeline.COLOURS if name in words] == ["attention", "expert", "idle"]
@@ -213,7 +215,7 @@ def test_the_picture_says_no_more_than_there_is():
     for share, shown in ((0.03, 0), (0.045, 20)):
         steps = [(f"expert {e}", 10, share * e, share * (e + 1)) for e in range(20)]
         steps = [("attention", 0, 0.0, 0.0), *steps, ("attention", 10, share * 20, 1.0)]
-        svg = picture(timeline.trace([], steps, 1))
+        svg = picture(timeline.trace([], steps))
         labels = re.findall(r'font-size="(\d+)"[^>]*>(10\.\d+)<', svg)
         width = share * (timeline.RIGHT - timeline.LEFT)
         assert len(labels) == shown
@@ -226,7 +228,7 @@ def passes(length: float, count: int = 4, layers: int = 3) -> dict:
     for layer in [*range(layers)] * count:
         steps += [("attention", layer, t, t + length), ("expert 1", layer, t + length, t + 1.5 * length)]
         t += 1.5 * length
-    return timeline.trace([], steps, 1)
+    return timeline.trace([], steps)
 
 
 def test_two_runs_are_drawn_at_one_scale_with_their_tokens_marked():
@@ -261,10 +263,10 @@ def test_names_are_written_as_they_are():
 @pytest.mark.parametrize("steps", [[], [("attention", 0, 2.0, 2.5)],
                                    [("attention", 0, 2.0, 2.0), ("expert 1", 0, 2.0, 2.0)]])
 def test_a_run_that_hardly_began_is_drawn_too(steps):
-    trace = timeline.trace([moved((0, 1), [(2.0, 2.0)], 100)], steps, 100)
+    trace = timeline.trace([moved((0, 1), [(2.0, 2.0, 100)], 100)], steps)
     assert len(blocks(trace, 2)) == 1
     drawing(picture(trace))
-    drawing(picture(timeline.trace([], [], 1)))
+    drawing(picture(timeline.trace([], [])))
 
 
 def ask(monkeypatch, tiny, path, *more) -> int:
@@ -378,3 +380,18 @@ def test_nothing_is_kept_unless_asked(tiny):
     engine = Engine.from_pretrained(tiny, device="cpu", predictor="none")
     engine.generate(SHORT, max_new_tokens=2)
     assert engine.cache.log is None and engine.source.spans is None
+
+
+def test_no_expert_is_drawn_faster_than_the_link(tiny, tmp_path):
+    """Whatever the sizes of its pieces are: prefill's, decode's, and what an expert that is divided needs."""
+    engine = Engine.from_pretrained(tiny, device="cpu", predictor="none", cache_experts=7,
+                                    simulate_link="20MB/s", simulate_host="20MB/s")
+    size = engine.cache.expert_bytes
+    engine.cache.lane.chunks = size // 6, size // 16
+    engine.cache.empty()
+    timeline.watch(engine)
+    engine.generate(SHORT, max_new_tokens=8, temperature=0)
+    timeline.save(engine, tmp_path / "run.json")
+    link = blocks(json.loads((tmp_path / "run.json").read_text()), 2)
+    assert engine.cache.counts.split and len({n for t in engine.cache.log for *_, n in t.spans}) > 3
+    assert all(0 < e["args"]["bytes"] <= 20.1 * e["dur"] + 1 for e in link)         # dur is in us

@@ -156,7 +156,7 @@ class Optimizer:
             if shape:
                 momentum.lerp_(grad, 0.05)
                 update = orthogonal(grad.lerp(momentum, 0.95).view(-1, *shape)).flatten()
-                lr, scale = self.rate * self.muon_lr, 0.2 * math.sqrt(max(shape))   # as large as AdamW's
+                lr, scale = self.rate * self.muon_lr, 0.2 * math.sqrt(max(shape))   # updates as AdamW's
             else:
                 momentum.lerp_(grad, 0.1)
                 second.lerp_(grad.square(), 0.05)
@@ -412,7 +412,8 @@ def main() -> None:
     everything = [(n, p) for m in (model, source) for n, p in m.named_parameters()]
     print(f"{sum(p.numel() for _, p in everything) / 1e6:.1f} M parameters on {device}", flush=True)
     # The model runs in bf16, as it will when it is used; the optimizers see fp32 masters of its weights.
-    optimizer = Optimizer(everything, args.muon_lr, args.lr, args.weight_decay, args.outer_decay)
+    optimizer = Optimizer(everything, args.muon_lr, args.lr, weight_decay=args.weight_decay,
+                          outer_decay=args.outer_decay)
     model.to(torch.bfloat16), source.to(torch.bfloat16)
     trainer = Trainer(model, source, optimizer, train, args.batch)
     if args.compile:

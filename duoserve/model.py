@@ -265,7 +265,7 @@ class Mixtral(nn.Module):
         expert_out = x.new_empty(T * K, D)                          # of each (token, rank) pair
         with closing(source.experts(i, routing)) as ready:      # (closed in any case: no slot stays pinned)
             for e, expert in ready:
-                mine = slice(ends[e] - routing.counts[e], ends[e])
-                for pairs, tokens in zip(order[mine].split(EXPERT_ROWS), token[mine].split(EXPERT_ROWS)):
-                    expert_out[pairs] = expert(x[tokens])
+                for start in range(ends[e] - routing.counts[e], ends[e], EXPERT_ROWS):
+                    mine = slice(start, min(start + EXPERT_ROWS, ends[e]))
+                    expert_out.index_copy_(0, order[mine], expert(x.index_select(0, token[mine])))
         return combine_experts(h, weights, expert_out.view(T, K, D))

@@ -221,6 +221,8 @@ class PrefillScheduler(ExpertScheduler):
         """Keep the ring full: what is next in order and not here is asked for, whole if it is certain to be
         needed."""
         cache = self.cache
+        if self.certain and len(cache.slot_of) == len(self.order):
+            return                          # all of them are here, or have begun to come
         ring = min(RING, len(cache.slots))
         self.ahead = [key for key in self.ahead if key not in self.done]
         here = self.layer * self.experts_a_layer                    # (the ring holds only a few layers)

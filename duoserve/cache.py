@@ -72,7 +72,6 @@ class GPUExpertCache:
         """Another phase, or another request: what is here already is there for free, and counting starts
         again, in what is returned. A `host` may compute what is missing."""
         self.scheduler, self.host, self.counts = scheduler, host, Counts()
-        self.chunk = self.lane.chunks[host is None]
         self.since = self.lane.now()
         for slot in self.slot_of.values():
             slot.transfer.counted = True
@@ -164,7 +163,8 @@ class GPUExpertCache:
             elif transfer.held:
                 transfer.held, transfer.asked = False, self.lane.now()
             try:
-                self._send(transfer, min(self.chunk, transfer.size - transfer.sent))
+                chunk = self.lane.chunks[self.host is None]
+                self._send(transfer, min(chunk, transfer.size - transfer.sent))
             except LinkError:
                 self.drop(transfer.key)     # if the router wants it, it will be demanded
             if transfer.sent == transfer.size:

@@ -963,7 +963,7 @@ def test_the_cache_does_the_same_however_often_it_is_pumped():
             rng, clock = random.Random(seed), kind()
             clock.rng = random.Random(seed)
             cache = GPUExpertCache(rng.randint(2, 3), CHUNKS, Lane(clock))
-            cache.serve(Victims(clock, least))
+            cache.scheduler = Victims(clock, least)
             for _ in range(20):
                 keys = rng.sample([(0, e) for e in range(6)], 3)
                 if rng.random() < 0.4:

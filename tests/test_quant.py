@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from duoserve.errors import UserError
-from duoserve.quant import PackedLinear, dequantize, group_size, gemv, pack, unpack
+from duoserve.quant import PackedLinear, dequantize, dequantize_into, gemv, group_size, pack, unpack
 from duoserve.quantize import quantize
+from products import CASES, matrices, same
 
 GROUPS = (128, 64, 32)
 
@@ -137,9 +138,33 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
     assert len(calls) == 12 and torch.allclose(one, expected[0][:1], atol=1e-4)
 
 
+needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
+                                    reason="torch.compile needs a C++ compiler")
+on_a_gpu = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU")])
+
+
+@pytest.mark.parametrize("group, dtype", [*CASES, (128, torch.float32)])
+@pytest.mark.parametrize("device", ("cpu", on_a_gpu))
+def test_what_is_compiled_unpacks_the_same_weights(group, dtype, device, monkeypatch):
+    """Part by part; of one matrix, and of one of several. (On the CPU as eager code: that is sooner over.)"""
+    monkeypatch.setattr("duoserve.quant.UNPACK", 7 * group * 10)    # (parts of sixteen rows)
+    names, kinds = zip(*matrices(40, 7 * group, group).items())
+    linear = PackedLinear(7 * group, 40, largest_group=group, compile=True)
+    if device == "cpu":
+        linear.dequantize_into = dequantize_into
+    x = torch.zeros(1, dtype=dtype, device=device)
+    for at, (name, w) in enumerate(zip(names, kinds)):
+        for several in (False, True):
+            linear.q, linear.scale, linear.zero = (
+                tensor.to(device) for tensor in (map(torch.stack, zip(*kinds)) if several else w))
+            linear.at = torch.tensor([at], device=device) if several else None
+            weights = [linear.unpacked(i, part, x) for i, part in enumerate(linear.parts())]
+            assert len(weights) == 3 and same(torch.cat(weights).cpu(), dequantize(*w).to(dtype)), name
+
+
 @pytest.mark.compiles
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
-                    reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_one_row_product_does_not_unpack_the_matrix(dtype):
     from torch._inductor.utils import run_and_get_code

@@ -68,8 +68,8 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None, out: Tensor,
                     dtype: torch.dtype | None = None) -> None:
-    """The weights into out [N, columns]; or into pairs of them, if a 16-bit dtype is given: then q is in words
-    of two bytes and out in words of two weights. Weight by weight, a GPU takes twice as long."""
+    """The weights into out [N, columns]. If a 16-bit dtype is given, two at a time: q is then in words of two
+    bytes and out in words of two weights. (One at a time takes a GPU twice as long.)"""
     q, scale, zero = (w if at is None else w[at][0] for w in (q, scale, zero))
     if dtype is None:
         out.copy_(dequantize(q, scale, zero))

@@ -68,16 +68,16 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 def dequantize_into(q: Tensor, scale: Tensor, zero: Tensor, at: Tensor | None, out: Tensor,
                     dtype: torch.dtype | None = None) -> None:
-    """The weights into out [N, columns]. If a 16-bit dtype is given, two at a time: q is then in words of two
-    bytes and out in words of two weights. (One at a time takes a GPU twice as long.)"""
+    """The weights into out [N, columns]. With a 16-bit dtype two at a time: q is in int16, two bytes each,
+    and out [N, columns / 2] in int32, two weights each. (One at a time takes a GPU up to twice as long.)"""
     q, scale, zero = (w if at is None else w[at][0] for w in (q, scale, zero))
     if dtype is None:
         out.copy_(dequantize(q, scale, zero))
         return
-    half = torch.arange(0, 8, 4, dtype=torch.int32, device=q.device)[:, None]           # (of a group)
-    words = q.unflatten(-1, (scale.shape[-1], 1, -1)).int() >> half     # [N, groups, 2, words]
+    shift = torch.arange(0, 8, 4, dtype=torch.int32, device=q.device)[:, None]
+    words = q.unflatten(-1, (scale.shape[-1], 1, -1)).int() >> shift        # [N, groups, half, words]
     scale, zero = (w.float()[..., None, None] for w in (scale, zero))
-    even, odd = (((words >> k & 15) - zero) * scale for k in (0, 8))
+    even, odd = (((words >> k & 15) - zero) * scale for k in (0, 8))        # of a word's two bytes
     even, odd = (weight.to(dtype).view(torch.int16).int() for weight in (even, odd))
     out.copy_((even & 65535 | odd << 16).flatten(1))
 
@@ -321,7 +321,7 @@ class PackedLinear(nn.Module):
         return weights
 
     def unpack_into(self, part: slice, out: Tensor) -> None:
-        if self.fused and out.dtype != torch.float32:
+        if self.fused and out.dtype.itemsize == 2:
             q, *others = self.matrix(part)
             self.dequantize_into(q.view(torch.int16), *others, out.view(torch.int32), out.dtype)
         else:

@@ -174,6 +174,10 @@ class ExpertScheduler:
         first use; it may hold a guess that has not been used yet."""
         return min(candidates, key=lambda slot: self.last_used.get(slot.key, 0))
 
+    def all_here(self) -> bool:
+        """Every expert has a slot: it is there, or has begun to come."""
+        return len(self.cache.slot_of) == len(self.keys)
+
     def distance(self, layer: int) -> int:
         """Layer visits from now until `layer` is next visited: 1 is the next layer, `layers` this one."""
         return (layer - self.layer - 1) % self.layers + 1
@@ -221,8 +225,8 @@ class PrefillScheduler(ExpertScheduler):
         """Keep the ring full: what is next in order and not here is asked for, whole if it is certain to be
         needed."""
         cache = self.cache
-        if self.certain and len(cache.slot_of) == len(self.order):
-            return                          # all of them are here, or have begun to come
+        if self.certain and self.all_here():
+            return
         ring = min(RING, len(cache.slots))
         self.ahead = [key for key in self.ahead if key not in self.done]
         here = self.layer * self.experts_a_layer                    # (the ring holds only a few layers)
@@ -278,8 +282,8 @@ class DecodeScheduler(ExpertScheduler):
         where the lookahead's favourites are there, or the device is at the next layer already, what was
         thought before will do; what is absent of the favourites is asked for first."""
         cache = self.cache
-        if len(cache.slot_of) == len(self.keys):
-            return                          # all there is
+        if self.all_here():
+            return
         likely = ranked(routing.lookahead)[:len(routing.ids)]
         absent = [(layer + 1, e) for e in likely if not cache.resident((layer + 1, e))]
         rest = [guess.key for guess in cache.queue if guess.key[0] != layer]

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import traceback
@@ -15,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
@@ -27,6 +29,10 @@ from duoserve.model import Expert, Mixtral
 from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear
 from duoserve.simulated import SimulatedLane, VirtualClock
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
+                                    reason="torch.compile needs a C++ compiler")
+on_a_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 TEXT = ("the quick brown fox jumps over the lazy dog and then the other dogs run home to the old house "
         "on the hill")

@@ -18,10 +18,10 @@ from duoserve.errors import UserError
 from duoserve.experts import ExpertSlots
 from duoserve.packed import PackedModel
 from duoserve.quant import PackedLinear, compiled as fused, exact_gemv
-from models import packed
+from models import on_a_gpu, packed
 from products import CASES, an_expert, matrices, of_several, rows, same
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = on_a_gpu
 PROMPT = [1, *range(40, 70)]
 
 

@@ -1,8 +1,6 @@
 """One row times a packed matrix in 16 bits: the same bits as in whole numbers, eager and compiled, in any
 order."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,12 +9,9 @@ from duoserve import quant
 from duoserve.quant import (LIFT, PackedLinear, compiled, dequantize, dots, exact_gemv, gemv, laid_out, pack,
                             silu_table, unpack, whole_numbers)
 from duoserve.quantize import quantize
-from models import load
+from models import load, needs_compiler
 from products import (BF16, CASES, FP16, a_block_on_the_host, an_expert, matrices, of_several, on_the_host,
                       rows, same)
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
-                                    reason="torch.compile needs a C++ compiler")
 
 
 @np.errstate(over="ignore", under="ignore", invalid="ignore")

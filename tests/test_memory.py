@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from models import (answers, at_rest, DEFAULTS, hostile, in_child, InterruptAt, LateLane, load, LONG,
-                    put_lane, same, SAMPLED, SHORT, tokenizer_model)
+                    on_a_gpu, put_lane, same, SAMPLED, SHORT, tokenizer_model)
 
 from duoserve import machine, memory, store
 from duoserve.bench.flags import SHAPES
@@ -106,8 +106,7 @@ def taken(device: str) -> tuple[int, int, int]:
     return resident() - before, wanted, made.nbytes
 
 
-@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU")])))
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=on_a_gpu)))
 def test_host_memory_is_taken_exactly(device):
     """The process grows by the experts' size; rounding blocks up to a power of two would nearly double it."""
     code = f"import test_memory; print(*test_memory.taken('{device}'))"     # (CUDA does not survive a fork)

@@ -1,7 +1,6 @@
 """Four bits a weight: what is lost, what is not, the layout of bytes, and products without unpacking."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 from duoserve.errors import UserError
 from duoserve.quant import PackedLinear, dequantize, dequantize_into, gemv, group_size, pack, unpack
 from duoserve.quantize import quantize
+from models import needs_compiler, on_a_gpu
 from products import CASES, matrices, same
 
 GROUPS = (128, 64, 32)
@@ -138,14 +138,8 @@ def test_unpacking_into_a_workspace_that_all_matrices_share(monkeypatch):
     assert len(calls) == 12 and torch.allclose(one, expected[0][:1], atol=1e-4)
 
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++") and not shutil.which("c++"),
-                                    reason="torch.compile needs a C++ compiler")
-on_a_gpu = pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU")])
-
-
 @pytest.mark.parametrize("group, dtype", [*CASES, (128, torch.float32)])
-@pytest.mark.parametrize("device", ("cpu", on_a_gpu))
+@pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=on_a_gpu)))
 def test_what_is_compiled_unpacks_the_same_weights(group, dtype, device, monkeypatch):
     """Part by part; of one matrix, and of one of several. (On the CPU as eager code: that is sooner over.)"""
     monkeypatch.setattr("duoserve.quant.UNPACK", 7 * group * 10)    # (parts of sixteen rows)

@@ -21,8 +21,8 @@ def blocks(trace: dict, lane: int) -> list[dict]:
     return [event for event in trace["traceEvents"] if event["ph"] == "X" and event["tid"] == lane]
 
 
-def moved(key, spans, sent, *, asked=0.0, predicted=False, used=False) -> Transfer:
-    return Transfer(key, 100, asked, predicted, sent=sent, used=used, spans=spans)
+def moved(key, spans, *, asked=0.0, predicted=False, used=False) -> Transfer:
+    return Transfer(key, 100, asked, predicted, sent=sum(n for *_, n in spans), used=used, spans=spans)
 
 
 @pytest.fixture(scope="module",
@@ -101,10 +101,10 @@ def test_an_expert_is_computed_after_its_transfer(run):
 
 
 def test_pieces_join_only_where_nothing_lies_between():
-    guess = moved((2, 5), [(1.0, 1.2, 40), (1.2, 1.4, 40), (1.9, 1.9, 10)], 90, predicted=True)
-    demand = moved((1, 3), [(1.4, 1.9, 100)], 100, asked=1.3, used=True)
-    prefill = moved((0, 0), [(0.0, 0.5, 100)], 100, used=True)
-    later = moved((0, 1), [(0.5, 0.6, 40), (0.7, 0.8, 20)], 60, asked=0.5, predicted=True)
+    guess = moved((2, 5), [(1.0, 1.2, 40), (1.2, 1.4, 40), (1.9, 1.9, 10)], predicted=True)
+    demand = moved((1, 3), [(1.4, 1.9, 100)], asked=1.3, used=True)
+    prefill = moved((0, 0), [(0.0, 0.5, 100)], used=True)
+    later = moved((0, 1), [(0.5, 0.6, 40), (0.7, 0.8, 20)], asked=0.5, predicted=True)
     guess.asked = 0.9
     steps = [("attention", 0, 0.0, 0.1), ("expert 0", 0, 0.5, 0.6), ("attention", 0, 1.1, 1.2)]
     link = blocks(timeline.trace([prefill, later, guess, demand], steps, kept=[later], decode=0.5), 2)
@@ -160,8 +160,8 @@ def test_the_picture_names_both_lanes_and_phases(run, tmp_path):
 
 def test_a_stall_is_as_long_as_the_wait():
     steps = [("attention", 0, 0.0, 1.0), ("expert 3", 0, 5.0, 6.0), ("expert 4", 0, 9.0, 10.0)]
-    transfers = [moved((0, 3), [(0.5, 4.0, 100)], 100, used=True),
-                 moved((0, 4), [(4.0, 5.5, 100)], 100, used=True)]
+    transfers = [moved((0, 3), [(0.5, 4.0, 100)], used=True),
+                 moved((0, 4), [(4.0, 5.5, 100)], used=True)]
     words, boxes = drawing(picture(timeline.trace(transfers, steps)))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
     stall, = (b for b in boxes
@@ -174,7 +174,7 @@ def test_a_stall_is_as_long_as_the_wait():
 
 def test_a_wait_for_the_host_follows_that_for_the_link():
     steps = [("attention", 0, 0.0, 1.0), ("expert 3", 0, 3.0, 4.0), ("attention", 1, 8.0, 10.0)]
-    transfers, hosted = [moved((0, 3), [(0.5, 3.0, 100)], 100, used=True)], [((0, 4), 1.0, 7.0)]
+    transfers, hosted = [moved((0, 3), [(0.5, 3.0, 100)], used=True)], [((0, 4), 1.0, 7.0)]
     words, boxes = drawing(picture(timeline.trace(transfers, steps, hosted=hosted)))
     pixel = (timeline.RIGHT - timeline.LEFT) / 10
     stall, = (b for b in boxes
@@ -193,7 +193,7 @@ def test_of_a_long_run_a_part_is_drawn():
                 asked, t = t, t + 3.7e-3
                 # None touches the next.
                 spans = [(asked + i * 1e-4, asked + i * 1e-4 + 2e-5, 100) for i in range(12)]
-                transfers.append(moved((layer, e), spans, 1200, asked=asked, used=True))
+                transfers.append(moved((layer, e), spans, asked=asked, used=True))
                 steps.append((f"expert {e}", layer, t, t + 0.2e-3))
     words, boxes = drawing(picture(timeline.trace(transfers, steps)))
     assert len(boxes) < 500 and "layer 2" in words
@@ -263,7 +263,7 @@ def test_names_are_written_as_they_are():
 @pytest.mark.parametrize("steps", [[], [("attention", 0, 2.0, 2.5)],
                                    [("attention", 0, 2.0, 2.0), ("expert 1", 0, 2.0, 2.0)]])
 def test_a_run_that_hardly_began_is_drawn_too(steps):
-    trace = timeline.trace([moved((0, 1), [(2.0, 2.0, 100)], 100)], steps)
+    trace = timeline.trace([moved((0, 1), [(2.0, 2.0, 100)])], steps)
     assert len(blocks(trace, 2)) == 1
     drawing(picture(trace))
     drawing(picture(timeline.trace([], [])))
